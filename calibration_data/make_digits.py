@@ -1,0 +1,132 @@
+"""Write scikit-learn's handwritten digits as an image folder, and the calibration set that ships beside this script.
+
+    python calibration_data/make_digits.py --out demo/digits     # train/<class>/*.png and test/<class>/*.png
+    python calibration_data/make_digits.py --calibration DIR     # DIR/digits/<class>/*.png and DIR/manifest.json
+
+Both give the same bytes on every machine: the split comes from hashes of the pictures, not from a random generator
+whose stream may change; pixels are repeated, not resampled; PNGs are stored, not compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vit_edge.files import sha256_hex, write_atomic
+
+SEED = "vit-edge digits 1"
+NUM_TEST = 360
+NUM_CALIBRATION = 128
+# Each of the 8x8 counts (0 to 16) is drawn as a 4x4 block: 32x32 pixels, as the original scans had.
+BLOCK = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Digit:
+    """One picture: its position in scikit-learn's set, its class, its pixels and its place in the shuffled order."""
+
+    index: int
+    label: int
+    pixels: npt.NDArray[np.uint8]
+    rank: str
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.label}/{self.index:04d}.png"
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels).save(buffer, format="PNG", compress_level=0)
+        return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for the whole set, split into train and test")
+    parser.add_argument("--calibration", type=Path, help="folder for the calibration set and its manifest")
+    arguments = parser.parse_args()
+    if not (arguments.out or arguments.calibration):
+        parser.error("give --out or --calibration")
+    training, test = split()
+    if arguments.out:
+        for name, digits in (("train", training), ("test", test)):
+            write(digits, arguments.out / name)
+        print(f"{len(training)} training and {len(test)} test pictures in {arguments.out}")
+    if arguments.calibration:
+        write_calibration(balanced(training, NUM_CALIBRATION), arguments.calibration)
+        print(f"{NUM_CALIBRATION} calibration pictures in {arguments.calibration}")
+
+
+def split() -> tuple[list[Digit], list[Digit]]:
+    """Return the training and the test pictures: 1,437 and 360, every class in proportion."""
+    digits = sorted(read(), key=lambda digit: digit.rank)
+    by_class = [[d for d in digits if d.label == label] for label in range(10)]
+    counts = _in_proportion([len(group) for group in by_class], NUM_TEST)
+    test = [d for group, count in zip(by_class, counts, strict=True) for d in group[:count]]
+    training = [d for group, count in zip(by_class, counts, strict=True) for d in group[count:]]
+    return training, test
+
+
+def balanced(digits: list[Digit], number: int) -> list[Digit]:
+    """Return `number` pictures, as many of each class as of any other (or one more)."""
+    by_class = [[d for d in digits if d.label == label] for label in range(10)]
+    counts = [number // 10 + (label < number % 10) for label in range(10)]
+    return [d for group, count in zip(by_class, counts, strict=True) for d in group[:count]]
+
+
+def read() -> Iterator[Digit]:
+    """Yield the 1,797 pictures of scikit-learn's bundled set."""
+    bunch = load_digits()
+    for index, (counts, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+        levels = (counts.astype(np.int64) * 255 + 8) // 16
+        pixels = levels.astype(np.uint8).repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
+        rank = hashlib.sha256(SEED.encode() + pixels.tobytes()).hexdigest()
+        yield Digit(index=index, label=int(label), pixels=pixels, rank=rank)
+
+
+def write(digits: list[Digit], folder: Path) -> None:
+    """Write each picture as `folder`/<class>/<index>.png."""
+    for digit in digits:
+        path = folder / digit.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, digit.png())
+
+
+def write_calibration(digits: list[Digit], folder: Path) -> None:
+    """Write the pictures below `folder`/digits and what they are in `folder`/manifest.json."""
+    write(digits, folder / "digits")
+    entries = [
+        {"file": f"digits/{d.file_name}", "sha256": sha256_hex(d.png()), "class": str(d.label), "index": d.index}
+        for d in digits
+    ]
+    manifest = {
+        "origin": "scikit-learn load_digits: UCI Optical Recognition of Handwritten Digits, CC BY 4.0",
+        "made_by": "calibration_data/make_digits.py",
+        "split": "train",
+        "images": entries,
+    }
+    write_atomic(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _in_proportion(sizes: list[int], total: int) -> list[int]:
+    """Share `total` out by largest remainders."""
+    exact = [size * total / sum(sizes) for size in sizes]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""A model file: one sealed `.onnx` that carries its preprocessing, labels, golden vectors and origin.
+
+The manifest is the metadata property `vit_edge.manifest` (JSON). The file ends in one more serialized ModelProto that
+holds only `vit_edge.seal`, the SHA-256 of every byte before it: protobuf merges the two, so every ONNX reader still
+loads the file, and a changed bit anywhere is found before an engine sees it. The seal is integrity, not origin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from vit_edge.errors import ModelRejected, NotTrusted, printable
+from vit_edge.files import kind_of, read_file, sha256_hex
+from vit_edge.image import Preprocessing
+from vit_edge.onnx_schema import parse, property_bytes
+
+__all__ = ["MANIFEST_KEY", "SCHEMA", "SEAL_KEY", "Manifest", "ModelFile", "open_model", "seal", "seal_state", "unsealed"]
+
+SCHEMA = 1
+MANIFEST_KEY = "vit_edge.manifest"
+SEAL_KEY = "vit_edge.seal"
+PRODUCER = "vit-edge"
+
+_SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
+_SEAL_BYTES = len(_SEAL_PREFIX) + 64
+# One protobuf message holds at most 2 GiB.
+_MAX_BYTES = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a model file says of itself; keys that this version does not know are kept in `unknown`."""
+
+    name: str
+    architecture: Mapping[str, Any]
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    precision: Literal["float32", "int8"]
+    provenance: Mapping[str, Any]
+    input: Mapping[str, Any] = field(default_factory=lambda: {"name": "images", "dtype": "uint8", "layout": "NHWC"})
+    license: str | None = None
+    base_model: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    golden: Mapping[str, Any] | None = None
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON with sorted keys: equal manifests give equal text."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        known["preprocessing"] = self.preprocessing.to_dict()
+        known["labels"] = list(self.labels)
+        return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Return the manifest in `text`; raises ValueError that says what is wrong with it."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("the manifest is not a JSON object")
+        schema = values.pop("schema", None)
+        if not isinstance(schema, int) or schema < 1:
+            raise ValueError(f"the manifest's schema is {schema!r}, not a positive integer")
+        if schema > SCHEMA:
+            raise ValueError(f"the manifest has schema {schema}; this vit-edge reads up to {SCHEMA}: install a newer one")
+        names = {f.name for f in fields(cls)} - {"unknown"}
+        known = {key: values.pop(key) for key in names & values.keys()}
+        try:
+            known["preprocessing"] = Preprocessing.from_dict(known["preprocessing"])
+            known["labels"] = tuple(str(label) for label in known["labels"])
+            return cls(**known, unknown=values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the manifest is incomplete ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFile:
+    """The verified bytes of a model file, and what they say: engines load these bytes, never the path again."""
+
+    data: bytes
+    proto: Any
+    manifest: Manifest
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """Return the SHA-256 of the whole file, seal included."""
+        return sha256_hex(self.data)
+
+    def with_manifest(self, manifest: Manifest) -> bytes:
+        """Return the bytes of the same graph under another manifest, sealed."""
+        proto = parse(unsealed(self.data))
+        kept = [(p.key, p.value) for p in proto.metadata_props if p.key != MANIFEST_KEY]
+        del proto.metadata_props[:]
+        body: bytes = proto.SerializeToString(deterministic=True)
+        for key, value in [*kept, (MANIFEST_KEY, manifest.to_json())]:
+            body += property_bytes(key, value)
+        return seal(body)
+
+
+def seal(body: bytes) -> bytes:
+    """Return `body`, the bytes of an unsealed model file, with its seal appended (83 bytes)."""
+    return body + property_bytes(SEAL_KEY, sha256_hex(body))
+
+
+def unsealed(data: bytes) -> bytes:
+    """Return `data` without its seal, whether the seal is right or not; unchanged where there is none."""
+    return data[:-_SEAL_BYTES] if data[-_SEAL_BYTES:-64] == _SEAL_PREFIX else data
+
+
+def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]:
+    """Return whether the seal of `data` holds: "missing" where the file looks like ours, "foreign" where it does not."""
+    body = unsealed(data)
+    if body is not data:
+        return "intact" if data[-64:] == sha256_hex(body).encode() else "broken"
+    # One flipped bit can hide one of these marks, never all: it looks like ours by any that is left.
+    ours = any(mark.encode() in data for mark in (MANIFEST_KEY, SEAL_KEY)) or PRODUCER.encode() in data[:64]
+    return "missing" if ours else "foreign"
+
+
+def open_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
+    """Return a model file, read once, its seal checked before anything in it is used.
+
+    Raises ModelRejected where it is no model file of vit-edge, NotTrusted where its seal is broken or missing.
+    """
+    if isinstance(source, bytes):
+        name, data = "the bytes given", source
+    else:
+        name = printable(source)
+        data = read_file(source, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
+    _check_seal(data, name)
+    try:
+        proto = parse(data)
+        properties = {entry.key: entry.value for entry in proto.metadata_props}
+        if MANIFEST_KEY not in properties:
+            raise ValueError("it has a seal but no manifest")
+        manifest = Manifest.from_json(properties[MANIFEST_KEY])
+    except ValueError as error:
+        raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
+    return ModelFile(data=data, proto=proto, manifest=manifest, source=name)
+
+
+def _check_seal(data: bytes, name: str) -> None:
+    state = seal_state(data)
+    if state == "intact":
+        return
+    kind = kind_of(data)
+    if kind is not None and state == "foreign":
+        raise _rejected(name, kind[0], kind[1])
+    if state == "broken":
+        reason = "its bytes are not those that were sealed: it was changed or damaged"
+    elif state == "missing":
+        reason = "its seal is missing: it was cut short, changed or damaged"
+    else:
+        reason = "it was not made by vit-edge" if _is_onnx(data) else "it is not an ONNX model"
+        raise _rejected(name, reason, "make a model file with `vit-edge export`")
+    remedy = "copy it again from where it was made; `vit-edge seal` re-seals a deliberate edit"
+    raise NotTrusted("will not load the model file", file=name, reason=reason, remedy=remedy)
+
+
+def _is_onnx(data: bytes) -> bool:
+    try:
+        return bool(parse(data).graph.node)
+    except ValueError:
+        return False
+
+
+def _rejected(name: str, reason: str, remedy: str) -> ModelRejected:
+    return ModelRejected("cannot use the model file", file=name, reason=reason, remedy=remedy)

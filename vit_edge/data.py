@@ -1,0 +1,193 @@
+"""Which pictures there are and what they show: image folders and label files, and the pixels of one after another."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vit_edge.errors import DataRejected, ImageRejected, printable
+from vit_edge.files import sha256_hex
+from vit_edge.image import Pixels, Preprocessing, pixel_hash
+
+__all__ = ["LabelledImages", "find_images", "pixel_hashes", "read_labelled", "stream_pixels"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+EVALUATION_SPLITS = ("test", "validation", "valid", "val")
+_SPLITS = ("train", *EVALUATION_SPLITS)
+# file name -> column of the picture's path; both have a column "label"
+_LABEL_FILES = {"labels.csv": "file", "metadata.csv": "file_name"}
+
+_MAX_FILES = 1_000_000
+_MAX_REJECTED = 0.01
+_NUM_NAMED = 5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledImages:
+    """Paths in sorted order, the class index of each, and the names of the classes."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Return how many pictures there are."""
+        return len(self.paths)
+
+
+def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Return every picture below `folder` by its suffix, sorted; raises DataRejected where there is none.
+
+    Links to files are followed (hub caches are made of them), links to folders are not, and that is logged.
+    """
+    root = _existing_folder(folder)
+    found, num_links = [], 0
+    for parent, folders, files in os.walk(root, onerror=_raise_unreadable):
+        folders.sort()
+        num_links += sum((Path(parent) / name).is_symlink() for name in folders)
+        found += [Path(parent) / name for name in files if name.lower().endswith(SUFFIXES)]
+        if len(found) > _MAX_FILES:
+            raise _rejected(root, f"it holds more than {_MAX_FILES:,} pictures", "give a smaller folder")
+    if num_links:
+        _log.warning("%d links to folders below %s were not followed", num_links, printable(root))
+    if not found:
+        reason = f"it holds no picture ({', '.join(SUFFIXES)})"
+        raise _rejected(root, reason, "give a folder with pictures in it, at any depth")
+    return tuple(sorted(found, key=os.fsencode))
+
+
+def read_labelled(
+    folder: str | os.PathLike[str], *, splits: Sequence[str] = (), class_names: Sequence[str] | None = None
+) -> LabelledImages:
+    """Return the labelled pictures of `folder`; raises DataRejected.
+
+    The folder holds `<class>/<picture>`, or `labels.csv` (file,label), or `metadata.csv` (file_name,label). Where it is
+    divided into train, test, validation, valid or val, the first of `splits` that is there is taken. With `class_names` (a model's
+    labels) every class must be one of them; a label that is no name may be an index.
+    """
+    root = _split_folder(_existing_folder(folder), splits)
+    for name, column in _LABEL_FILES.items():
+        if (root / name).is_file():
+            pairs = _read_label_file(root / name, column)
+            break
+    else:
+        pairs = _read_class_folders(root)
+    names = tuple(class_names) if class_names is not None else tuple(sorted({label for _, label in pairs}))
+    index = _indices(names, {label for _, label in pairs}, root)
+    pairs.sort(key=lambda pair: os.fsencode(pair[0]))
+    return LabelledImages(
+        paths=tuple(path for path, _ in pairs), labels=tuple(index[label] for _, label in pairs), class_names=names
+    )
+
+
+def stream_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[tuple[int, Pixels]]:
+    """Yield (position in `paths`, pixels) of one picture after another.
+
+    Pictures that cannot be used are skipped and named in the log; raises DataRejected when they are over 1 %.
+    """
+    rejected: list[ImageRejected] = []
+    for position, path in enumerate(paths):
+        try:
+            pixels = preprocessing.pixels(path)
+        except ImageRejected as error:
+            rejected.append(error)
+            if len(rejected) > max(_MAX_REJECTED * len(paths), _NUM_NAMED):
+                break
+            continue
+        yield position, pixels
+    if not rejected:
+        return
+    named = "; ".join(f"{e.file}: {e.reason}" for e in rejected[:_NUM_NAMED])
+    if len(rejected) > _MAX_REJECTED * len(paths):
+        reason = f"{len(rejected)} or more of {len(paths)} pictures cannot be used, over 1 %: {named}"
+        raise DataRejected("cannot use the pictures", reason=reason, remedy="mend or remove them")
+    _log.warning("%d of %d pictures were skipped: %s", len(rejected), len(paths), named)
+
+
+def pixel_hashes(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[str, Path]:
+    """Return the hash of each picture's pixels after preprocessing, and its path."""
+    return {pixel_hash(pixels): paths[position] for position, pixels in stream_pixels(paths, preprocessing)}
+
+
+def set_hash(hashes: Sequence[str]) -> str:
+    """Return one hash for a set of pictures, whatever their order and names."""
+    return sha256_hex("\n".join(sorted(hashes)).encode())
+
+
+def refuse_overlap(calibration: Sequence[str], judging: dict[str, Path]) -> None:
+    """Raise DataRejected where a picture that tuned the model would also judge it; both by pixel hash."""
+    shared = sorted(printable(judging[h]) for h in set(calibration) & judging.keys())
+    if shared:
+        reason = f"{len(shared)} of the pictures that judge were used for calibration: {', '.join(shared[:_NUM_NAMED])}"
+        remedy = "judge on other pictures: those that tuned a model flatter it"
+        raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)
+
+
+def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        reason = "it is not a folder" if root.exists() else "there is no such folder"
+        raise _rejected(root, reason, "check the path")
+    return root
+
+
+def _split_folder(root: Path, splits: Sequence[str]) -> Path:
+    present = [name for name in _SPLITS if (root / name).is_dir()]
+    if not present or any((root / name).is_file() for name in _LABEL_FILES):
+        return root
+    for name in splits:
+        if name in present:
+            return root / name
+    wanted = " or ".join(splits) or "one of them"
+    raise _rejected(root, f"it is divided into {', '.join(present)}", f"give the path of {wanted}")
+
+
+def _read_class_folders(root: Path) -> list[tuple[Path, str]]:
+    paths = find_images(root)
+    loose = [path for path in paths if path.parent == root]
+    if loose:
+        reason = f"{len(loose)} pictures lie beside the class folders, such as {printable(loose[0].name)}"
+        raise _rejected(root, reason, "put each picture in the folder of its class, or write a labels.csv (file,label)")
+    return [(path, path.relative_to(root).parts[0]) for path in paths]
+
+
+def _read_label_file(file: Path, column: str) -> list[tuple[Path, str]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _rejected(file, str(error), "write it as UTF-8 with commas") from error
+    if not rows or not {column, "label"} <= rows[0].keys():
+        raise _rejected(file, f"it needs the columns {column},label and at least one row", "mend its first line")
+    pairs = [(file.parent / (row[column] or ""), (row["label"] or "").strip()) for row in rows]
+    missing = [printable(path) for path, _ in pairs if not path.is_file()]
+    if missing:
+        reason = f"{len(missing)} of {len(pairs)} pictures are not there: {', '.join(missing[:_NUM_NAMED])}"
+        raise _rejected(file, reason, "paths are relative to the folder of this file")
+    return pairs
+
+
+def _indices(names: Sequence[str], used: set[str], root: Path) -> dict[str, int]:
+    index = {name: position for position, name in enumerate(names)}
+    numbers = {str(position): position for position in range(len(names))}
+    unknown = sorted(label for label in used if label not in index and label not in numbers)
+    if unknown:
+        shown = ", ".join(repr(label) for label in unknown[:_NUM_NAMED])
+        known = ", ".join(repr(name) for name in list(names)[:_NUM_NAMED])
+        reason = f"{len(unknown)} of its classes are not among the model's {len(names)} ({known} ...): {shown}"
+        raise _rejected(root, reason, "name the folders or labels as the model does")
+    return {label: index.get(label, numbers.get(label, -1)) for label in used}
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise _rejected(Path(error.filename or "."), (error.strerror or str(error)).lower(), "check the permissions")
+
+
+def _rejected(path: Path, reason: str, remedy: str) -> DataRejected:
+    return DataRejected("cannot use the pictures", file=path, reason=reason, remedy=remedy)

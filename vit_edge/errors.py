@@ -1,0 +1,142 @@
+"""Every error that vit-edge raises on purpose. Catch `VitEdgeError` to catch them all.
+
+    VitEdgeError                 exit 1
+    |- UsageError                exit 2    the call or its options are wrong
+    |- InputError                exit 3    a file given is missing, broken or does not fit
+    |  |- ImageRejected                    a picture cannot be used
+    |  |- DataRejected                     a folder of pictures cannot be used
+    |  |- CheckpointRejected               a checkpoint cannot be used
+    |  `- ModelRejected                    a model file cannot be used
+    |- NotTrusted                exit 4    a model file is not the one that was sealed
+    |- ResourceExhausted         exit 5    disk, memory or time
+    |- VerificationFailed        exit 6    the answers are not the ones promised
+    |  `- GoldenMismatch                   the golden vectors give other logits here
+    |- EngineUnavailable         exit 7    no such engine or device here
+    |  `- MissingExtra                     a package has to be installed first
+    `- Interrupted               exit 130  stopped by the user, work saved
+
+A message reads: what failed - which file - why - what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+__all__ = [
+    "CheckpointRejected",
+    "DataRejected",
+    "EngineUnavailable",
+    "GoldenMismatch",
+    "ImageRejected",
+    "InputError",
+    "Interrupted",
+    "MissingExtra",
+    "ModelRejected",
+    "NotTrusted",
+    "ResourceExhausted",
+    "UsageError",
+    "VerificationFailed",
+    "VitEdgeError",
+    "printable",
+    "require",
+]
+
+
+class VitEdgeError(Exception):
+    """What failed, in which file, why, and what to do about it; `exit_code` is the command line's."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, reason: str, remedy: str, file: str | os.PathLike[str] | None = None) -> None:
+        self.what, self.reason, self.remedy = what, reason, remedy
+        self.file = None if file is None else printable(file)
+        parts = [what, self.file, reason, remedy]
+        super().__init__(" - ".join(part for part in parts if part))
+
+
+class UsageError(VitEdgeError):
+    """The call or its options are wrong."""
+
+    exit_code = 2
+
+
+class InputError(VitEdgeError):
+    """A file given is missing, broken or does not fit."""
+
+    exit_code = 3
+
+
+class ImageRejected(InputError):
+    """A picture cannot be used."""
+
+
+class DataRejected(InputError):
+    """A folder of pictures cannot be used."""
+
+
+class CheckpointRejected(InputError):
+    """A checkpoint cannot be used."""
+
+
+class ModelRejected(InputError):
+    """A model file cannot be used."""
+
+
+class NotTrusted(VitEdgeError):
+    """A model file is not, byte for byte, the one that was sealed."""
+
+    exit_code = 4
+
+
+class ResourceExhausted(VitEdgeError):
+    """Disk, memory or time ran out, or would have."""
+
+    exit_code = 5
+
+
+class VerificationFailed(VitEdgeError):
+    """The answers are not the ones promised."""
+
+    exit_code = 6
+
+
+class GoldenMismatch(VerificationFailed):
+    """The golden vectors of a model file give other logits here than where it was made."""
+
+
+class EngineUnavailable(VitEdgeError):
+    """The engine or device asked for is not here."""
+
+    exit_code = 7
+
+
+class MissingExtra(EngineUnavailable):
+    """A package that this needs is not installed."""
+
+
+class Interrupted(VitEdgeError):
+    """Stopped by the user; what was done so far is saved."""
+
+    exit_code = 130
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """Return a path as text that any terminal can print: bytes that are not UTF-8 come out escaped."""
+    return os.fsencode(Path(path)).decode("utf-8", errors="backslashreplace")
+
+
+def require(module: str, *, extra: str, what: str) -> ModuleType:
+    """Import and return `module`; raises MissingExtra, which says what to install, where it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtra(
+            f"cannot {what}",
+            reason=f"the package {module.split('.')[0]} is not installed",
+            remedy=f'pip install "vit-edge[{extra}]"',
+        ) from error

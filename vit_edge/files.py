@@ -1,0 +1,166 @@
+"""Files read only when they are regular files, and written so that a crash leaves the old one or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from vit_edge.errors import InputError, ResourceExhausted, UsageError, VitEdgeError, printable
+
+__all__ = ["kind_of", "may_write", "read_file", "sha256_hex", "write_atomic"]
+
+# What people really hand over when it is not the file they meant; checked in this order.
+_KINDS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    (b"<!doctype html", "it is an HTML page, not the file itself", "download the file itself, not the page about it"),
+    (b"<html", "it is an HTML page, not the file itself", "download the file itself, not the page about it"),
+    (b"\x89png", "it is a PNG picture", "give a picture where a picture is asked for"),
+    (b"\xff\xd8\xff", "it is a JPEG picture", "give a picture where a picture is asked for"),
+    (b"pk\x03\x04", "it is a zip archive (torch.save writes these)", "save the weights as safetensors where it was made"),
+    (b"\x80\x02", "it is a Python pickle", "save the weights as safetensors where it was made"),
+)
+
+
+def kind_of(data: bytes) -> tuple[str, str] | None:
+    """Return (what this file is instead, what to do) for the files people hand over by mistake, else None."""
+    if not data:
+        return "it is empty (0 bytes)", "copy or download it again"
+    head = data[:64].lstrip().lower() if data[:1] not in (b"\x80", b"\x89", b"\xff") else data[:64].lower()
+    for magic, reason, remedy in _KINDS:
+        if head.startswith(magic):
+            return reason, remedy
+    return None
+
+
+def read_file(
+    path: str | os.PathLike[str], *, what: str, max_bytes: int, error: type[VitEdgeError] = InputError
+) -> bytes:
+    """Return the bytes of a regular file (a link to one is followed); raises `error`.
+
+    Devices, sockets and FIFOs are never opened for reading: they could block for ever or never end.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to must not hang before fstat can refuse it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as problem:
+        raise error(f"cannot read the {what}", file=path, reason=_why(problem), remedy="check the path") from problem
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise error(f"cannot read the {what}", file=path, reason=f"it is {kind}", remedy="give the path of a file")
+        if status.st_size > max_bytes:
+            reason = f"it has {status.st_size:,} bytes; at most {max_bytes:,} are read"
+            raise error(f"cannot read the {what}", file=path, reason=reason, remedy="give a smaller file")
+        try:
+            return file.read(max_bytes)
+        except OSError as problem:
+            remedy = "check the disk it lies on"
+            raise error(f"cannot read the {what}", file=path, reason=_why(problem), remedy=remedy) from problem
+
+
+def may_write(path: str | os.PathLike[str], *, force: bool) -> Path:
+    """Return `path` if a result may be written there; raises UsageError early, before any work is done."""
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError("cannot write", file=target, reason="it is a folder", remedy="give the path of a file")
+    if target.exists() and not force:
+        remedy = "choose another name, or add --force to replace it"
+        raise UsageError("will not overwrite", file=target, reason="the file exists", remedy=remedy)
+    if not target.absolute().parent.is_dir():
+        reason = f"the folder {printable(target.absolute().parent)} does not exist"
+        raise UsageError("cannot write", file=target, reason=reason, remedy="create the folder first")
+    return target
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
+    """Write `data` to `path` so that a reader, or a power cut, sees the old file or the new one, never a part.
+
+    Temporary file in the same folder, flush, fsync, replace, fsync of the folder. Raises ResourceExhausted when the
+    disk is full; the old file is kept and the temporary file removed.
+    """
+    target = Path(path)
+    chunks = [data] if isinstance(data, bytes) else data
+    size_bytes = len(data) if isinstance(data, bytes) else 0
+    _remove_stale(target)
+    _check_space(target, size_bytes)
+    temporary = target.with_name(f".{target.name[:200]}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _fsync_folder(target.absolute().parent)
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(target, size_bytes) from problem
+        raise InputError("cannot write", file=target, reason=_why(problem), remedy="check the folder") from problem
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sha256_hex(data: bytes) -> str:
+    """Return the SHA-256 of `data` as 64 lower-case hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _why(problem: Exception) -> str:
+    if isinstance(problem, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror.lower()
+    return str(problem)
+
+
+def _check_space(target: Path, size_bytes: int) -> None:
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(target.absolute().parent).free < size_bytes:
+            raise _disk_full(target, size_bytes)
+
+
+def _disk_full(target: Path, size_bytes: int) -> ResourceExhausted:
+    free = shutil.disk_usage(target.absolute().parent).free
+    reason = f"the disk is full: {size_bytes:,} bytes are needed, {free:,} are free"
+    return ResourceExhausted("cannot write", file=target, reason=reason, remedy="free some space and run it again")
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what a killed process left of this very file."""
+    folder, prefix = target.absolute().parent, f".{target.name[:200]}.tmp."
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            owner = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+            if owner.isdigit() and not _alive(int(owner)):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":  # there, os.kill with signal 0 is Ctrl-C, not a question
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder; its replace is durable with the file
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,211 @@
+"""From a picture to the pixels a network sees: decoded, oriented, resized and cropped in one place for every stage.
+
+Training's evaluation, calibration, verification, the runtime and the benchmark all call `Preprocessing.pixels`, and the
+settings travel in the model file, so a picture gives the same pixels everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from vit_edge.errors import ImageRejected, printable
+from vit_edge.files import kind_of, read_file, sha256_hex
+
+__all__ = ["BACKGROUND", "FORMATS", "Picture", "Pixels", "Preprocessing", "decode", "pixel_hash"]
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+Picture: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Pixels"
+
+# Only these decoders are tried: Pillow registers over 40, and one of them starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# Transparent pixels show this colour.
+BACKGROUND = (255, 255, 255)
+
+# An 81-megapixel PNG of 0.2 MB needs 639 MB decoded and passes Pillow without a warning: our limits are lower.
+_MAX_FILE_BYTES = 100 * 1024 * 1024
+_MAX_PIXELS = 50_000_000
+_MAX_SIDE = 30_000
+_MIN_SIDE = 8
+_MAX_ASPECT = 20
+
+_INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """How a picture becomes the network's input; raises ValueError where the fields disagree.
+
+    `resize` is the short side in pixels (the aspect ratio is kept), or (height, width) to squash to; `crop` is the
+    (height, width) cut from the centre, which is the network's input size; `mean` and `std` belong to RGB in [0, 1].
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "mean", "std"):  # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        resize = self.resize if isinstance(self.resize, int) else tuple(self.resize)
+        object.__setattr__(self, "resize", resize)
+        sides = (resize, resize) if isinstance(resize, int) else resize
+        if len(self.crop) != 2 or len(sides) != 2 or min(*self.crop, *sides) < 1:
+            raise ValueError(f"resize {self.resize} and crop {self.crop} must be positive pixel counts")
+        if sides[0] < self.crop[0] or sides[1] < self.crop[1]:
+            raise ValueError(f"crop {self.crop} is larger than the picture resized to {self.resize}")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"interpolation {self.interpolation!r}; choose one of {', '.join(_INTERPOLATIONS)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(np.isfinite([*self.mean, *self.std])):
+            raise ValueError(f"mean {self.mean} and std {self.std} must be three finite numbers each, for R, G and B")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} must be positive")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """Return the settings that `to_dict` gave; raises ValueError or TypeError on missing or unknown fields."""
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def pixels(self, picture: Picture) -> Pixels:
+        """Return uint8 [height, width, 3] RGB, resized and cropped; raises ImageRejected, or TypeError for no picture."""
+        image = decode(picture)
+        height, width = self._resized(image.height, image.width)
+        if (width, height) != image.size:
+            image = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
+        # Python's round, as torchvision's CenterCrop uses: half goes to the even number.
+        top, left = round((height - self.crop[0]) / 2), round((width - self.crop[1]) / 2)
+        image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        return np.array(image, dtype=np.uint8)
+
+    def normalise(self, images_NHWC: Pixels) -> npt.NDArray[np.float32]:
+        """Return float32 [batch, 3, height, width], (x / 255 - mean) / std: the classic input of a network."""
+        scaled = images_NHWC.astype(np.float32) / np.float32(255)
+        normalised = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if not isinstance(self.resize, int):
+            return self.resize
+        # The long side is rounded down, as torchvision's Resize does.
+        if width <= height:
+            return int(self.resize * height / width), self.resize
+        return self.resize, int(self.resize * width / height)
+
+
+def decode(picture: Picture) -> Image.Image:
+    """Return an RGB image, upright (EXIF orientation applied), alpha composited on white.
+
+    A picture is a path, the bytes of a file, an open binary file, a PIL image, or uint8 RGB pixels
+    [height, width, 3]. Raises ImageRejected (limits, format, damage), or TypeError for anything else.
+    """
+    name, image = _open(picture)
+    try:
+        _check_size(image, name)
+        if getattr(image, "is_animated", False):
+            _log.warning("%s has several frames; only the first is used", name)
+        if image.mode == "I" and image.format == "PNG":  # a 16-bit grey PNG, in Pillow before 10.3
+            image = image.convert("I;16")
+        return _to_rgb(ImageOps.exif_transpose(image), name)
+    except ImageRejected:
+        raise
+    # Pillow's decoders raise struct.error, TypeError, IndexError, SyntaxError, ValueError, RuntimeError and more.
+    except Exception as error:
+        reason = f"it is damaged or incomplete ({type(error).__name__}: {error})"
+        raise _rejected(name, reason, "copy or export it again") from error
+
+
+def pixel_hash(pixels: Pixels) -> str:
+    """Return the SHA-256 of the pixels and their shape: equal exactly where two pictures are equal to the network."""
+    return sha256_hex(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).tobytes())
+
+
+def _open(picture: Picture) -> tuple[str, Image.Image]:
+    if isinstance(picture, Image.Image):
+        return "the image given", picture
+    if isinstance(picture, np.ndarray):
+        return "the array given", _from_array(picture)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        name, data = "the bytes given", bytes(picture)
+    elif isinstance(picture, str | os.PathLike):
+        name = printable(picture)
+        data = read_file(picture, what="picture", max_bytes=_MAX_FILE_BYTES, error=ImageRejected)
+    elif hasattr(picture, "read"):
+        name, data = "the file given", picture.read(_MAX_FILE_BYTES)
+        if not isinstance(data, bytes):
+            raise TypeError("picture is a file opened as text; open it with mode 'rb'")
+    else:
+        raise TypeError(
+            f"picture is {type(picture).__name__}; give a path, bytes, a binary file, a PIL image or uint8 [height, width, 3]"
+        )
+    return name, _open_bytes(data, name)
+
+
+def _open_bytes(data: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        kind = kind_of(data)
+        if isinstance(error, Image.DecompressionBombError):
+            raise _rejected(name, "it has far too many pixels", "scale it down first") from error
+        if kind is not None and "picture" not in kind[0]:
+            raise _rejected(name, kind[0], kind[1]) from error
+        reason = f"it is not a picture that can be read ({', '.join(FORMATS)})"
+        raise _rejected(name, reason, "convert it to one of these") from error
+
+
+def _from_array(pixels: Pixels) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise TypeError(f"picture is {pixels.dtype} {list(pixels.shape)}; give uint8 [height, width, 3], RGB")
+    if 0 in pixels.shape:
+        raise _rejected("the array given", "it has no pixels", "give at least one row and one column")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    long, short = max(width, height), min(width, height)
+    if long > _MAX_SIDE or width * height > _MAX_PIXELS:
+        limit = f"at most {_MAX_PIXELS:,} pixels and {_MAX_SIDE:,} a side are decoded"
+        raise _rejected(name, f"it has {width} x {height} pixels; {limit}", "scale it down first")
+    if short < _MIN_SIDE or long > _MAX_ASPECT * short:
+        limit = f"at least {_MIN_SIDE} a side and at most {_MAX_ASPECT} times as long as wide can be judged"
+        raise _rejected(name, f"it has {width} x {height} pixels; {limit}", "leave it out")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    mode = image.mode
+    if mode.startswith("I;16"):
+        grey = np.asarray(image, dtype=np.uint32)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        opaque = image.convert("RGBA")
+        background = Image.new("RGBA", opaque.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(background, opaque).convert("RGB")
+    if mode in ("I", "F"):
+        reason = f"its colour mode is {mode} (32 bits a pixel), which has no known range"
+        raise _rejected(name, reason, "convert it to 8 or 16 bits a channel")
+    return image.convert("RGB")
+
+
+def _rejected(name: str, reason: str, remedy: str) -> ImageRejected:
+    return ImageRejected("cannot use the picture", file=name, reason=reason, remedy=remedy)
