@@ -18,7 +18,19 @@ from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Preprocessing
 from vit_edge.onnx_schema import parse, property_bytes
 
-__all__ = ["MANIFEST_KEY", "SCHEMA", "SEAL_KEY", "Manifest", "ModelFile", "open_model", "seal", "seal_state", "unsealed"]
+__all__ = [
+    "MANIFEST_KEY",
+    "PRODUCER",
+    "SCHEMA",
+    "SEAL_KEY",
+    "Manifest",
+    "ModelFile",
+    "open_model",
+    "pack",
+    "seal",
+    "seal_state",
+    "unsealed",
+]
 
 SCHEMA = 1
 MANIFEST_KEY = "vit_edge.manifest"
@@ -94,12 +106,19 @@ class ModelFile:
     def with_manifest(self, manifest: Manifest) -> bytes:
         """Return the bytes of the same graph under another manifest, sealed."""
         proto = parse(unsealed(self.data))
-        kept = [(p.key, p.value) for p in proto.metadata_props if p.key != MANIFEST_KEY]
+        kept = [entry for entry in proto.metadata_props if entry.key != MANIFEST_KEY]
         del proto.metadata_props[:]
-        body: bytes = proto.SerializeToString(deterministic=True)
-        for key, value in [*kept, (MANIFEST_KEY, manifest.to_json())]:
-            body += property_bytes(key, value)
-        return seal(body)
+        proto.metadata_props.extend(kept)
+        return pack(proto.SerializeToString(deterministic=True), manifest)
+
+
+def pack(graph: bytes, manifest: Manifest) -> bytes:
+    """Return a model file: the serialized ModelProto `graph`, the manifest, the seal; ModelRejected over 2 GiB."""
+    data = seal(graph + property_bytes(MANIFEST_KEY, manifest.to_json()))
+    if len(data) > _MAX_BYTES:
+        reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {_MAX_BYTES:,}"
+        raise ModelRejected("cannot make the model file", reason=reason, remedy="take a smaller network")
+    return data
 
 
 def seal(body: bytes) -> bytes:

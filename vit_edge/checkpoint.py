@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vit_edge.errors import CheckpointRejected, printable
-from vit_edge.files import kind_of, read_file, write_atomic
+from vit_edge.files import kind_of, read_file, sha256_hex, write_atomic
 from vit_edge.image import Preprocessing
 from vit_edge.vit import VisionTransformer, ViTConfig
 
@@ -43,6 +43,7 @@ class Checkpoint:
     base_model: str | None = None
     evaluation: Mapping[str, Any] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None  # of the file it was loaded from
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -73,7 +74,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint at `path`, verified; raises CheckpointRejected."""
-    header, tensors = _read(path)
+    header, tensors, file_sha256 = _read(path)
     if header.get("schema") != _SCHEMA:
         reason = f"it has schema {header.get('schema')!r}; this vit-edge reads {_SCHEMA}"
         raise _rejected(path, reason, "install the vit-edge that wrote it")
@@ -91,13 +92,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             base_model=header["base_model"],
             evaluation=header["evaluation"],
             training=header["training"],
+            sha256=file_sha256,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _rejected(path, f"its header does not fit ({error})", "save it again") from error
     return checkpoint
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     data = read_file(path, what="checkpoint", max_bytes=_MAX_BYTES, error=CheckpointRejected)
     kind = kind_of(data)
     if kind is not None:
@@ -119,7 +121,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             raise ValueError("not a JSON object")
     except ValueError as error:
         raise _rejected(path, f"its header cannot be read ({error})", "take an earlier copy") from error
-    return header, tensors
+    return header, tensors, sha256_hex(data)
 
 
 def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> VisionTransformer:

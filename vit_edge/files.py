@@ -60,7 +60,7 @@ def read_file(
             reason = f"it has {status.st_size:,} bytes; at most {max_bytes:,} are read"
             raise error(f"cannot read the {what}", file=path, reason=reason, remedy="give a smaller file")
         try:
-            return file.read(max_bytes)
+            return file.read(status.st_size)
         except OSError as problem:
             remedy = "check the disk it lies on"
             raise error(f"cannot read the {what}", file=path, reason=_why(problem), remedy=remedy) from problem

@@ -1,0 +1,72 @@
+"""Choose the golden vectors of a model: inputs with clear and different answers, and two small pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vit_edge.image import Pixels, Preprocessing, pixel_hash
+from vit_edge.runtime.engine import Logits
+from vit_edge.runtime.golden import GENERATOR, golden_images, top2_gap
+
+__all__ = ["choose_seeds", "golden_header"]
+
+NUM_INPUTS = 8
+_NUM_CANDIDATES = 256
+_BATCH = 16
+_EXIF_ORIENTATION = 0x0112
+
+
+def choose_seeds(
+    run: Callable[[Pixels], Logits], *, height: int, width: int, absolute: float, relative: float
+) -> list[int]:
+    """Return the seeds of 8 inputs: answers as different as the network gives, clear by over 3 times the tolerance.
+
+    Among the first 256 seeds; one per answer in turn, the clearest first. Where a network is nowhere clear, the
+    clearest are taken.
+    """
+    seeds = range(_NUM_CANDIDATES)
+    batches = [golden_images(seeds[i : i + _BATCH], height=height, width=width) for i in seeds[::_BATCH]]
+    logits = np.concatenate([run(batch) for batch in batches])
+    answers, gaps = logits.argmax(axis=1), top2_gap(logits)
+    clear = gaps > 3 * (absolute + relative * np.abs(logits).max(axis=1))
+    # In turn: the clearest input of every answer, then the second of every answer, and so on.
+    order = sorted(seeds, key=lambda seed: (not clear[seed], -float(gaps[seed]), seed))
+    turns: Counter[int] = Counter()
+    rounds = {}
+    for seed in order:
+        rounds[seed] = turns[int(answers[seed])]
+        turns[int(answers[seed])] += 1
+    chosen = sorted(order, key=lambda seed: (not clear[seed], rounds[seed], -float(gaps[seed]), seed))[:NUM_INPUTS]
+    return sorted(chosen)
+
+
+def golden_header(seeds: list[int], preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return a manifest's `golden` without its expected logits: generator, seeds, and the two pictures."""
+    pictures = [_picture(kind, preprocessing) for kind in ("JPEG", "PNG")]
+    return {"generator": GENERATOR, "seeds": seeds, "pictures": pictures, "expected": []}
+
+
+def _picture(kind: str, preprocessing: Preprocessing) -> dict[str, str]:
+    """Return a small picture that exercises decoding: a turned JPEG, a PNG with transparency."""
+    pixels = golden_images([5], height=40, width=56)[0]
+    buffer = io.BytesIO()
+    if kind == "JPEG":
+        exif = Image.Exif()
+        exif[_EXIF_ORIENTATION] = 6
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=90, exif=exif)
+    else:
+        alpha = np.broadcast_to(np.linspace(0, 255, 56).astype(np.uint8), (40, 56))[..., None]
+        Image.fromarray(np.concatenate([pixels, alpha], axis=2)).save(buffer, format="PNG")
+    data = buffer.getvalue()
+    return {
+        "format": kind,
+        "data": base64.b64encode(data).decode("ascii"),
+        "pixels_sha256": pixel_hash(preprocessing.pixels(data)),
+    }

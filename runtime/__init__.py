@@ -1,0 +1,24 @@
+"""Run a model file on a device: numpy, Pillow, protobuf and one inference engine, no torch.
+
+    from vit_edge.runtime import load
+
+    with load("model.int8.onnx") as classifier:
+        print(classifier("picture.jpg").label)
+"""
+
+
+from vit_edge.runtime.classifier import Answer, Classifier, Prediction
+from vit_edge.runtime.engine import EngineName, installed_engines
+from vit_edge.runtime.loading import load
+
+__all__ = [
+    "Answer",
+    "Classifier",
+    "EngineName",
+    "Measurement",
+    "Prediction",
+    "Scenario",
+    "installed_engines",
+    "load",
+    "measure",
+]

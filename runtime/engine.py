@@ -1,0 +1,91 @@
+"""The one protocol behind which every inference engine stands, and the list of those there are.
+
+An engine is made from the verified bytes of a model file, runs uint8 images, and says what really runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
+from vit_edge.image import Pixels
+from vit_edge.runtime.cpu import usable_threads
+
+__all__ = ["ENGINES", "Engine", "EngineName", "EngineOptions", "installed_engines", "make_engine"]
+
+Logits: TypeAlias = npt.NDArray[np.float32]
+EngineName: TypeAlias = Literal["onnxruntime", "openvino", "null"]
+
+# name -> (our module, the package it needs, the extra that installs it); the order is that of "auto"
+ENGINES: dict[str, tuple[str, str | None, str]] = {
+    "onnxruntime": ("vit_edge.runtime.ort", "onnxruntime", "onnxruntime"),
+    "openvino": ("vit_edge.runtime.ov", "openvino", "openvino"),
+    "null": ("vit_edge.runtime.null", None, ""),
+}
+DEVICES = ("cpu",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an engine is to run: `threads` None is what the container grants, `batch_size` fixes the input's shape."""
+
+    device: str = "cpu"
+    threads: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError("cannot load", reason=f"{name} is {value}", remedy="give 1 or more")
+        if self.device not in DEVICES:
+            reason = f"the device {self.device!r} is not supported; there is {', '.join(DEVICES)}"
+            raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these")
+
+    @property
+    def num_threads(self) -> int:
+        """Return the number of threads to ask the engine for."""
+        return self.threads or usable_threads()
+
+
+class Engine(Protocol):
+    """A loaded model; `run` may be called from several threads at once."""
+
+    name: str
+    version: str
+    device: str
+    float_precision: str
+    threads: int
+
+    def run(self, images_NHWC: Pixels) -> Logits:
+        """Return logits float32 [batch, classes], owned by the caller, from uint8 [batch, height, width, 3]."""
+        ...
+
+    def close(self) -> None:
+        """Free the model; the second call does nothing."""
+        ...
+
+
+def installed_engines() -> tuple[str, ...]:
+    """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen)."""
+    return tuple(name for name, (_, package, _) in ENGINES.items() if package and importlib.util.find_spec(package))
+
+
+def make_engine(name: str, model: bytes, options: EngineOptions) -> Engine:
+    """Return the engine `name` with `model` loaded; raises UsageError, MissingExtra or ModelRejected."""
+    if name not in ENGINES:
+        reason = f"no engine is named {name!r}; there are {', '.join(ENGINES)}"
+        raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these")
+    module, package, extra = ENGINES[name]
+    if package and importlib.util.find_spec(package) is None:
+        reason = f"the engine {name} is not installed; installed: {', '.join(installed_engines()) or 'none'}"
+        raise MissingExtra("cannot load", reason=reason, remedy=f'pip install "vit-edge[{extra}]"')
+    make: type[Engine] = importlib.import_module(module).ENGINE
+    engine: Engine = make(model, options)  # type: ignore[call-arg]  # a protocol does not list __init__
+    return engine

@@ -1,0 +1,80 @@
+"""The one way a model file becomes a classifier, for the command line, applications and tests alike.
+
+Size limit, one read, seal, manifest, allow-list of operators, the engine from those very bytes, golden check.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from vit_edge.artifact import ModelFile, open_model
+from vit_edge.errors import MissingExtra, ModelRejected, UsageError
+from vit_edge.runtime.classifier import Classifier
+from vit_edge.runtime.engine import Engine, EngineName, EngineOptions, installed_engines, make_engine
+from vit_edge.runtime.golden import check_golden, check_pictures
+from vit_edge.runtime.guard import check_graph
+
+__all__ = ["load", "load_model"]
+
+_DO_NOT_RUN = "null"
+
+
+def load(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    engine: EngineName | Literal["auto"] = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    batch_size: int | None = None,
+    verify: Literal["full", "hash"] = "full",
+) -> Classifier:
+    """Return a classifier from a model file made by vit-edge.
+
+    `engine` "auto" is ONNX Runtime where it is installed, else OpenVINO. `threads` None is what the container grants.
+    `batch_size` fixes the input's shape, which some engines run faster. `verify` "hash" leaves out the golden check.
+    Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable or MissingExtra.
+
+        >>> classifier = load("model.int8.onnx")          # doctest: +SKIP
+        >>> classifier("picture.jpg").label               # doctest: +SKIP
+        'pizza'
+    """
+    options = EngineOptions(device=device, threads=threads, batch_size=batch_size)
+    return load_model(open_model(source), engine=engine, options=options, verify=verify)
+
+
+def load_model(
+    model: ModelFile, *, engine: str = "auto", options: EngineOptions, verify: Literal["full", "hash"] = "full"
+) -> Classifier:
+    """Return a classifier from a model file that was opened already; raises as `load` does."""
+    if verify not in ("full", "hash"):
+        raise UsageError("cannot load", reason=f"verify is {verify!r}", remedy="choose 'full' or 'hash'")
+    check_graph(model)
+    loaded = make_engine(_chosen(engine), model.data, options)
+    classifier = Classifier(loaded, model.manifest, sha256=model.sha256)
+    if verify == "full" and loaded.name != _DO_NOT_RUN:
+        try:
+            _check(model, loaded, options)
+        except BaseException:
+            classifier.close()
+            raise
+    return classifier
+
+
+def _chosen(engine: str) -> str:
+    if engine != "auto":
+        return engine
+    installed = installed_engines()
+    if not installed:
+        remedy = 'pip install "vit-edge[onnxruntime]" or pip install "vit-edge[openvino]"'
+        raise MissingExtra("cannot load", reason="no inference engine is installed", remedy=remedy)
+    return installed[0]
+
+
+def _check(model: ModelFile, engine: Engine, options: EngineOptions) -> None:
+    manifest = model.manifest
+    if manifest.golden is None:
+        remedy = "export it again, or load it with verify='hash'"
+        raise ModelRejected("cannot check the model", file=model.source, reason="it has no golden vectors", remedy=remedy)
+    check_pictures(manifest.golden, manifest.preprocessing)
+    check_golden(engine, manifest.golden, preprocessing=manifest.preprocessing, batch_size=options.batch_size)
