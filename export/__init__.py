@@ -1,0 +1,31 @@
+"""From a checkpoint to a verified INT8 model file: `export_onnx`, `quantize`, `verify`.
+
+Each name is imported when it is first used: verification needs no torch, and torch takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_edge.export.exporter import ExportResult, export_onnx
+    from vit_edge.export.quantization import QuantizationResult, quantize
+    from vit_edge.export.verification import Verification, verify
+
+__all__ = ["ExportResult", "QuantizationResult", "Verification", "export_onnx", "quantize", "verify"]
+
+_MODULES = {
+    "ExportResult": "exporter",
+    "QuantizationResult": "quantization",
+    "Verification": "verification",
+    "export_onnx": "exporter",
+    "quantize": "quantization",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

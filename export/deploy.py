@@ -98,9 +98,9 @@ class DeployedAttention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.first_token_only:
             q_BNTH = self._heads(self.query(x_BTD[:, :1]))
-            k_BNTH, v_BNTH = self._heads(self.key_value(x_BTD)).split(self.num_heads, dim=1)
+            k_BNTH, v_BNTH = torch.split(self._heads(self.key_value(x_BTD)), self.num_heads, dim=1)
         else:
-            q_BNTH, k_BNTH, v_BNTH = self._heads(self.qkv(x_BTD)).split(self.num_heads, dim=1)
+            q_BNTH, k_BNTH, v_BNTH = torch.split(self._heads(self.qkv(x_BTD)), self.num_heads, dim=1)
         weights_BNTT = torch.softmax(torch.matmul(q_BNTH, k_BNTH.transpose(2, 3)), dim=-1)
         mixed_BTNH = torch.matmul(weights_BNTT, v_BNTH).transpose(1, 2)
         tokens = 1 if self.first_token_only else x_BTD.shape[1]
@@ -116,8 +116,9 @@ class DeployedAttention(nn.Module):
 class DeployedBlock(nn.Module):
     """One encoder block; the last one of a class-token network computes only that token after its attention."""
 
-    def __init__(self, block: Block, config: ViTConfig, *, first_token_only: bool) -> None:
+    def __init__(self, block: nn.Module, config: ViTConfig, *, first_token_only: bool) -> None:
         super().__init__()
+        assert isinstance(block, Block)
         self.first_token_only = first_token_only
         self.norm1, self.norm2 = Normalisation(config), Normalisation(config)
         self.attention = DeployedAttention(block.attn, block.norm1, config, first_token_only=first_token_only)

@@ -86,9 +86,7 @@ def _seeds(reference: Callable[[Pixels], Logits], height: int, width: int) -> li
     tolerance = _GOLDEN_TOLERANCE
     assert tolerance.absolute is not None
     assert tolerance.relative is not None
-    return choose_seeds(
-        reference, height=height, width=width, absolute=tolerance.absolute, relative=tolerance.relative
-    )
+    return choose_seeds(reference, height=height, width=width, absolute=tolerance.absolute, relative=tolerance.relative)
 
 
 def _manifest(checkpoint: Checkpoint) -> Manifest:

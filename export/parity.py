@@ -1,4 +1,4 @@
-"""Proof that the exported file is the network: PyTorch's logits against each engine's, at batches that were not traced."""
+"""Proof that the exported file is the network: PyTorch's logits against the engines', at batches never traced."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vit_edge.runtime.golden import Tolerance, differences
 __all__ = ["BATCHES", "FLOAT32_TOLERANCE", "Parity", "check_parity", "reference_logits"]
 
 BATCHES = (1, 2, 3, 7, 16)
-# Engines order their sums differently; a logit of 10 may differ by 0.01 and no more. The answer must be the same wherever
-# the two largest logits are farther apart than rounding can bridge.
+# Engines order their sums differently; a logit of 10 may differ by 0.01 and no more. The answer must be the same
+# wherever the two largest logits are farther apart than rounding can bridge.
 FLOAT32_TOLERANCE = Tolerance(absolute=1e-4, relative=1e-3, top1_gap=2e-4)
 
 

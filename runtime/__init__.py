@@ -1,12 +1,12 @@
 """Run a model file on a device: numpy, Pillow, protobuf and one inference engine, no torch.
 
-    from vit_edge.runtime import load
+from vit_edge.runtime import load
 
-    with load("model.int8.onnx") as classifier:
-        print(classifier("picture.jpg").label)
+with load("model.int8.onnx") as classifier:
+    print(classifier("picture.jpg").label)
 """
 
-
+from vit_edge.runtime.benchmark import Latency, Measurement, Scenario, measure
 from vit_edge.runtime.classifier import Answer, Classifier, Prediction
 from vit_edge.runtime.engine import EngineName, installed_engines
 from vit_edge.runtime.loading import load
@@ -15,6 +15,7 @@ __all__ = [
     "Answer",
     "Classifier",
     "EngineName",
+    "Latency",
     "Measurement",
     "Prediction",
     "Scenario",

@@ -104,7 +104,9 @@ class Classifier:
             return np.zeros((0, len(self.labels)), dtype=np.float32)
         logits_BK = self._engine.run(images_NHWC)
         if not np.isfinite(logits_BK).all():
-            raise VerificationFailed("the model gave no answer", reason="a logit is not finite", remedy="export it again")
+            raise VerificationFailed(
+                "the model gave no answer", reason="a logit is not finite", remedy="export it again"
+            )
         return logits_BK
 
     def describe(self) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def _check(model: ModelFile, engine: Engine, options: EngineOptions) -> None:
     manifest = model.manifest
     if manifest.golden is None:
         remedy = "export it again, or load it with verify='hash'"
-        raise ModelRejected("cannot check the model", file=model.source, reason="it has no golden vectors", remedy=remedy)
+        raise ModelRejected(
+            "cannot check the model", file=model.source, reason="it has no golden vectors", remedy=remedy
+        )
     check_pictures(manifest.golden, manifest.preprocessing)
     check_golden(engine, manifest.golden, preprocessing=manifest.preprocessing, batch_size=options.batch_size)

@@ -20,7 +20,7 @@ class NullEngine:
     float_precision = "none"
     threads = 1
 
-    def __init__(self, model: bytes, options: EngineOptions) -> None:
+    def __init__(self, model: bytes, _options: EngineOptions) -> None:
         self._num_classes = parse(model).graph.output[0].type.tensor_type.shape.dim[1].dim_value
 
     def run(self, images_NHWC: Pixels) -> Logits:

@@ -14,6 +14,9 @@ from vit_edge.runtime.engine import EngineOptions, Logits
 __all__ = ["ENGINE", "OnnxRuntimeEngine"]
 
 _PROVIDER = "CPUExecutionProvider"
+# With a fixed batch this fusion turns products into Gemm before integers are recognised, and the weights are converted
+# back to float at every run: the digits in INT8 take 2.61 ms with it and 0.37 ms without.
+_DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 
 
 class OnnxRuntimeEngine:
@@ -35,7 +38,9 @@ class OnnxRuntimeEngine:
         if options.batch_size is not None:
             settings.add_free_dimension_override_by_name("batch", options.batch_size)
         try:
-            self._session: Any = onnxruntime.InferenceSession(model, settings, providers=[_PROVIDER])
+            self._session: Any = onnxruntime.InferenceSession(
+                model, settings, providers=[_PROVIDER], disabled_optimizers=_DISABLED_OPTIMIZERS
+            )
         except Exception as error:  # its exceptions share no base but this
             raise _cannot_load(error) from error
         if self._session.get_providers() != [_PROVIDER]:

@@ -27,6 +27,7 @@ __all__ = [
     "ModelFile",
     "open_model",
     "pack",
+    "reseal",
     "seal",
     "seal_state",
     "unsealed",
@@ -78,7 +79,9 @@ class Manifest:
         if not isinstance(schema, int) or schema < 1:
             raise ValueError(f"the manifest's schema is {schema!r}, not a positive integer")
         if schema > SCHEMA:
-            raise ValueError(f"the manifest has schema {schema}; this vit-edge reads up to {SCHEMA}: install a newer one")
+            raise ValueError(
+                f"the manifest has schema {schema}; this vit-edge reads up to {SCHEMA}: install a newer one"
+            )
         names = {f.name for f in fields(cls)} - {"unknown"}
         known = {key: values.pop(key) for key in names & values.keys()}
         try:
@@ -132,7 +135,7 @@ def unsealed(data: bytes) -> bytes:
 
 
 def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]:
-    """Return whether the seal of `data` holds: "missing" where the file looks like ours, "foreign" where it does not."""
+    """Return whether the seal holds: "missing" where the file looks like ours, "foreign" where it does not."""
     body = unsealed(data)
     if body is not data:
         return "intact" if data[-64:] == sha256_hex(body).encode() else "broken"
@@ -161,6 +164,28 @@ def open_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
     return ModelFile(data=data, proto=proto, manifest=manifest, source=name)
+
+
+def reseal(path: str | os.PathLike[str]) -> ModelFile:
+    """Return the file at `path` as it is, under a new seal; raises ModelRejected where it has no manifest of ours.
+
+    Editors that rewrite the file move the old seal among the other properties: every property of that name is dropped.
+    """
+    name = printable(path)
+    data = read_file(path, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
+    try:
+        proto = parse(data)
+    except ValueError as error:
+        kind = kind_of(data) or ("it is not an ONNX model", "make a model file with `vit-edge export`")
+        raise _rejected(name, *kind) from error
+    kept = [entry for entry in proto.metadata_props if entry.key != SEAL_KEY]
+    if not any(entry.key == MANIFEST_KEY for entry in kept):
+        raise _rejected(
+            name, "it has no manifest: it was not made by vit-edge", "make a model file with `vit-edge export`"
+        )
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    return open_model(seal(proto.SerializeToString(deterministic=True)))
 
 
 def _check_seal(data: bytes, name: str) -> None:

@@ -68,8 +68,8 @@ def read_labelled(
     """Return the labelled pictures of `folder`; raises DataRejected.
 
     The folder holds `<class>/<picture>`, or `labels.csv` (file,label), or `metadata.csv` (file_name,label). Where it is
-    divided into train, test, validation, valid or val, the first of `splits` that is there is taken. With `class_names` (a model's
-    labels) every class must be one of them; a label that is no name may be an index.
+    divided into train, test, validation, valid or val, the first of `splits` that is there is taken. With `class_names`
+    (a model's labels) every class must be one of them; a label that is no name may be an index.
     """
     root = _split_folder(_existing_folder(folder), splits)
     for name, column in _LABEL_FILES.items():

@@ -133,10 +133,10 @@ def require(module: str, *, extra: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        if error.name is None or error.name.split(".")[0] != module.split(".", maxsplit=1)[0]:
             raise
         raise MissingExtra(
             f"cannot {what}",
-            reason=f"the package {module.split('.')[0]} is not installed",
+            reason=f"the package {module.split('.', maxsplit=1)[0]} is not installed",
             remedy=f'pip install "vit-edge[{extra}]"',
         ) from error

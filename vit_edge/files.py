@@ -23,7 +23,11 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"<html", "it is an HTML page, not the file itself", "download the file itself, not the page about it"),
     (b"\x89png", "it is a PNG picture", "give a picture where a picture is asked for"),
     (b"\xff\xd8\xff", "it is a JPEG picture", "give a picture where a picture is asked for"),
-    (b"pk\x03\x04", "it is a zip archive (torch.save writes these)", "save the weights as safetensors where it was made"),
+    (
+        b"pk\x03\x04",
+        "it is a zip archive (torch.save writes these)",
+        "save the weights as safetensors where it was made",
+    ),
     (b"\x80\x02", "it is a Python pickle", "save the weights as safetensors where it was made"),
 )
 

@@ -87,7 +87,7 @@ class Preprocessing:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def pixels(self, picture: Picture) -> Pixels:
-        """Return uint8 [height, width, 3] RGB, resized and cropped; raises ImageRejected, or TypeError for no picture."""
+        """Return uint8 [height, width, 3] RGB, resized and cropped; raises ImageRejected, or TypeError."""
         image = decode(picture)
         height, width = self._resized(image.height, image.width)
         if (width, height) != image.size:
@@ -155,7 +155,8 @@ def _open(picture: Picture) -> tuple[str, Image.Image]:
             raise TypeError("picture is a file opened as text; open it with mode 'rb'")
     else:
         raise TypeError(
-            f"picture is {type(picture).__name__}; give a path, bytes, a binary file, a PIL image or uint8 [height, width, 3]"
+            f"picture is {type(picture).__name__}; "
+            "give a path, bytes, a binary file, a PIL image or uint8 [height, width, 3]"
         )
     return name, _open_bytes(data, name)
 

@@ -1,7 +1,9 @@
 """How near two sets of answers are, and what a number of images can prove about it.
 
 Drops are in percentage points, agreement in percent, SQNR in decibels. The accuracy claim is a one-sided 95 % upper
-bound on the drop over paired images, exact also where few or no answers differ (a Wald interval claims certainty there).
+bound on the drop over paired images,
+exact also where few or no answers differ: there a Wald interval would
+claim certainty.
 """
 
 from __future__ import annotations

@@ -90,14 +90,13 @@ def _build() -> Any:
     for name, fields in _SCHEMA.items():
         entry = file.message_type.add(name=name)
         for field, (number, kind) in fields.items():
-            repeated = kind.endswith("*")
-            kind = kind.removesuffix("*")
+            single = kind.removesuffix("*")
             entry.field.add(
                 name=field,
                 number=number,
-                label=_FIELD.LABEL_REPEATED if repeated else _FIELD.LABEL_OPTIONAL,
-                type=_SCALARS.get(kind, _FIELD.TYPE_MESSAGE),
-                type_name=None if kind in _SCALARS else f".vit_edge.onnx.{kind}",
+                label=_FIELD.LABEL_REPEATED if kind != single else _FIELD.LABEL_OPTIONAL,
+                type=_SCALARS.get(single, _FIELD.TYPE_MESSAGE),
+                type_name=None if single in _SCALARS else f".vit_edge.onnx.{single}",
             )
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)

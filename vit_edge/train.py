@@ -27,7 +27,7 @@ from vit_edge.data import (
     set_hash,
     stream_pixels,
 )
-from vit_edge.errors import Interrupted, ResourceExhausted, UsageError, printable
+from vit_edge.errors import Interrupted, ResourceExhausted, UsageError
 from vit_edge.files import may_write
 from vit_edge.image import Preprocessing, pixel_hash
 from vit_edge.vit import VisionTransformer, variant
@@ -171,7 +171,7 @@ class _Run:
         with _stop_requested() as stop:
             for epoch in range(self.config.epochs):
                 self.model.train()
-                for batch in torch.randperm(len(self.train_split.labels)).split(self.config.batch_size):
+                for batch in torch.split(torch.randperm(len(self.train_split.labels)), self.config.batch_size):
                     loss = self._train_step(batch, optimiser)
                     schedule.step()
                     self.step += 1
@@ -186,7 +186,9 @@ class _Run:
     def evaluate(self) -> float:
         """Return the top-1 on the test split, in percent."""
         self.model.eval()
-        answers = [self.model(self._normalise(batch)).argmax(dim=1) for batch in self.test_split.images.split(64)]
+        answers = [
+            self.model(self._normalise(batch)).argmax(dim=1) for batch in torch.split(self.test_split.images, 64)
+        ]
         return float((torch.cat(answers) == self.test_split.labels).double().mean() * 100)
 
     def checkpoint(self, *, top1: float) -> Checkpoint:
@@ -220,7 +222,7 @@ class _Run:
             logits, self.train_split.labels[batch], label_smoothing=self.config.label_smoothing
         )
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
         optimiser.step()
         return float(loss.detach())
@@ -260,7 +262,9 @@ class _Run:
 def _load(images: LabelledImages, preprocessing: Preprocessing) -> _Split:
     needed = images.num_images * 3 * math.prod(preprocessing.crop)
     if needed > _MAX_DECODED_BYTES:
-        reason = f"{images.num_images:,} pictures need {needed:,} bytes decoded; at most {_MAX_DECODED_BYTES:,} are used"
+        reason = (
+            f"{images.num_images:,} pictures need {needed:,} bytes decoded; at most {_MAX_DECODED_BYTES:,} are used"
+        )
         raise ResourceExhausted("cannot train", reason=reason, remedy="train on fewer pictures")
     loaded = list(stream_pixels(images.paths, preprocessing))
     return _Split(
@@ -299,7 +303,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a question to ask between steps; the second stops at once."""
     received: list[int] = []
 
-    def note(number: int, frame: object) -> None:
+    def note(number: int, _frame: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)

@@ -3,7 +3,8 @@
 Reads top to bottom as the forward pass: patches (section 3.1, equation 1), encoder blocks (equations 2 and 3), pooling
 and head (equation 4). Parameter names are those of timm, which most published checkpoints use.
 
-Shape suffixes: B batch, C image channels, R patch rows, S patch columns, T tokens, D width, N heads, H head dim, K classes.
+Shape suffixes: B batch, C image channels, Y rows, X columns, R and S rows and columns of patches, T tokens, D width,
+N heads, H head dim, K classes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["VARIANTS", "Block", "VisionTransformer", "ViTConfig", "variant"]
+__all__ = ["VARIANTS", "Block", "ViTConfig", "VisionTransformer", "variant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,8 +126,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.attn(self.norm1(x_BTD)))
-        x_BTD = x_BTD + self.dropout(self.mlp(self.norm2(x_BTD)))
-        return x_BTD
+        out_BTD: Tensor = x_BTD + self.dropout(self.mlp(self.norm2(x_BTD)))
+        return out_BTD
 
 
 class VisionTransformer(nn.Module):

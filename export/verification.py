@@ -1,0 +1,243 @@
+"""Is the candidate as accurate as its reference? Both on the same pictures, in the engines that ship, with a bound."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vit_edge.artifact import ModelFile, open_model
+from vit_edge.data import EVALUATION_SPLITS, LabelledImages, read_labelled, refuse_overlap, set_hash, stream_pixels
+from vit_edge.errors import DataRejected, InputError, MissingExtra, UsageError
+from vit_edge.image import pixel_hash
+from vit_edge.metrics import best_certifiable_points, compare, images_needed, top1_percent
+from vit_edge.progress import Progress, silent
+from vit_edge.runtime.classifier import Classifier
+from vit_edge.runtime.engine import EngineOptions, Logits, installed_engines
+from vit_edge.runtime.loading import load_model
+
+__all__ = ["EngineResult", "Verdict", "Verification", "verify", "verify_models"]
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+DEFAULT_MAX_DROP_POINTS = 1.0
+_BATCH = 16
+_NUM_NAMED = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineResult:
+    """Candidate against reference in one engine; shares are in percent, drops in percentage points."""
+
+    engine: str
+    images: int
+    reference_top1: float
+    candidate_top1: float
+    drop_points: float
+    drop_upper_bound_points: float
+    worse: int
+    better: int
+    mcnemar_p: float
+    agreement: float
+    agreement_interval: tuple[float, float]
+    sqnr_db: float
+    verdict: Verdict
+    images_needed: int | None
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """The verdict over all engines (the worst of them), and what each found."""
+
+    verdict: Verdict
+    max_drop_points: float
+    min_agreement: float | None
+    best_certifiable_points: float
+    data_sha256: str
+    results: tuple[EngineResult, ...]
+
+    @property
+    def decisive(self) -> EngineResult:
+        """Return the result of the engine that decided: the worst verdict, then the largest bound."""
+        return max(self.results, key=lambda r: (_SEVERITY[r.verdict], r.drop_upper_bound_points))
+
+
+_SEVERITY: dict[Verdict, int] = {"pass": 0, "inconclusive": 1, "fail": 2}
+
+
+def verify(
+    model: str | os.PathLike[str],
+    *,
+    reference: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    max_drop_points: float = DEFAULT_MAX_DROP_POINTS,
+    min_agreement: float | None = None,
+    engines: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Return how the file `model` compares with the file `reference` on the labelled pictures of `data`.
+
+    It passes where the one-sided 95 % upper bound of the accuracy drop is at most `max_drop_points` in every engine
+    (default: all installed) and, if given, agreement is at least `min_agreement` percent; it fails where the drop seen
+    is larger; else it is inconclusive, with the number of pictures needed. Raises DataRejected, ModelRejected,
+    NotTrusted, GoldenMismatch.
+    """
+    return verify_models(
+        open_model(model),
+        reference=open_model(reference),
+        data=data,
+        max_drop_points=max_drop_points,
+        min_agreement=min_agreement,
+        engines=engines,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def verify_models(
+    model: ModelFile,
+    *,
+    reference: ModelFile,
+    data: str | os.PathLike[str],
+    max_drop_points: float = DEFAULT_MAX_DROP_POINTS,
+    min_agreement: float | None = None,
+    engines: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Return what `verify` returns, for files that were opened already."""
+    if not 0 < max_drop_points < 100:
+        raise UsageError(
+            "cannot verify", reason=f"max drop is {max_drop_points}", remedy="give points over 0, below 100"
+        )
+    _check_comparable(model, reference)
+    images = read_labelled(data, splits=EVALUATION_SPLITS, class_names=reference.manifest.labels)
+    chosen = tuple(engines) or installed_engines()
+    if not chosen:
+        remedy = 'pip install "vit-edge[onnxruntime]"'
+        raise MissingExtra("cannot verify", reason="no inference engine is installed", remedy=remedy)
+    results, hashes = [], {}
+    for name in chosen:
+        options = EngineOptions(threads=threads)
+        with (
+            load_model(reference, engine=name, options=options) as expected,
+            load_model(model, engine=name, options=options) as candidate,
+        ):
+            run = _run(images, expected, candidate, f"verifying in {name}", progress)
+        hashes = run.hashes
+        _check_disjoint(model, hashes)
+        _check_reference(run, reference)
+        results.append(_judge(name, run, max_drop_points, min_agreement))
+    return Verification(
+        verdict=max((r.verdict for r in results), key=_SEVERITY.__getitem__),
+        max_drop_points=max_drop_points,
+        min_agreement=min_agreement,
+        best_certifiable_points=best_certifiable_points(results[0].images),
+        data_sha256=set_hash(list(hashes)),
+        results=tuple(results),
+    )
+
+
+def best_possible(data: str | os.PathLike[str], reference: str | os.PathLike[str]) -> tuple[int, float]:
+    """Return how many labelled pictures there are, and the smallest drop in points that they could certify."""
+    labels = open_model(reference).manifest.labels
+    images = read_labelled(data, splits=EVALUATION_SPLITS, class_names=labels)
+    return images.num_images, best_certifiable_points(images.num_images)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    reference_BK: Logits
+    candidate_BK: Logits
+    labels_B: npt.NDArray[np.int64]
+    paths: tuple[Path, ...]
+    hashes: dict[str, Path]
+
+
+def _run(images: LabelledImages, reference: Classifier, candidate: Classifier, stage: str, progress: Progress) -> _Run:
+    logits: tuple[list[Logits], list[Logits]] = ([], [])
+    positions: list[int] = []
+    hashes: dict[str, Path] = {}
+    batch: list[Any] = []
+
+    def flush() -> None:
+        if batch:
+            stacked = np.stack(batch)
+            for classifier, kept in zip((reference, candidate), logits, strict=True):
+                kept.append(classifier.logits(stacked))
+            batch.clear()
+
+    for position, pixels in stream_pixels(images.paths, reference.manifest.preprocessing):
+        progress(stage, position, images.num_images)
+        positions.append(position)
+        hashes[pixel_hash(pixels)] = images.paths[position]
+        batch.append(pixels)
+        if len(batch) == _BATCH:
+            flush()
+    flush()
+    progress(stage, images.num_images, images.num_images)
+    return _Run(
+        reference_BK=np.concatenate(logits[0]),
+        candidate_BK=np.concatenate(logits[1]),
+        labels_B=np.array([images.labels[position] for position in positions], dtype=np.int64),
+        paths=tuple(images.paths[position] for position in positions),
+        hashes=hashes,
+    )
+
+
+def _judge(engine: str, run: _Run, max_drop_points: float, min_agreement: float | None) -> EngineResult:
+    found = compare(run.reference_BK, run.candidate_BK, run.labels_B)
+    changed = np.flatnonzero(run.reference_BK.argmax(axis=1) != run.candidate_BK.argmax(axis=1))
+    needed = None
+    verdict: Verdict = "pass"
+    if found.drop_points > max_drop_points or (min_agreement is not None and found.agreement < min_agreement):
+        verdict = "fail"
+    elif found.drop_upper_bound_points > max_drop_points:
+        verdict = "inconclusive"
+        needed = images_needed(found.images, worse=found.worse, better=found.better, max_drop_points=max_drop_points)
+    return EngineResult(
+        engine=engine,
+        images=found.images,
+        reference_top1=found.reference_top1,
+        candidate_top1=found.candidate_top1,
+        drop_points=found.drop_points,
+        drop_upper_bound_points=found.drop_upper_bound_points,
+        worse=found.worse,
+        better=found.better,
+        mcnemar_p=found.mcnemar_p,
+        agreement=found.agreement,
+        agreement_interval=found.agreement_interval,
+        sqnr_db=found.sqnr_db,
+        verdict=verdict,
+        images_needed=needed,
+        changed=tuple(str(run.paths[i]) for i in changed[:_NUM_NAMED]),
+    )
+
+
+def _check_comparable(model: ModelFile, reference: ModelFile) -> None:
+    for name in ("labels", "preprocessing"):
+        if getattr(model.manifest, name) != getattr(reference.manifest, name):
+            reason = f"its {name} are not those of {reference.source}"
+            remedy = "compare a file with the one it was made from"
+            raise InputError("cannot compare the models", file=model.source, reason=reason, remedy=remedy)
+
+
+def _check_disjoint(model: ModelFile, hashes: dict[str, Path]) -> None:
+    refuse_overlap((model.manifest.quantization or {}).get("images", ()), hashes)
+
+
+def _check_reference(run: _Run, reference: ModelFile) -> None:
+    """Raise DataRejected where even the float model is no better than chance: then INT8 is not to blame."""
+    top1 = top1_percent(run.reference_BK, run.labels_B)
+    num_classes = len(reference.manifest.labels)
+    chance, spread = 100 / num_classes, 100 * np.sqrt((1 - 1 / num_classes) / num_classes / len(run.labels_B))
+    if num_classes > 1 and top1 <= chance + 2 * spread:
+        reason = f"the reference is right on {top1:.1f} % of them, chance is {chance:.1f} %"
+        remedy = "the labels or the preprocessing are wrong: check the names of the classes and the manifest"
+        raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)

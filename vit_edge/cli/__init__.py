@@ -1,0 +1,83 @@
+"""The command line: `vit-edge COMMAND`. One module a command; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from vit_edge import __version__
+from vit_edge.cli.benchmark import benchmark
+from vit_edge.cli.classify import classify
+from vit_edge.cli.export import export
+from vit_edge.cli.inspect import inspect
+from vit_edge.cli.quantize import quantize
+from vit_edge.cli.seal import seal
+from vit_edge.cli.train import train
+from vit_edge.cli.verify import verify
+from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
+
+__all__ = ["cli", "main"]
+
+_COMMANDS = (train, export, quantize, verify, classify, benchmark, inspect, seal)
+
+
+class _InOrder(click.Group):
+    """A group that lists its commands in the order a model goes through them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [command.name for command in _COMMANDS if command.name]
+
+
+@click.group(
+    cls=_InOrder,
+    commands=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 2 usage, 3 bad input, 4 not trusted, 5 disk or memory, 6 verification, 7 no engine.",
+)
+@click.version_option(__version__, prog_name="vit-edge")
+def cli() -> None:
+    """Take a Vision Transformer from a checkpoint to the device, and prove that nothing was lost.
+
+    \b
+    A typical way through:
+      vit-edge train pictures/ --out run/
+      vit-edge export run/checkpoint.safetensors -o model.onnx
+      vit-edge quantize model.onnx --calibration pictures/train -o model.int8.onnx
+      vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test
+      vit-edge classify model.int8.onnx picture.jpg
+
+    `vit-edge COMMAND -h` explains each.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; every error that is the user's is one sentence, no traceback."""
+    try:
+        cli.main(args=arguments, prog_name="vit-edge", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(Interrupted("stopped", reason="interrupted by the user", remedy="nothing unfinished was kept"))
+    except VitEdgeError as error:
+        return _fail(error)
+    except MemoryError:
+        return _fail(ResourceExhausted("cannot go on", reason="memory ran out", remedy="use smaller or fewer inputs"))
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is wrong. Keep the interpreter from flushing into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        click.echo("error: this is a bug in vit-edge; please report the lines above", err=True)
+        return 1
+    return 0
+
+
+def _fail(error: VitEdgeError) -> int:
+    click.echo(f"error: {error}", err=True)
+    return error.exit_code

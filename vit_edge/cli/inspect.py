@@ -1,0 +1,110 @@
+"""`vit-edge inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
+
+if TYPE_CHECKING:
+    from vit_edge.artifact import ModelFile
+
+
+@command("inspect")
+@file_argument("file")
+def inspect(file: Path) -> Result:
+    """Show what the model file FILE says of itself, after checking its seal.
+
+    \b
+    Example:
+      vit-edge inspect model.int8.onnx
+    """
+    from vit_edge.artifact import open_model
+
+    model = open_model(file)
+    data = _describe(model)
+    rows = [
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in _summary(model, data).items()
+    ]
+    return Result(data=data, shown=[make_table(f"{file}: seal intact", ("field", "value"), rows)])
+
+
+def _describe(model: ModelFile) -> dict[str, Any]:
+    graph = model.proto.graph
+    manifest: dict[str, Any] = json.loads(model.manifest.to_json())
+    return {
+        "file": model.source,
+        "sha256": model.sha256,
+        "size_bytes": len(model.data),
+        "ir_version": model.proto.ir_version,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.proto.opset_import},
+        "operators": dict(sorted(Counter(node.op_type for node in graph.node).items())),
+        "num_weights": sum(_size(tensor.dims) for tensor in graph.initializer),
+        "input": _shape(graph.input[0]),
+        "output": _shape(graph.output[0]),
+        "manifest": manifest,
+    }
+
+
+def _summary(model: ModelFile, data: dict[str, Any]) -> dict[str, Any]:
+    manifest = model.manifest
+    labels = list(manifest.labels)
+    golden = manifest.golden or {}
+    quantization = manifest.quantization
+    return {
+        "name": manifest.name,
+        "size": megabytes(data["size_bytes"]),
+        "sha256": data["sha256"],
+        "precision": manifest.precision,
+        "input": data["input"],
+        "output": data["output"],
+        "labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}",
+        "preprocessing": manifest.preprocessing.to_dict(),
+        "architecture": dict(manifest.architecture),
+        "quantization": _without_lists(quantization) if quantization else "none",
+        "calibration images": len(quantization["images"]) if quantization else "none",
+        "evaluation": _evaluation(manifest.evaluation),
+        "golden vectors": f"{len(golden.get('seeds', ()))} inputs, {len(golden.get('pictures', ()))} pictures, for "
+        + ", ".join(sorted({name for entry in golden.get("expected", ()) for name in entry["engines"]})),
+        "operators": data["operators"],
+        "weights": f"{data['num_weights']:,}",
+        "IR version, opset": f"{data['ir_version']}, {data['opset']}",
+        "license": manifest.license or "not stated",
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def _without_lists(quantization: Any) -> dict[str, Any]:
+    return {
+        key: value["method"] if key == "ranges" else value for key, value in quantization.items() if key != "images"
+    }
+
+
+def _evaluation(evaluation: Any) -> Any:
+    if not evaluation:
+        return "none"
+    if "results" not in evaluation:
+        return evaluation
+    return [
+        f"{r['engine']}: top-1 {r['candidate_top1']:.2f} % (float {r['reference_top1']:.2f} %), "
+        f"agreement {r['agreement']:.2f} %, {r['images']} pictures"
+        for r in evaluation["results"]
+    ]
+
+
+def _size(dims: Any) -> int:
+    product = 1
+    for size in dims:
+        product *= size
+    return product
+
+
+def _shape(value: Any) -> str:
+    tensor = value.type.tensor_type
+    names = {1: "float32", 2: "uint8", 10: "float16"}
+    dims = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
+    return f"{value.name}: {names.get(tensor.elem_type, tensor.elem_type)} [{dims}]"

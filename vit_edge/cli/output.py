@@ -1,0 +1,210 @@
+"""What every command shares: `--json`, `--config`, `-q`, `-v`, result on stdout, progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from vit_edge.errors import UsageError, VitEdgeError
+from vit_edge.files import read_file
+from vit_edge.progress import Progress
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Result", "bar", "command", "file_argument", "make_table", "megabytes", "progress_bar", "threads_option"]
+
+SCHEMA = 1
+_CONFIG_BYTES = 1_000_000
+# Without a terminal nothing tells the width; tables must not be cut then.
+_WIDTH_WITHOUT_TERMINAL = 160
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a command found: values for `--json`, what to show a person, and the error to end with, if any."""
+
+    data: dict[str, Any]
+    shown: Sequence[Any]
+    error: VitEdgeError | None = None
+
+
+def command(name: str) -> Callable[[Callable[..., Result]], click.Command]:
+    """Make a click command of a function that returns a Result, with the options that all commands have."""
+
+    def decorate(function: Callable[..., Result]) -> click.Command:
+        @functools.wraps(function)
+        def run(*, as_json: bool, verbose: bool, quiet: bool, **values: Any) -> None:
+            with _collected_warnings(verbose=verbose, quiet=quiet) as warnings:
+                click.get_current_context().meta["quiet"] = quiet
+                try:
+                    result = function(**values)
+                except VitEdgeError as error:
+                    if as_json:
+                        _print_json(name, {"error": _error_fields(error)}, warnings)
+                    raise
+                if as_json:
+                    error_fields = {"error": _error_fields(result.error)} if result.error else {}
+                    _print_json(name, {**result.data, **error_fields}, warnings)
+                else:
+                    _show(result.shown)
+                if result.error:
+                    raise result.error
+
+        for option in reversed(_COMMON):
+            run = option(run)
+        return click.command(name, context_settings={"help_option_names": ["-h", "--help"]})(run)
+
+    return decorate
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Yield a Progress that draws one bar a stage on stderr; it is silent where stderr is no terminal or with -q."""
+    with bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as drawn:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = drawn.add_task(stage, total=total)
+            drawn.update(tasks[stage], completed=done)
+
+        yield report
+
+
+def bar(*columns: Any) -> Bar:
+    """Return rich's progress on stderr with these columns; disabled where stderr is no terminal or with -q."""
+    console = Console(stderr=True)
+    quiet = click.get_current_context().meta.get("quiet", False)
+    return Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Return a table: text to the left, numbers (given as text) to the right where the first row has them."""
+    table = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        numeric = bool(rows) and str(rows[0][position])[:1].isdigit()
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=position > 0)
+    for row in rows:
+        table.add_row(*(str(value) for value in row))
+    return table
+
+
+def megabytes(size_bytes: int) -> str:
+    """Return a size for people, in MB of 10^6 bytes."""
+    return f"{size_bytes / 1e6:.2f} MB"
+
+
+def file_argument(name: str, *, many: bool = False) -> Callable[[Any], Any]:
+    """Return a click argument for a path, not opened by click: our errors name the kind of file, and exit with 3."""
+    return click.argument(name, type=click.Path(path_type=Path), nargs=-1 if many else 1, required=True)
+
+
+def threads_option() -> Callable[[Any], Any]:
+    """Return the option `--threads`."""
+    return click.option("--threads", type=click.IntRange(1), help="Threads  [default: the CPUs the container grants].")
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        text = read_file(path, what="configuration", max_bytes=_CONFIG_BYTES).decode("utf-8")
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError("cannot read the configuration", file=path, reason=str(error), remedy="write TOML") from error
+    values = values.get(context.info_name or "", values)
+    known = {p.name for p in context.command.params}
+    unknown = sorted(key for key in values if key.replace("-", "_") not in known)
+    if unknown:
+        remedy = f"see `vit-edge {context.info_name} -h`"
+        raise UsageError("cannot use the configuration", file=path, reason=f"no option {unknown[0]!r}", remedy=remedy)
+    context.default_map = {key.replace("-", "_"): value for key, value in values.items()}
+
+
+_COMMON = (
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+    click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr."),
+    click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        metavar="FILE",
+        help="TOML file with values for any of these options.",
+    ),
+)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__()
+        self.quiet, self.messages = quiet, list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self.messages.append(record.getMessage())
+        if not self.quiet:
+            click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def _collected_warnings(*, verbose: bool, quiet: bool) -> Iterator[list[str]]:
+    logger, collector = logging.getLogger("vit_edge"), _Collector(quiet=quiet)
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield collector.messages
+    finally:
+        logger.removeHandler(collector)
+
+
+def _error_fields(error: VitEdgeError) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "exit_code": error.exit_code,
+        "what": error.what,
+        "file": error.file,
+        "reason": error.reason,
+        "remedy": error.remedy,
+    }
+
+
+def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
+    everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
+    click.echo(json.dumps(_finite(everything), ensure_ascii=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with infinite and undefined numbers as null: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(shown: Sequence[Any]) -> None:
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, emoji=False, width=_WIDTH_WITHOUT_TERMINAL)
+    for entry in shown:
+        console.print(entry, soft_wrap=isinstance(entry, str))
