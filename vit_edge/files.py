@@ -55,11 +55,12 @@ def read_file(
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as problem:
         raise error(f"cannot read the {what}", file=path, reason=_why(problem), remedy="check the path") from problem
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise error(f"cannot read the {what}", file=path, reason=f"it is {kind}", remedy="give the path of a file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise error(f"cannot read the {what}", file=path, reason=f"it is {kind}", remedy="give the path of a file")
         if status.st_size > max_bytes:
             reason = f"it has {status.st_size:,} bytes; at most {max_bytes:,} are read"
             raise error(f"cannot read the {what}", file=path, reason=reason, remedy="give a smaller file")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -97,10 +98,10 @@ def bar(*columns: Any) -> Bar:
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Return a table: text to the left, numbers (given as text) to the right where the first row has them."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for position, column in enumerate(columns):
         numeric = bool(rows) and str(rows[0][position])[:1].isdigit()
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=position > 0)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row))
     return table

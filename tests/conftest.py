@@ -1,0 +1,86 @@
+"""One real run of the README's commands for the whole session; tests look at what it left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@dataclass(slots=True)
+class Workspace:
+    """A folder in which every README command ran, and what each printed with --json."""
+
+    folder: Path
+    printed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "run" / "checkpoint.safetensors"
+
+    @property
+    def float_model(self) -> Path:
+        return self.folder / "model.onnx"
+
+    @property
+    def int8_model(self) -> Path:
+        return self.folder / "model.int8.onnx"
+
+    @property
+    def test_pictures(self) -> Path:
+        return self.folder / "pictures" / "test"
+
+
+def vit_edge(
+    *arguments: str | Path, cwd: Path | None = None, python: str | Path = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """Run `vit-edge` as a person does, in a process of its own."""
+    command = [str(python), "-m", "vit_edge", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+
+
+def readme_commands() -> list[list[str]]:
+    """Return the arguments of every `$ vit-edge ...` line of the README's console block."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [shlex.split(line) for line in re.findall(r"^\$ vit-edge (.+)$", text, flags=re.MULTILINE)]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the digits as an image folder with train and test."""
+    folder = tmp_path_factory.mktemp("digits")
+    script = ROOT / "calibration_data" / "make_digits.py"
+    subprocess.run([sys.executable, script, "--out", folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Workspace:
+    """Run the README's commands on the digits, in order, each with --json."""
+    space = Workspace(folder=tmp_path_factory.mktemp("workspace"))
+    (space.folder / "pictures").symlink_to(digits)
+    picture = sorted((digits / "test" / "3").iterdir())[0]
+    (space.folder / "picture.png").write_bytes(picture.read_bytes())
+    for arguments in readme_commands():
+        done = vit_edge(*arguments, "--json", cwd=space.folder)
+        assert done.returncode == 0, f"{arguments}: {done.stderr}"
+        space.printed[arguments[0]] = json.loads(done.stdout)
+    return space
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of real weights and pictures that lies beside some checkouts; skips where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA.name}: real weights and photographs are not beside this checkout")
+    return SHARED_DATA

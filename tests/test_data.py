@@ -1,0 +1,121 @@
+"""Folders of pictures, label files, and what is refused of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_edge.data import find_images, pixel_hashes, read_labelled, refuse_overlap, set_hash, stream_pixels
+from vit_edge.errors import DataRejected
+from vit_edge.image import Preprocessing
+
+PREPROCESSING = Preprocessing(resize=8, crop=(8, 8))
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_class_folders_give_sorted_classes(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a/1.PNG", "b/deep/3.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    found = read_labelled(tmp_path)
+    assert found.class_names == ("a", "b")
+    assert found.labels == (0, 1, 1)
+
+
+def test_a_divided_folder_gives_the_split_asked_for(tmp_path: Path) -> None:
+    picture(tmp_path / "train/a/1.png")
+    picture(tmp_path / "val/a/2.png")
+    assert read_labelled(tmp_path, splits=("train",)).paths[0].name == "1.png"
+    assert read_labelled(tmp_path, splits=("test", "val")).paths[0].name == "2.png"
+    with pytest.raises(DataRejected, match="divided"):
+        read_labelled(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "column"), [("labels.csv", "file"), ("metadata.csv", "file_name")])
+def test_label_files_give_names_or_indices(tmp_path: Path, name: str, column: str) -> None:
+    picture(tmp_path / "x.png")
+    picture(tmp_path / "y.png")
+    (tmp_path / name).write_text(f"{column},label\nx.png,dog\ny.png,0\n")
+    assert read_labelled(tmp_path, class_names=("cat", "dog")).labels == (1, 0)
+
+
+def test_labels_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "zebra/1.png")
+    with pytest.raises(DataRejected, match="'zebra'"):
+        read_labelled(tmp_path, class_names=("cat", "dog"))
+
+
+def test_a_label_file_that_names_missing_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\ngone.png,1\n")
+    with pytest.raises(DataRejected, match=r"gone\.png"):
+        read_labelled(tmp_path)
+
+
+def test_an_empty_folder_a_file_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path, "no picture"),
+        (tmp_path / "no", "no such"),
+        (picture(tmp_path / "f.png"), "not a"),
+    ):
+        if path.name == "f.png":
+            with pytest.raises(DataRejected, match="not a folder"):
+                find_images(path)
+        else:
+            with pytest.raises(DataRejected, match=message):
+                find_images(path if path != tmp_path else _empty(tmp_path))
+
+
+def _empty(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir(exist_ok=True)
+    return tmp_path / "empty"
+
+
+def test_links_to_files_are_followed_and_links_to_folders_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture(tmp_path / "outside/1.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "outside/1.png")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    with caplog.at_level(logging.WARNING):
+        assert [path.name for path in find_images(tmp_path / "in")] == ["link.png"]
+    assert "1 links to folders" in caplog.text
+
+
+def test_few_damaged_pictures_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [picture(tmp_path / f"{i:03}.png", i) for i in range(150)]
+    paths[70].write_bytes(b"damaged")
+    with caplog.at_level(logging.WARNING):
+        positions = [position for position, _ in stream_pixels(paths, PREPROCESSING)]
+    assert len(positions) == 149
+    assert 70 not in positions
+    assert "1 of 150 pictures were skipped" in caplog.text
+    assert "070.png" in caplog.text
+
+
+def test_over_one_percent_damaged_is_refused_with_names(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{i:03}.png", i) for i in range(50)]
+    paths[7].write_bytes(b"damaged")
+    with pytest.raises(DataRejected, match=r"over 1 %.*007\.png"):
+        list(stream_pixels(paths, PREPROCESSING))
+
+
+def test_overlap_is_found_by_pixels_not_by_name(tmp_path: Path) -> None:
+    first, copy = picture(tmp_path / "a.png", 1), picture(tmp_path / "renamed.bmp", 1)
+    hashes = pixel_hashes([first], PREPROCESSING)
+    with pytest.raises(DataRejected, match=r"renamed\.bmp"):
+        refuse_overlap(list(hashes), pixel_hashes([copy], PREPROCESSING))
+    refuse_overlap(list(hashes), pixel_hashes([picture(tmp_path / "b.png", 2)], PREPROCESSING))
+
+
+def test_the_hash_of_a_set_does_not_depend_on_order() -> None:
+    assert set_hash(["a", "b"]) == set_hash(["b", "a"]) != set_hash(["a", "c"])

@@ -1,0 +1,94 @@
+"""Writes leave the old file or the new one; reads open regular files only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from vit_edge import files
+from vit_edge.errors import InputError, ResourceExhausted, UsageError
+from vit_edge.files import may_write, read_file, write_atomic
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    write_atomic(target, b"old")
+    write_atomic(target, iter([b"n", b"ew"]))
+    assert target.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_killed_write_keeps_the_old_file_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    write_atomic(target, b"old" * 1000)
+    script = (
+        "import itertools, sys; from vit_edge.files import write_atomic\n"
+        "def chunks():\n    yield b'x' * 100\n    print('half', flush=True)\n"
+        "    import time; time.sleep(60); yield b'y'\n"
+        f"write_atomic({str(target)!r}, chunks())"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert target.read_bytes() == b"old" * 1000
+    assert len(os.listdir(tmp_path)) == 2
+    time.sleep(0.1)
+    write_atomic(target, b"new")
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_failing_write_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    write_atomic(target, b"old")
+
+    def chunks() -> object:
+        yield b"new"
+        raise RuntimeError("source broke")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(target, chunks())  # type: ignore[arg-type]
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_full_disk_is_said_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.bin"
+    write_atomic(target, b"old")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(100, 99, 1))
+    with pytest.raises(ResourceExhausted, match=r"2,000 bytes are needed, 1 are free"):
+        write_atomic(target, b"x" * 2000)
+    assert target.read_bytes() == b"old"
+
+
+def test_an_existing_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(UsageError, match="--force"):
+        may_write(tmp_path / "a", force=False)
+    assert may_write(tmp_path / "a", force=True) == tmp_path / "a"
+    with pytest.raises(UsageError, match="folder"):
+        may_write(tmp_path, force=True)
+    with pytest.raises(UsageError, match="does not exist"):
+        may_write(tmp_path / "no" / "a", force=False)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, tmp_path / "missing", Path("/dev/zero"), "nul\0byte"):
+        with pytest.raises(InputError):
+            read_file(path, what="thing", max_bytes=100)
+    (tmp_path / "a").write_bytes(b"x" * 101)
+    with pytest.raises(InputError, match="at most 100"):
+        read_file(tmp_path / "a", what="thing", max_bytes=100)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert read_file(tmp_path / "link", what="thing", max_bytes=101) == b"x" * 101
