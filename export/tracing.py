@@ -44,15 +44,26 @@ def trace(module: nn.Module, *, height: int, width: int) -> onnx.ModelProto:
                 verbose=False,
             )
         except Exception as error:  # the exporter's exceptions share no base but this
-            reason = " ".join(str(error).split())[:400]
-            remedy = "the batch must stay free: no shape of the forward pass may depend on it"
-            raise VerificationFailed("cannot trace the network", reason=reason, remedy=remedy) from error
+            raise _cannot_trace(" ".join(str(error).split())[:400]) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    _check_batch_is_free(model.graph)
     _rename(model.graph)
     _strip(model)
     model.ir_version = IR_VERSION
     return model
+
+
+def _check_batch_is_free(graph: onnx.GraphProto) -> None:
+    for value in (*graph.input, *graph.output):
+        batch = value.type.tensor_type.shape.dim[0]
+        if not batch.dim_param:
+            raise _cannot_trace(f"the batch of {value.name!r} was frozen at {batch.dim_value}")
+
+
+def _cannot_trace(reason: str) -> VerificationFailed:
+    remedy = "the batch must stay free: no shape of the forward pass may depend on it"
+    return VerificationFailed("cannot trace the network", reason=reason, remedy=remedy)
 
 
 def _rename(graph: onnx.GraphProto) -> None:

@@ -163,13 +163,20 @@ def test_an_unedited_graph_sealed_again_passes(workspace: Workspace, tmp_path: P
     load(reseal(tmp_path / "m.onnx").data).close()
 
 
-def test_a_network_that_freezes_the_batch_is_refused() -> None:
-    class Frozen(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return images.float().reshape(3, -1)[:, :3]
+class _Reshaped(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().reshape(3, -1)[:, :3]
 
+
+class _Added(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().flatten(1)[:, :3] + torch.zeros(3, 1)
+
+
+@pytest.mark.parametrize("frozen", [_Reshaped, _Added])
+def test_a_network_that_freezes_the_batch_is_refused(frozen: type[nn.Module]) -> None:
     with pytest.raises(VerificationFailed, match="batch"):
-        trace(Frozen(), height=8, width=8)
+        trace(frozen(), height=8, width=8)
 
 
 def test_a_file_that_freezes_the_batch_is_refused_by_parity(workspace: Workspace) -> None:

@@ -1,0 +1,201 @@
+"""Every bad input gets one clear sentence, its exit code, no traceback, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Workspace, readme_commands, vit_edge
+from vit_edge.cli import cli, main
+
+COMMANDS = ("train", "export", "quantize", "verify", "classify", "benchmark", "inspect", "seal")
+
+
+@pytest.fixture
+def bench(workspace: Workspace, tmp_path: Path) -> Path:
+    """Return a folder with a model, a picture, and the bad inputs that people give."""
+    shutil.copy(workspace.float_model, tmp_path / "model.onnx")
+    shutil.copy(workspace.int8_model, tmp_path / "int8.onnx")
+    shutil.copy(workspace.folder / "picture.png", tmp_path / "picture.png")
+    (tmp_path / "notanimage.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zero.onnx").write_bytes(b"")
+    (tmp_path / "page.onnx").write_text("<!DOCTYPE html><html></html>")
+    (tmp_path / "pickle.pt").write_bytes(b"\x80\x02c__builtin__\nopen\nq\x00.")
+    damaged = bytearray(workspace.float_model.read_bytes())
+    damaged[len(damaged) // 3] ^= 16
+    (tmp_path / "damaged.onnx").write_bytes(damaged)
+    return tmp_path
+
+
+# command line, exit code, what the sentence must say
+FAULTS = [
+    ("export missing.safetensors", 3, "missing.safetensors - there is no such file"),
+    ("export pickle.pt", 3, "pickle.pt - it is a Python pickle"),
+    ("export picture.png", 3, "it is a PNG picture"),
+    ("export . ", 3, "it is a folder"),
+    ("export missing.safetensors -o no/such/folder.onnx", 2, "does not exist"),
+    ("export missing.safetensors -o model.onnx", 2, "model.onnx - the file exists"),
+    ("classify model.onnx notanimage.txt", 3, "notanimage.txt - it is not a picture"),
+    ("classify model.onnx gone.png", 3, "gone.png - there is no such file"),
+    ("classify missing.onnx picture.png", 3, "missing.onnx - there is no such file"),
+    ("classify zero.onnx picture.png", 3, "zero.onnx - it is empty"),
+    ("classify page.onnx picture.png", 3, "page.onnx - it is an HTML page"),
+    ("classify picture.png picture.png", 3, "it is a PNG picture"),
+    ("classify damaged.onnx picture.png", 4, "damaged.onnx - its bytes are not those that were sealed"),
+    ("classify model.onnx picture.png --engine tensorrt9", 7, "onnxruntime, openvino"),
+    ("classify model.onnx picture.png --device cuda", 7, "'cuda'"),
+    ("classify model.onnx", 2, "Missing argument"),
+    ("quantize model.onnx --calibration empty", 3, "empty - it holds no picture"),
+    ("quantize model.onnx --calibration gone", 3, "gone - there is no such folder"),
+    ("quantize model.onnx --calibration model.onnx", 3, "it is not a folder"),
+    ("quantize damaged.onnx --calibration empty", 4, "damaged.onnx"),
+    ("quantize int8.onnx --calibration empty", 2, "float32"),
+    ("quantize model.onnx --calibration empty --target abacus", 2, "abacus"),
+    ("verify int8.onnx --reference model.onnx --data empty", 3, "it holds no picture"),
+    ("verify int8.onnx --reference gone.onnx --data empty", 3, "gone.onnx - there is no such file"),
+    ("benchmark gone.onnx", 3, "gone.onnx"),
+    ("benchmark model.onnx --batch-size 0", 2, "batch-size"),
+    ("inspect damaged.onnx", 4, "damaged.onnx"),
+    ("seal notanimage.txt", 3, "it is not an ONNX model"),
+    ("train empty --out run", 3, "it holds no picture"),
+    ("train gone --out run", 3, "there is no such folder"),
+    ("train empty --out run --epochs 0", 2, "epochs"),
+    ("inspect model.onnx --config notanimage.txt", 2, "notanimage.txt"),
+    ("frobnicate", 2, "No such command"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "sentence"), FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_a_bad_input_gets_one_sentence_and_its_exit_code(
+    bench: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], line: str, code: int, sentence: str
+) -> None:
+    monkeypatch.chdir(bench)
+    before = {path: path.read_bytes() for path in bench.rglob("*") if path.is_file()}
+    assert main(line.split()) == code
+    printed = capfd.readouterr()
+    assert sentence in printed.err
+    assert "Traceback" not in printed.err
+    assert sum(text.startswith("error: ") for text in printed.err.splitlines()) <= 1
+    assert {path: path.read_bytes() for path in bench.rglob("*") if path.is_file()} == before
+
+
+def test_json_says_errors_too(bench: Path) -> None:
+    done = vit_edge("classify", "missing.onnx", "picture.png", "--json", cwd=bench)
+    assert done.returncode == 3
+    printed = json.loads(done.stdout)
+    assert (printed["schema"], printed["command"]) == (1, "classify")
+    assert printed["error"]["type"] == "ModelRejected"
+    assert printed["error"]["file"] == "missing.onnx"
+    assert printed["error"]["exit_code"] == 3
+
+
+def test_one_bad_picture_does_not_lose_the_others(bench: Path) -> None:
+    done = vit_edge("classify", "model.onnx", "picture.png", "notanimage.txt", "--json", cwd=bench)
+    assert done.returncode == 3
+    printed = json.loads(done.stdout)
+    assert [image["label"] for image in printed["images"]] == ["3"]
+    assert [image["file"] for image in printed["rejected"]] == ["notanimage.txt"]
+
+
+def test_a_result_is_on_stdout_and_stderr_is_quiet_without_a_terminal(bench: Path) -> None:
+    done = vit_edge("classify", "int8.onnx", "picture.png", cwd=bench)
+    assert done.returncode == 0
+    assert "3 " in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_and_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "-h"]) == 0
+    printed = capsys.readouterr().out
+    assert "--json" in printed
+    assert f"vit-edge {name} " in printed
+
+
+def test_help_lists_the_commands_in_order_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-h"]) == 0
+    printed = capsys.readouterr().out
+    positions = [printed.index(f"\n  {name} ") for name in COMMANDS]
+    assert positions == sorted(positions)
+    assert "Exit codes" in printed
+    assert set(cli.commands) == set(COMMANDS)
+
+
+def test_a_configuration_file_gives_options_and_unknown_ones_are_refused(
+    bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench)
+    Path("config.toml").write_text("[classify]\ntop = 1\nengine = 'openvino'\n")
+    assert main(["classify", "model.onnx", "picture.png", "--config", "config.toml", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["model"]["engine"] == "openvino"
+    assert len(printed["images"][0]["answers"]) == 1
+    Path("config.toml").write_text("[classify]\ntopp = 1\n")
+    assert main(["classify", "model.onnx", "picture.png", "--config", "config.toml"]) == 2
+    assert "'topp'" in capsys.readouterr().err
+
+
+def test_a_missing_package_says_what_to_install(bench: Path) -> None:
+    """The package is hidden by a finder that comes first: as good as not installed."""
+    script = (
+        "import sys\n"
+        "class Hide:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'openvino'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "from vit_edge.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "export", "x.safetensors"],
+        cwd=bench,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert 'pip install "vit-edge[export,onnxruntime]"' in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(bench: Path) -> None:
+    command = f"{sys.executable} -m vit_edge inspect model.onnx | head -c 1"
+    done = subprocess.run(command, shell=True, cwd=bench, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_tells_the_contract(workspace: Workspace) -> None:
+    printed = workspace.printed["inspect"]
+    assert printed["input"] == "images: uint8 [batch, 32, 32, 3]"
+    assert printed["output"] == "logits: float32 [batch, 10]"
+    assert printed["operators"]["MatMul"] > 19
+    assert printed["manifest"]["precision"] == "int8"
+    assert printed["size_bytes"] == workspace.int8_model.stat().st_size
+    done = vit_edge("inspect", workspace.int8_model)
+    for text in ("int8", "portable", "1437", "averaged min-max", "checkpoint_sha256", "8 inputs, 2 pictures"):
+        assert text in done.stdout
+
+
+def test_benchmark_json_has_the_fields_that_others_read(workspace: Workspace) -> None:
+    results = workspace.printed["benchmark"]["results"]
+    assert len(results) == 4
+    for entry in results:
+        assert {"model", "engine", "device", "precision", "batch_size", "threads", "scenario"} <= entry.keys()
+        assert {"latency_ms", "throughput_per_s", "load_ms", "peak_rss_bytes"} <= entry.keys()
+        assert {"min", "p50", "p90", "p99"} == entry["latency_ms"].keys()
+
+
+def test_the_readme_names_every_command(workspace: Workspace) -> None:
+    assert {arguments[0] for arguments in readme_commands()} == set(COMMANDS) - {"seal"}
+    assert set(workspace.printed) == set(COMMANDS) - {"seal"}
+
+
+def test_nothing_is_left_beside_the_results(workspace: Workspace) -> None:
+    assert sorted(os.listdir(workspace.folder)) == ["model.int8.onnx", "model.onnx", "picture.png", "pictures", "run"]

@@ -1,0 +1,131 @@
+"""The verdict rests on the bound, and damage does not pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from tests.conftest import Workspace, vit_edge
+from vit_edge.data import find_images
+from vit_edge.errors import DataRejected, InputError, UsageError
+from vit_edge.export import verify
+from vit_edge.metrics import best_certifiable_points, drop_upper_bound_points
+
+
+def test_the_readme_run_passes_in_both_engines_with_98_percent_agreement(workspace: Workspace) -> None:
+    printed = workspace.printed["verify"]
+    assert printed["verdict"] == "pass"
+    assert {entry["engine"] for entry in printed["results"]} == {"onnxruntime", "openvino"}
+    for entry in printed["results"]:
+        assert entry["images"] == 360
+        assert entry["agreement"] >= 98
+        assert entry["sqnr_db"] > 25
+        bound = drop_upper_bound_points(360, worse=entry["worse"], better=entry["better"])
+        assert entry["drop_upper_bound_points"] == pytest.approx(bound)
+        assert entry["drop_points"] == pytest.approx(entry["reference"]["top1"] - entry["candidate"]["top1"])
+    assert printed["best_certifiable_points"] == pytest.approx(best_certifiable_points(360))
+    assert set(printed) >= {"images", "reference", "candidate", "drop_points", "agreement", "sqnr_db"}
+
+
+def test_too_few_pictures_are_inconclusive_with_the_number_needed(workspace: Workspace, tmp_path: Path) -> None:
+    for path in find_images(workspace.test_pictures)[::9]:
+        target = tmp_path / "few" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    done = vit_edge(
+        "verify", workspace.float_model, "--reference", workspace.float_model, "--data", tmp_path / "few", "--max-drop",
+        "0.5", "--json",
+    )  # fmt: skip
+    assert done.returncode == 6
+    assert "40 pictures can certify a drop of 7.22 points at best" in done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["verdict"] == "inconclusive"
+    assert 590 <= printed["images_needed"] <= 650
+    assert printed["error"]["exit_code"] == 6
+
+
+def _damaged(source: Path, target: Path, how: str) -> None:
+    model = onnx.load(source)
+    tensor = next(t for t in model.graph.initializer if t.name == "block.1.fc1.weight.quantized")
+    weight = numpy_helper.to_array(tensor).copy()
+    if how == "shuffled":
+        weight = np.random.default_rng(0).permutation(weight, axis=0)
+    elif how == "zeroed":
+        weight[:] = 0
+    else:
+        weight[: len(weight) // 4] *= -1
+    tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
+    onnx.save(model, target)
+
+
+@pytest.mark.parametrize("how", ["shuffled", "zeroed", "negated"])
+def test_damaged_weights_that_were_sealed_again_do_not_pass(workspace: Workspace, tmp_path: Path, how: str) -> None:
+    _damaged(workspace.int8_model, tmp_path / "m.onnx", how)
+    arguments = ("--reference", workspace.float_model, "--data", workspace.test_pictures, "--max-drop", "4", "--json")
+    unsealed = vit_edge("verify", tmp_path / "m.onnx", *arguments)
+    assert unsealed.returncode == 4
+    assert vit_edge("seal", tmp_path / "m.onnx").returncode == 0
+    sealed = vit_edge("verify", tmp_path / "m.onnx", *arguments)
+    assert sealed.returncode == 6, sealed.stderr
+    assert json.loads(sealed.stdout)["error"]["type"] in {"GoldenMismatch", "VerificationFailed"}
+
+
+def test_a_worse_model_fails_on_accuracy_alone(workspace: Workspace, tmp_path: Path) -> None:
+    """Without golden vectors in the way: the verdict itself must see the damage."""
+    from dataclasses import replace
+
+    from vit_edge.artifact import open_model, reseal
+    from vit_edge.export.verification import _judge, _Run
+
+    _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled")
+    resealed = reseal(tmp_path / "m.onnx")
+    assert resealed.manifest.golden is not None
+    (tmp_path / "m.onnx").write_bytes(resealed.with_manifest(replace(resealed.manifest, golden=None)))
+    assert open_model(tmp_path / "m.onnx").manifest.golden is None
+    eye = np.eye(10, dtype=np.float32)
+    labels = np.arange(200) % 10
+    wrong = labels.copy()
+    wrong[:30] = (wrong[:30] + 1) % 10
+    run = _Run(reference_BK=eye[labels], candidate_BK=eye[wrong], labels_B=labels, paths=(Path("x"),) * 200, hashes={})
+    found = _judge("onnxruntime", run, 4.0, None)
+    assert (found.verdict, found.drop_points, found.worse) == ("fail", 15.0, 30)
+    assert _judge("onnxruntime", run, 25.0, 99.0).verdict == "fail"
+    assert _judge("onnxruntime", run, 25.0, None).verdict == "pass"
+
+
+def test_wrong_labels_are_not_blamed_on_int8(workspace: Workspace, tmp_path: Path) -> None:
+    for path in find_images(workspace.test_pictures)[::3]:
+        target = tmp_path / "wrong" / str((int(path.parent.name) + 1) % 10) / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    with pytest.raises(DataRejected, match="labels or the preprocessing are wrong"):
+        verify(workspace.int8_model, reference=workspace.float_model, data=tmp_path / "wrong")
+
+
+def test_a_model_with_other_labels_is_not_compared(workspace: Workspace, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from vit_edge.artifact import open_model
+
+    model = open_model(workspace.int8_model)
+    relabelled = replace(model.manifest, labels=tuple("abcdefghij"))
+    (tmp_path / "m.onnx").write_bytes(model.with_manifest(relabelled))
+    with pytest.raises(InputError, match="labels are not those"):
+        verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_pictures)
+
+
+@pytest.mark.parametrize("points", [0, -1, 100])
+def test_a_budget_that_makes_no_sense_is_refused(workspace: Workspace, points: float) -> None:
+    with pytest.raises(UsageError, match="max drop"):
+        verify(
+            workspace.int8_model,
+            reference=workspace.float_model,
+            data=workspace.test_pictures,
+            max_drop_points=points,
+        )

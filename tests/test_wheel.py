@@ -1,0 +1,62 @@
+"""The wheel holds one package, and on a device it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Workspace, vit_edge
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy of what git tracks, as a release would."""
+    folder = tmp_path_factory.mktemp("build")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    archive = subprocess.run(
+        ["tar", "--null", "--files-from=-", "-cf", "-"], cwd=ROOT, input=files, capture_output=True, check=True
+    )
+    (folder / "source").mkdir()
+    subprocess.run(["tar", "-xf", "-"], cwd=folder / "source", input=archive.stdout, check=True)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(folder / "source")]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_one_top_level_package(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vit_edge"}
+    assert {"vit_edge/export/deploy.py", "vit_edge/runtime/ort.py", "vit_edge/cli/train.py", "vit_edge/py.typed"} <= {
+        *names
+    }
+    assert len(names) == len(set(names))
+
+
+def test_a_device_without_torch_classifies(wheel: Path, workspace: Workspace, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[onnxruntime]"]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    done = vit_edge(
+        "classify", workspace.int8_model, workspace.folder / "picture.png", "--json", cwd=tmp_path, python=python
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"][0]["label"] == "3"
+    absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'onnx', 'openvino', 'scipy')))"
+    light = "import vit_edge.runtime, sys; assert 'torch' not in sys.modules"
+    hidden = "import importlib.util as u; assert not u.find_spec('export') and not u.find_spec('runtime')"
+    for script in (absent, light, hidden):
+        subprocess.run([python, "-c", script], check=True, cwd=tmp_path)
+    for arguments in (
+        ("export", "x"),
+        ("train", "x", "--out", "y"),
+        ("verify", "a", "--reference", "b", "--data", "c"),
+    ):
+        done = vit_edge(*arguments, cwd=tmp_path, python=python)
+        assert done.returncode == 7, done.stderr
+        assert "pip install" in done.stderr
