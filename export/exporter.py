@@ -52,9 +52,9 @@ def export_onnx(
     Raises CheckpointRejected, UsageError where `out` exists (unless `force`), VerificationFailed where ONNX Runtime or
     OpenVINO gives other logits than PyTorch, MissingExtra where either is not installed.
     """
-    target = may_write(out, force=force)
     _require_engines()
     checkpoint = load_checkpoint(source)
+    target = may_write(out, force=force)
     height, width = checkpoint.model.config.image_size
     reference = reference_logits(checkpoint.model, checkpoint.preprocessing)
 

@@ -70,7 +70,6 @@ def quantize(
         raise UsageError(
             "cannot quantize", reason=f"no target is named {target!r}", remedy=f"choose {' or '.join(TARGETS)}"
         )
-    written = may_write(out, force=force)
     source = open_model(model)
     if source.manifest.precision != "float32":
         reason = f"its precision is {source.manifest.precision}; quantization starts from float32"
@@ -78,6 +77,7 @@ def quantize(
             "cannot quantize", file=model, reason=reason, remedy="give the file that `vit-edge export` wrote"
         )
     paths = find_images(calibration)
+    written = may_write(out, force=force)
     judging = _judging_hashes(source, data)
 
     graph = onnx.load_model_from_string(source.data)

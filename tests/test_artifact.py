@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -108,8 +109,8 @@ def test_a_manifest_that_is_none_is_refused(workspace: Workspace, text: str) -> 
         open_model(seal(graph.SerializeToString() + property_bytes(MANIFEST_KEY, text)))
 
 
-def test_a_file_edited_by_the_onnx_package_can_be_sealed_again(workspace: Workspace, tmp_path: object) -> None:
-    path = workspace.folder / "edited.onnx"
+def test_a_file_edited_by_the_onnx_package_can_be_sealed_again(workspace: Workspace, tmp_path: Path) -> None:
+    path = tmp_path / "edited.onnx"
     model = onnx.load(workspace.float_model)
     model.doc_string = "a deliberate edit"
     onnx.save(model, path)

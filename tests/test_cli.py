@@ -23,6 +23,7 @@ def bench(workspace: Workspace, tmp_path: Path) -> Path:
     shutil.copy(workspace.float_model, tmp_path / "model.onnx")
     shutil.copy(workspace.int8_model, tmp_path / "int8.onnx")
     shutil.copy(workspace.folder / "picture.png", tmp_path / "picture.png")
+    shutil.copy(workspace.checkpoint, tmp_path / "checkpoint.safetensors")
     (tmp_path / "notanimage.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
     (tmp_path / "zero.onnx").write_bytes(b"")
@@ -40,8 +41,8 @@ FAULTS = [
     ("export pickle.pt", 3, "pickle.pt - it is a Python pickle"),
     ("export picture.png", 3, "it is a PNG picture"),
     ("export . ", 3, "it is a folder"),
-    ("export missing.safetensors -o no/such/folder.onnx", 2, "does not exist"),
-    ("export missing.safetensors -o model.onnx", 2, "model.onnx - the file exists"),
+    ("export checkpoint.safetensors -o no/such/folder.onnx", 2, "does not exist"),
+    ("export checkpoint.safetensors", 2, "model.onnx - the file exists"),
     ("classify model.onnx notanimage.txt", 3, "notanimage.txt - it is not a picture"),
     ("classify model.onnx gone.png", 3, "gone.png - there is no such file"),
     ("classify missing.onnx picture.png", 3, "missing.onnx - there is no such file"),

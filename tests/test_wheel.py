@@ -37,11 +37,34 @@ def test_the_wheel_holds_one_top_level_package(wheel: Path) -> None:
     assert len(names) == len(set(names))
 
 
+# The lower bounds of setup.cfg for the runtime, and ONNX Runtime's.
+OLDEST = ("numpy==1.24.*", "Pillow==10.1.*", "click==8.1.*", "rich==13.0.*", "protobuf==4.25.*", "onnxruntime==1.17.*")
+
+
+def _environment(folder: Path, *packages: str) -> Path:
+    """Return the interpreter of a new virtual environment with these packages."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return python
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="ONNX Runtime 1.17 and numpy 1.24 have no wheels for this Python"
+)
+def test_the_oldest_packages_pass_the_golden_vectors(wheel: Path, workspace: Workspace, tmp_path: Path) -> None:
+    python = _environment(tmp_path / "venv", str(wheel), *OLDEST)
+    for model in (workspace.float_model, workspace.int8_model):
+        done = vit_edge("classify", model, workspace.folder / "picture.png", "--json", cwd=tmp_path, python=python)
+        assert done.returncode == 0, done.stderr
+        printed = json.loads(done.stdout)
+        assert printed["images"][0]["label"] == "3"
+        assert printed["model"]["engine_version"].startswith("1.17.")
+
+
 def test_a_device_without_torch_classifies(wheel: Path, workspace: Workspace, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[onnxruntime]"]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    python = _environment(tmp_path / "venv", f"{wheel}[onnxruntime]")
     done = vit_edge(
         "classify", workspace.int8_model, workspace.folder / "picture.png", "--json", cwd=tmp_path, python=python
     )

@@ -181,7 +181,8 @@ def _likely(images: int, rates_R1: Floats) -> Indices:
     spread_R1 = 8 * np.sqrt(images * rates_R1 * (1 - rates_R1)) + 12
     first_R1 = np.maximum(images * rates_R1 - spread_R1, 0).astype(np.int64)
     length = min(images, int(2 * spread_R1.max()) + 1) + 1
-    return first_R1 + np.arange(length)  # counts over `images` have probability zero
+    counts_RL: Indices = first_R1 + np.arange(length)  # counts over `images` have probability zero
+    return counts_RL
 
 
 def _gains_needed(images: int, losses_RL: Indices, drop: float, seen: float) -> Indices:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     """Return a table: text to the left, numbers (given as text) to the right where the first row has them."""
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for position, column in enumerate(columns):
-        numeric = bool(rows) and str(rows[0][position])[:1].isdigit()
+        numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", str(rows[0][position])) is not None
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row))
