@@ -32,8 +32,10 @@ Target = Literal["portable", "x86-vnni"]
 # the same everywhere, cost no time and about 1 dB.
 TARGETS: dict[Target, int] = {"portable": 7, "x86-vnni": 8}
 
-# INT8 rounds differently where float sums do: what another CPU may change, and what it may not.
-_GOLDEN_TOLERANCE = Tolerance(sqnr_db=28.0, top1_gap=0.5)
+# Float sums in another order move values across rounding steps: two sets of kernels on one CPU, both right, differ by
+# 22.8 to 27.2 dB (DeiT-tiny, 200 photographs; ONNX Runtime against OpenVINO, OpenVINO's dynamic against static shapes).
+# Answers changed only where the two largest logits were less than 0.5 apart.
+_GOLDEN_TOLERANCE = Tolerance(sqnr_db=20.0, top1_gap=0.5)
 _FEW_IMAGES = 32
 _log = logging.getLogger(__name__)
 

@@ -87,9 +87,11 @@ def measure(
     if not chosen:
         remedy = 'pip install "vit-edge[onnxruntime]"'
         raise EngineUnavailable("cannot measure", reason="no inference engine is installed", remedy=remedy)
-    options = EngineOptions(threads=threads, batch_size=batch_size)
+    options = EngineOptions(threads=threads)
     candidates = [
-        _Candidate(os.fspath(model), open_model(model), engine, options) for model in models for engine in chosen
+        _Candidate(os.fspath(model), open_model(model), engine, options, batch_size)
+        for model in models
+        for engine in chosen
     ]
     try:
         for position, candidate in enumerate(candidates):
@@ -99,17 +101,17 @@ def measure(
             for candidate in candidates:
                 candidate.sample(min_seconds / _ROUNDS, math.ceil(min_queries / _ROUNDS))
             progress("measuring", number + 1, _ROUNDS)
-        return [candidate.result(options) for candidate in candidates]
+        return [candidate.result() for candidate in candidates]
     finally:
         for candidate in candidates:
             candidate.close()
 
 
 class _Candidate:
-    def __init__(self, path: str, model: ModelFile, engine: str, options: EngineOptions) -> None:
-        self.path, self.size_bytes, self.options = path, len(model.data), options
+    def __init__(self, path: str, model: ModelFile, engine: str, options: EngineOptions, batch_size: int) -> None:
+        self.path, self.size_bytes, self.batch_size = path, len(model.data), batch_size
         self.classifier = load_model(model, engine=engine, options=options)
-        self.batches = _inputs(self.classifier, options.batch_size or 1)
+        self.batches = _inputs(self.classifier, batch_size)
         self.samples_ns: list[int] = []
 
     def warm_up(self) -> None:
@@ -126,10 +128,9 @@ class _Candidate:
             self.samples_ns.append(time.perf_counter_ns() - started)
             left -= 1
 
-    def result(self, options: EngineOptions) -> Measurement:
+    def result(self) -> Measurement:
         what = self.classifier.describe()
-        cold = _cold_start(self.path, what["engine"], options)
-        batch_size = options.batch_size or 1
+        cold = _cold_start(self.path, what["engine"], what["threads"], self.batch_size)
         return Measurement(
             model=self.path,
             name=what["name"],
@@ -137,14 +138,14 @@ class _Candidate:
             engine_version=what["engine_version"],
             device=what["device"],
             precision=what["precision"],
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             threads=what["threads"],
-            scenario="single-stream" if batch_size == 1 else "multi-stream",
+            scenario="single-stream" if self.batch_size == 1 else "multi-stream",
             instruction_set=instruction_set(),
             cpu=cpu_name(),
             num_queries=len(self.samples_ns),
             latency_ms=_latency(self.samples_ns),
-            throughput_per_s=len(self.samples_ns) * batch_size / (sum(self.samples_ns) / 1e9),
+            throughput_per_s=len(self.samples_ns) * self.batch_size / (sum(self.samples_ns) / 1e9),
             load_ms=cold["load_ms"],
             peak_rss_bytes=cold["peak_rss_bytes"],
             size_bytes=self.size_bytes,
@@ -172,9 +173,9 @@ def _latency(samples_ns: Sequence[int]) -> Latency:
     return Latency(min=float(ordered[0]), p50=percentile(0.5), p90=percentile(0.9), p99=percentile(0.99))
 
 
-def _cold_start(path: str, engine: str, options: EngineOptions) -> dict[str, Any]:
+def _cold_start(path: str, engine: str, threads: int, batch_size: int) -> dict[str, Any]:
     """Return load time and peak memory of a fresh process that loads the file and answers once."""
-    arguments = [path, engine, str(options.num_threads), str(options.batch_size or 1)]
+    arguments = (path, engine, str(threads), str(batch_size))
     command = [sys.executable, "-m", "vit_edge.runtime.coldstart", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S, check=False)
     if done.returncode != 0:

@@ -17,8 +17,7 @@ def main(path: str, engine: str, threads: str, batch_size: str) -> None:
     from vit_edge.runtime.golden import golden_images
     from vit_edge.runtime.loading import load
 
-    options = {"threads": int(threads), "batch_size": int(batch_size)}
-    with load(path, engine=engine, **options) as classifier:  # type: ignore[arg-type]
+    with load(path, engine=engine, threads=int(threads)) as classifier:  # type: ignore[arg-type]
         height, width = classifier.manifest.preprocessing.crop
         classifier.logits(golden_images(range(int(batch_size)), height=height, width=width))
     print(json.dumps({"load_ms": (time.perf_counter() - started) * 1000, "peak_rss_bytes": _peak_rss_bytes()}))

@@ -33,17 +33,14 @@ DEVICES = ("cpu",)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How an engine is to run: `threads` None is what the container grants, `batch_size` fixes the input's shape."""
+    """How an engine is to run: `threads` None is what the container grants."""
 
     device: str = "cpu"
     threads: int | None = None
-    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("threads", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError("cannot load", reason=f"{name} is {value}", remedy="give 1 or more")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError("cannot load", reason=f"threads is {self.threads}", remedy="give 1 or more")
         if self.device not in DEVICES:
             reason = f"the device {self.device!r} is not supported; there is {', '.join(DEVICES)}"
             raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these")

@@ -60,13 +60,8 @@ def _encode_logits(logits_BK: Logits) -> str:
     return base64.b64encode(np.ascontiguousarray(logits_BK, dtype="<f4").tobytes()).decode("ascii")
 
 
-def check_golden(
-    engine: Engine, golden: Mapping[str, Any], *, preprocessing: Preprocessing, batch_size: int | None = None
-) -> None:
-    """Raise GoldenMismatch where `engine` does not give the logits that `golden` promises for it.
-
-    `batch_size` is the fixed one of the engine's input, if it has one.
-    """
+def check_golden(engine: Engine, golden: Mapping[str, Any], *, preprocessing: Preprocessing) -> None:
+    """Raise GoldenMismatch where `engine` does not give the logits that `golden` promises for it."""
     try:
         if golden["generator"] != GENERATOR:
             raise ValueError(f"its inputs come from {golden['generator']!r}; this vit-edge knows {GENERATOR!r}")
@@ -80,7 +75,7 @@ def check_golden(
     except (KeyError, TypeError, ValueError) as error:
         reason = f"its golden vectors cannot be read ({error})"
         raise ModelRejected("cannot check the model", reason=reason, remedy="export it again") from error
-    found = _run(engine, images, batch_size)
+    found = engine.run(images)
     problems = differences(expected, found, tolerance)
     if problems:
         reason = f"on {len(images)} golden inputs, {'; '.join(problems)}"
@@ -134,13 +129,6 @@ def top2_gap(logits_BK: Logits) -> Logits:
 def expectation(logits_BK: Logits, *, engines: Sequence[str], tolerance: Tolerance) -> dict[str, Any]:
     """Return one entry of a manifest's `golden.expected`."""
     return {"engines": list(engines), "logits": _encode_logits(logits_BK), "tolerance": asdict(tolerance)}
-
-
-def _run(engine: Engine, images_NHWC: Pixels, batch_size: int | None) -> Logits:
-    size = batch_size or len(images_NHWC)
-    padding = np.repeat(images_NHWC[-1:], -len(images_NHWC) % size, axis=0)
-    batches = np.concatenate([images_NHWC, padding]).reshape(-1, size, *images_NHWC.shape[1:])
-    return np.concatenate([engine.run(batch) for batch in batches])[: len(images_NHWC)]
 
 
 def _mosaic(seed: int, height: int, width: int) -> Pixels:

@@ -26,20 +26,19 @@ def load(
     engine: EngineName | Literal["auto"] = "auto",
     device: str = "cpu",
     threads: int | None = None,
-    batch_size: int | None = None,
     verify: Literal["full", "hash"] = "full",
 ) -> Classifier:
     """Return a classifier from a model file made by vit-edge.
 
     `engine` "auto" is ONNX Runtime where it is installed, else OpenVINO. `threads` None is what the container grants.
-    `batch_size` fixes the input's shape, which some engines run faster. `verify` "hash" leaves out the golden check.
+    `verify` "hash" leaves out the golden check.
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable or MissingExtra.
 
         >>> classifier = load("model.int8.onnx")          # doctest: +SKIP
         >>> classifier("picture.jpg").label               # doctest: +SKIP
         'pizza'
     """
-    options = EngineOptions(device=device, threads=threads, batch_size=batch_size)
+    options = EngineOptions(device=device, threads=threads)
     return load_model(open_model(source), engine=engine, options=options, verify=verify)
 
 
@@ -54,7 +53,7 @@ def load_model(
     classifier = Classifier(loaded, model.manifest, sha256=model.sha256)
     if verify == "full" and loaded.name != _DO_NOT_RUN:
         try:
-            _check(model, loaded, options)
+            _check(model, loaded)
         except BaseException:
             classifier.close()
             raise
@@ -71,7 +70,7 @@ def _chosen(engine: str) -> str:
     return installed[0]
 
 
-def _check(model: ModelFile, engine: Engine, options: EngineOptions) -> None:
+def _check(model: ModelFile, engine: Engine) -> None:
     manifest = model.manifest
     if manifest.golden is None:
         remedy = "export it again, or load it with verify='hash'"
@@ -79,4 +78,4 @@ def _check(model: ModelFile, engine: Engine, options: EngineOptions) -> None:
             "cannot check the model", file=model.source, reason="it has no golden vectors", remedy=remedy
         )
     check_pictures(manifest.golden, manifest.preprocessing)
-    check_golden(engine, manifest.golden, preprocessing=manifest.preprocessing, batch_size=options.batch_size)
+    check_golden(engine, manifest.golden, preprocessing=manifest.preprocessing)
