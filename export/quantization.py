@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,12 @@ import onnx
 from vit_edge.artifact import ModelFile, open_model, pack
 from vit_edge.data import EVALUATION_SPLITS, find_images, pixel_hashes, read_labelled, refuse_overlap, stream_pixels
 from vit_edge.errors import DataRejected, UsageError
-from vit_edge.export.calibration import Range, observe_ranges
+from vit_edge.export.calibration import Range, observe_channels, observe_ranges
 from vit_edge.export.placement import find_products, insert_qdq
+from vit_edge.export.reparameterisation import find_norms, reparameterise
 from vit_edge.export.verification import Verification, verify_models
 from vit_edge.files import may_write, write_atomic
-from vit_edge.image import Pixels, pixel_hash
+from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engine import EngineOptions, installed_engines, make_engine
 from vit_edge.runtime.golden import Tolerance, expectation, golden_images
@@ -84,11 +85,14 @@ def quantize(
 
     graph = onnx.load_model_from_string(source.data)
     del graph.metadata_props[:]
+    preprocessing = source.manifest.preprocessing
     hashes: list[str] = []
+    pictures = _noted(_pictures("aligning norms", paths, preprocessing, progress), hashes, judging)
+    graph = reparameterise(graph, observe_channels(graph, find_norms(graph), pictures))
+    _check_calibration(hashes, calibration)
     products = find_products(graph)
     tensors = list(dict.fromkeys(p.input for p in products if not p.takes_pixels))
-    ranges = observe_ranges(graph, tensors, _pictures(source, paths, hashes, judging, progress))
-    _check_calibration(hashes, calibration)
+    ranges = observe_ranges(graph, tensors, _pictures("calibrating", paths, preprocessing, progress))
 
     quantized = insert_qdq(graph, ranges, weight_bits=TARGETS[target])
     manifest = replace(
@@ -103,8 +107,8 @@ def quantize(
     verification = None
     if data is not None:
         verification = verify_models(finished, reference=source, data=data, progress=progress)
-        evaluation = {"data_sha256": verification.data_sha256, "results": [asdict(r) for r in verification.results]}
-        finished = open_model(finished.with_manifest(replace(finished.manifest, evaluation=evaluation)))
+        evaluated = replace(finished.manifest, evaluation=_evaluation(verification))
+        finished = open_model(finished.with_manifest(evaluated))
     write_atomic(written, finished.data)
     return QuantizationResult(
         model=written,
@@ -124,16 +128,20 @@ def _judging_hashes(source: ModelFile, data: str | os.PathLike[str] | None) -> d
     return pixel_hashes(images.paths, source.manifest.preprocessing)
 
 
-def _pictures(
-    source: ModelFile, paths: Sequence[Path], hashes: list[str], judging: dict[str, Path], progress: Progress
-) -> Iterator[Pixels]:
-    """Yield the pixels of each calibration picture and note its hash; a picture that also judges is refused."""
-    for position, pixels in stream_pixels(paths, source.manifest.preprocessing):
-        progress("calibrating", position, len(paths))
+def _pictures(stage: str, paths: Sequence[Path], preprocessing: Preprocessing, progress: Progress) -> Iterator[Pixels]:
+    """Yield the pixels of one calibration picture after another."""
+    for position, pixels in stream_pixels(paths, preprocessing):
+        progress(stage, position, len(paths))
+        yield pixels
+    progress(stage, len(paths), len(paths))
+
+
+def _noted(pictures: Iterable[Pixels], hashes: list[str], judging: dict[str, Path]) -> Iterator[Pixels]:
+    """Yield each picture after noting its hash; one that also judges is refused."""
+    for pixels in pictures:
         hashes.append(pixel_hash(pixels))
         refuse_overlap(hashes[-1:], judging)
         yield pixels
-    progress("calibrating", len(paths), len(paths))
 
 
 def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) -> None:
@@ -144,12 +152,19 @@ def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) ->
         _log.warning("only %d calibration pictures: ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
 
 
+def _evaluation(verification: Verification) -> dict[str, Any]:
+    """Return what the manifest keeps of a verification: figures, and no path of this machine."""
+    results = [{key: value for key, value in asdict(r).items() if key != "changed"} for r in verification.results]
+    return {"data_sha256": verification.data_sha256, "results": results}
+
+
 def _record(target: Target, ranges: Any, hashes: Sequence[str]) -> dict[str, Any]:
     return {
         "scheme": "static QDQ at the inputs of constant-weight products",
         "target": target,
         "weights": {"dtype": "int8", "bits": TARGETS[target], "granularity": "per-channel", "symmetric": True},
         "activations": {"dtype": "uint8", "granularity": "per-tensor", "symmetric": False},
+        "algorithms": ["LayerNorm re-parameterisation"],
         "ranges": {"method": "averaged min-max", "values": {name: _rounded(r) for name, r in ranges.items()}},
         "images": sorted(hashes),
     }
