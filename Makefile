@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 .PHONY: demo test lint clean
+.NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py
@@ -22,6 +23,6 @@ clean:
 # Installed again only when what is to be installed changed.
 $(VENV)/.%-installed: setup.cfg pyproject.toml
 	$(PYTHON) tools/preflight.py $(VENV)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]"
 	touch $@

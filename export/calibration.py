@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from vit_edge.cpu import usable_threads
 from vit_edge.image import Pixels
 
 __all__ = ["ChannelRange", "Range", "observe_channels", "observe_ranges"]
@@ -87,4 +88,5 @@ def _session_with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> Any
     observed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
+    settings.intra_op_num_threads = usable_threads()
     return onnxruntime.InferenceSession(observed.SerializeToString(), settings, providers=["CPUExecutionProvider"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,15 @@ from vit_edge.export.golden import choose_seeds, golden_header
 from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, check_parity, reference_logits
 from vit_edge.export.tracing import trace
 from vit_edge.files import may_write, write_atomic
-from vit_edge.image import Pixels
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.engine import EngineOptions, Logits, installed_engines
-from vit_edge.runtime.golden import Tolerance, expectation, golden_images
+from vit_edge.runtime.engine import EngineOptions, installed_engines
+from vit_edge.runtime.golden import expectation, golden_images
 from vit_edge.runtime.loading import load_model
 
 __all__ = ["ExportResult", "export_onnx"]
 
 _ENGINES = ("onnxruntime", "openvino")
 _STAGES = ("tracing", "golden vectors", "parity", "writing")
-# The golden check is sharper than parity has to be: no batch, no other kind of input.
-_GOLDEN_TOLERANCE = Tolerance(absolute=FLOAT32_TOLERANCE.absolute, relative=FLOAT32_TOLERANCE.relative)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +61,7 @@ def export_onnx(
     graph.producer_name, graph.producer_version = PRODUCER, vit_edge.__version__
 
     progress("golden vectors", 1, len(_STAGES))
-    seeds = _seeds(reference, height, width)
+    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width)
     images_NHWC = golden_images(seeds, height=height, width=width)
 
     progress("parity", 2, len(_STAGES))
@@ -74,19 +71,12 @@ def export_onnx(
 
     progress("writing", 3, len(_STAGES))
     golden = golden_header(seeds, checkpoint.preprocessing)
-    expected = expectation(reference(images_NHWC), engines=_ENGINES, tolerance=_GOLDEN_TOLERANCE)
+    expected = expectation(reference(images_NHWC), engines=_ENGINES, tolerance=FLOAT32_TOLERANCE)
     data = model.with_manifest(replace(manifest, golden={**golden, "expected": [expected]}))
     finished = _checked(data)
     write_atomic(target, data)
     progress("writing", 4, len(_STAGES))
     return ExportResult(model=target, sha256=finished.sha256, size_bytes=len(data), parity=tuple(parity))
-
-
-def _seeds(reference: Callable[[Pixels], Logits], height: int, width: int) -> list[int]:
-    tolerance = _GOLDEN_TOLERANCE
-    assert tolerance.absolute is not None
-    assert tolerance.relative is not None
-    return choose_seeds(reference, height=height, width=width, absolute=tolerance.absolute, relative=tolerance.relative)
 
 
 def _manifest(checkpoint: Checkpoint) -> Manifest:
@@ -122,8 +112,3 @@ def _require_engines() -> None:
     if missing:
         reason = f"parity is proven in ONNX Runtime and OpenVINO; not installed: {', '.join(missing)}"
         raise MissingExtra("cannot export", reason=reason, remedy='pip install "vit-edge[export,onnxruntime]"')
-
-
-def parity_rows(parity: tuple[Parity, ...]) -> list[dict[str, Any]]:
-    """Return parity figures as JSON-ready rows."""
-    return [asdict(entry) for entry in parity]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.runtime.engine import Logits
-from vit_edge.runtime.golden import GENERATOR, golden_images, top2_gap
+from vit_edge.runtime.golden import GENERATOR, Tolerance, golden_images, top2_gap
 
 __all__ = ["choose_seeds", "golden_header"]
 
@@ -23,9 +23,7 @@ _BATCH = 16
 _EXIF_ORIENTATION = 0x0112
 
 
-def choose_seeds(
-    run: Callable[[Pixels], Logits], *, height: int, width: int, absolute: float, relative: float
-) -> list[int]:
+def choose_seeds(run: Callable[[Pixels], Logits], tolerance: Tolerance, *, height: int, width: int) -> list[int]:
     """Return the seeds of 8 inputs: answers as different as the network gives, clear by over 3 times the tolerance.
 
     Among the first 256 seeds; one per answer in turn, the clearest first. Where a network is nowhere clear, the
@@ -35,7 +33,8 @@ def choose_seeds(
     batches = [golden_images(seeds[i : i + _BATCH], height=height, width=width) for i in seeds[::_BATCH]]
     logits = np.concatenate([run(batch) for batch in batches])
     answers, gaps = logits.argmax(axis=1), top2_gap(logits)
-    clear = gaps > 3 * (absolute + relative * np.abs(logits).max(axis=1))
+    allowed = (tolerance.absolute or 0.0) + (tolerance.relative or 0.0) * np.abs(logits).max(axis=1)
+    clear = gaps > 3 * allowed
     # In turn: the clearest input of every answer, then the second of every answer, and so on.
     order = sorted(seeds, key=lambda seed: (not clear[seed], -float(gaps[seed]), seed))
     turns: Counter[int] = Counter()

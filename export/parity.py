@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +53,10 @@ def check_parity(
     """Return the figures of every engine and batch; raises VerificationFailed where one is beyond the tolerance."""
     results = []
     for name in engines:
-        engine = make_engine(name, model.data, EngineOptions())
-        for size in BATCHES:
-            batch = np.resize(images_NHWC, (size, *images_NHWC.shape[1:]))  # repeats the images as often as needed
-            results.append(_compare(name, reference(batch), _run(engine.run, batch, name)))
-        engine.close()
+        with closing(make_engine(name, model.data, EngineOptions())) as engine:
+            for size in BATCHES:
+                batch = np.resize(images_NHWC, (size, *images_NHWC.shape[1:]))  # repeats the images as often as needed
+                results.append(_compare(name, reference(batch), _run(engine.run, batch, name)))
     return results
 
 

@@ -23,7 +23,7 @@ from vit_edge.files import may_write, write_atomic
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engine import EngineOptions, installed_engines, make_engine
-from vit_edge.runtime.golden import Tolerance, expectation, golden_images
+from vit_edge.runtime.golden import Tolerance, expectation, golden_images, made_here
 from vit_edge.runtime.loading import load_model
 
 __all__ = ["TARGETS", "QuantizationResult", "Target", "quantize"]
@@ -79,6 +79,8 @@ def quantize(
         raise UsageError(
             "cannot quantize", file=model, reason=reason, remedy="give the file that `vit-edge export` wrote"
         )
+    # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
+    load_model(source, options=EngineOptions()).close()
     paths = find_images(calibration)
     written = may_write(out, force=force)
     judging = _judging_hashes(source, data)
@@ -153,8 +155,9 @@ def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) ->
 
 
 def _evaluation(verification: Verification) -> dict[str, Any]:
-    """Return what the manifest keeps of a verification: figures, and no path of this machine."""
-    results = [{key: value for key, value in asdict(r).items() if key != "changed"} for r in verification.results]
+    """Return what the manifest keeps of a verification: figures, no path of this machine, no verdict on a budget."""
+    dropped = ("changed", "verdict", "images_needed")
+    results = [{key: value for key, value in asdict(r).items() if key not in dropped} for r in verification.results]
     return {"data_sha256": verification.data_sha256, "results": results}
 
 
@@ -182,7 +185,8 @@ def _with_golden(model: ModelFile, source: ModelFile) -> ModelFile:
     expected = []
     for name in installed_engines():
         engine = make_engine(name, model.data, EngineOptions())
-        expected.append(expectation(engine.run(images_NHWC), engines=[name], tolerance=_GOLDEN_TOLERANCE))
+        entry = expectation(engine.run(images_NHWC), engines=[name], tolerance=_GOLDEN_TOLERANCE)
+        expected.append({**entry, "made_on": made_here(engine)})
         engine.close()
     manifest = replace(model.manifest, golden={**golden, "expected": expected})
     finished = open_model(model.with_manifest(manifest))

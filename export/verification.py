@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ import numpy.typing as npt
 
 from vit_edge.artifact import ModelFile, open_model
 from vit_edge.data import EVALUATION_SPLITS, LabelledImages, read_labelled, refuse_overlap, set_hash, stream_pixels
-from vit_edge.errors import DataRejected, InputError, MissingExtra, UsageError
+from vit_edge.errors import DataRejected, InputError, MissingExtra, UsageError, require
 from vit_edge.image import pixel_hash
-from vit_edge.metrics import best_certifiable_points, compare, images_needed, top1_percent
+from vit_edge.metrics import best_certifiable_points, compare, images_needed
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engine import EngineOptions, Logits, installed_engines
@@ -27,6 +28,9 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 DEFAULT_MAX_DROP_POINTS = 1.0
 _BATCH = 16
 _NUM_NAMED = 20
+# Fewer pictures than this cannot tell wrong labels from bad luck.
+_ENOUGH_TO_DOUBT = 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +120,12 @@ def verify_models(
         raise UsageError(
             "cannot verify", reason=f"max drop is {max_drop_points}", remedy="give points over 0, below 100"
         )
+    if min_agreement is not None and not 0 <= min_agreement <= 100:
+        raise UsageError("cannot verify", reason=f"min agreement is {min_agreement}", remedy="give a percentage")
     _check_comparable(model, reference)
+    made_from = model.manifest.provenance.get("float_model_sha256")
+    if made_from not in (None, reference.sha256):
+        _log.warning("%s was not made from %s, by the hash in its manifest", model.source, reference.source)
     images = read_labelled(data, splits=EVALUATION_SPLITS, class_names=reference.manifest.labels)
     chosen = tuple(engines) or installed_engines()
     if not chosen:
@@ -165,6 +174,7 @@ def _run(images: LabelledImages, reference: Classifier, candidate: Classifier, s
     positions: list[int] = []
     hashes: dict[str, Path] = {}
     batch: list[Any] = []
+    num_copies = 0
 
     def flush() -> None:
         if batch:
@@ -175,13 +185,19 @@ def _run(images: LabelledImages, reference: Classifier, candidate: Classifier, s
 
     for position, pixels in stream_pixels(images.paths, reference.manifest.preprocessing):
         progress(stage, position, images.num_images)
+        digest = pixel_hash(pixels)
+        if digest in hashes:  # counted once: copies would prove the same thing again
+            num_copies += 1
+            continue
         positions.append(position)
-        hashes[pixel_hash(pixels)] = images.paths[position]
+        hashes[digest] = images.paths[position]
         batch.append(pixels)
         if len(batch) == _BATCH:
             flush()
     flush()
     progress(stage, images.num_images, images.num_images)
+    if num_copies:
+        _log.warning("%d pictures are copies of others and were not counted again", num_copies)
     return _Run(
         reference_BK=np.concatenate(logits[0]),
         candidate_BK=np.concatenate(logits[1]),
@@ -234,10 +250,10 @@ def _check_disjoint(model: ModelFile, hashes: dict[str, Path]) -> None:
 
 def _check_reference(run: _Run, reference: ModelFile) -> None:
     """Raise DataRejected where even the float model is no better than chance: then INT8 is not to blame."""
-    top1 = top1_percent(run.reference_BK, run.labels_B)
-    num_classes = len(reference.manifest.labels)
-    chance, spread = 100 / num_classes, 100 * np.sqrt((1 - 1 / num_classes) / num_classes / len(run.labels_B))
-    if num_classes > 1 and top1 <= chance + 2 * spread:
-        reason = f"the reference is right on {top1:.1f} % of them, chance is {chance:.1f} %"
+    right, num_classes = int(np.sum(run.reference_BK.argmax(axis=1) == run.labels_B)), len(reference.manifest.labels)
+    stats = require("scipy.stats", extra="export", what="verify")
+    by_chance = stats.binomtest(right, len(run.labels_B), 1 / num_classes, alternative="greater").pvalue
+    if len(run.labels_B) >= _ENOUGH_TO_DOUBT and num_classes > 1 and by_chance > 0.05:
+        reason = f"the reference is right on {right} of {len(run.labels_B)}, no better than chance"
         remedy = "the labels or the preprocessing are wrong: check the names of the classes and the manifest"
         raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)

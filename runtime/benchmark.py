@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from vit_edge.artifact import ModelFile, open_model
-from vit_edge.errors import EngineUnavailable, UsageError, VitEdgeError
+from vit_edge.cpu import cpu_name, instruction_set
+from vit_edge.errors import EngineUnavailable, ResourceExhausted, UsageError, VitEdgeError
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.cpu import cpu_name, instruction_set
 from vit_edge.runtime.engine import EngineOptions, installed_engines
 from vit_edge.runtime.golden import golden_images
 from vit_edge.runtime.loading import load_model
@@ -88,12 +88,13 @@ def measure(
         remedy = 'pip install "vit-edge[onnxruntime]"'
         raise EngineUnavailable("cannot measure", reason="no inference engine is installed", remedy=remedy)
     options = EngineOptions(threads=threads)
-    candidates = [
-        _Candidate(os.fspath(model), open_model(model), engine, options, batch_size)
-        for model in models
-        for engine in chosen
-    ]
+    candidates: list[_Candidate] = []
     try:
+        for model in models:
+            for engine in chosen:
+                candidates.append(  # noqa: PERF401 - those made are closed where a later one fails
+                    _Candidate(os.fspath(model), open_model(model), engine, options, batch_size)
+                )
         for position, candidate in enumerate(candidates):
             progress("warming up", position, len(candidates))
             candidate.warm_up()
@@ -177,7 +178,13 @@ def _cold_start(path: str, engine: str, threads: int, batch_size: int) -> dict[s
     """Return load time and peak memory of a fresh process that loads the file and answers once."""
     arguments = (path, engine, str(threads), str(batch_size))
     command = [sys.executable, "-m", "vit_edge.runtime.coldstart", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        reason = f"a fresh process took over {_CHILD_TIMEOUT_S} s"
+        raise ResourceExhausted(
+            "cannot measure the cold start", file=path, reason=reason, remedy="try again"
+        ) from error
     if done.returncode != 0:
         reason = f"a fresh process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
         raise VitEdgeError("cannot measure the cold start", file=path, reason=reason, remedy="run it again")

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from vit_edge.artifact import Manifest
+from vit_edge.cpu import instruction_set
 from vit_edge.errors import InputError, UsageError, VerificationFailed
 from vit_edge.image import Picture, Pixels
 from vit_edge.metrics import softmax
-from vit_edge.runtime.cpu import instruction_set
 from vit_edge.runtime.engine import Engine, Logits
 
 __all__ = ["Answer", "Classifier", "Prediction"]
+
+# Larger batches run in parts: memory grows with a batch, speed no longer.
+_MOST_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +105,10 @@ class Classifier:
         images_NHWC = self._checked(images_NHWC)
         if not len(images_NHWC):
             return np.zeros((0, len(self.labels)), dtype=np.float32)
-        logits_BK = self._engine.run(images_NHWC)
+        parts = [
+            self._engine.run(images_NHWC[i : i + _MOST_AT_ONCE]) for i in range(0, len(images_NHWC), _MOST_AT_ONCE)
+        ]
+        logits_BK = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not np.isfinite(logits_BK).all():
             raise VerificationFailed(
                 "the model gave no answer", reason="a logit is not finite", remedy="export it again"

@@ -13,9 +13,9 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vit_edge.cpu import usable_threads
 from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
 from vit_edge.image import Pixels
-from vit_edge.runtime.cpu import usable_threads
 
 __all__ = ["ENGINES", "Engine", "EngineName", "EngineOptions", "installed_engines", "make_engine"]
 
@@ -75,9 +75,10 @@ def installed_engines() -> tuple[str, ...]:
 
 
 def make_engine(name: str, model: bytes, options: EngineOptions) -> Engine:
-    """Return the engine `name` with `model` loaded; raises UsageError, MissingExtra or ModelRejected."""
+    """Return the engine `name` with `model` loaded; raises EngineUnavailable, MissingExtra or ModelRejected."""
     if name not in ENGINES:
-        reason = f"no engine is named {name!r}; there are {', '.join(ENGINES)}"
+        known = ", ".join(engine for engine, (_, package, _) in ENGINES.items() if package)
+        reason = f"no engine is named {name!r}; there are {known}"
         raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these")
     module, package, extra = ENGINES[name]
     if package and importlib.util.find_spec(package) is None:

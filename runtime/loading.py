@@ -5,11 +5,12 @@ Size limit, one read, seal, manifest, allow-list of operators, the engine from t
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Literal
 
 from vit_edge.artifact import ModelFile, open_model
-from vit_edge.errors import MissingExtra, ModelRejected, UsageError
+from vit_edge.errors import GoldenMismatch, MissingExtra, ModelRejected, UsageError
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engine import Engine, EngineName, EngineOptions, installed_engines, make_engine
 from vit_edge.runtime.golden import check_golden, check_pictures
@@ -17,7 +18,8 @@ from vit_edge.runtime.guard import check_graph
 
 __all__ = ["load", "load_model"]
 
-_DO_NOT_RUN = "null"
+_COMPUTES_NOTHING = "null"
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -49,15 +51,15 @@ def load_model(
     if verify not in ("full", "hash"):
         raise UsageError("cannot load", reason=f"verify is {verify!r}", remedy="choose 'full' or 'hash'")
     check_graph(model)
-    loaded = make_engine(_chosen(engine), model.data, options)
-    classifier = Classifier(loaded, model.manifest, sha256=model.sha256)
-    if verify == "full" and loaded.name != _DO_NOT_RUN:
-        try:
+    try:
+        loaded = make_engine(_chosen(engine), model.data, options)
+        _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
+        if verify == "full" and loaded.name != _COMPUTES_NOTHING:
             _check(model, loaded)
-        except BaseException:
-            classifier.close()
-            raise
-    return classifier
+    except (GoldenMismatch, ModelRejected) as error:
+        error.file = error.file or model.source
+        raise
+    return Classifier(loaded, model.manifest, sha256=model.sha256)
 
 
 def _chosen(engine: str) -> str:

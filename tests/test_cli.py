@@ -138,9 +138,17 @@ def test_a_configuration_file_gives_options_and_unknown_ones_are_refused(
     printed = json.loads(capsys.readouterr().out)
     assert printed["model"]["engine"] == "openvino"
     assert len(printed["images"][0]["answers"]) == 1
-    Path("config.toml").write_text("[classify]\ntopp = 1\n")
-    assert main(["classify", "model.onnx", "picture.png", "--config", "config.toml"]) == 2
-    assert "'topp'" in capsys.readouterr().err
+    for text, message in (
+        ("[classify]\ntopp = 1", "'topp'"),
+        ("[classify]\ntop = [1]", "a list"),
+        ("classify = 3", "'classify'"),
+    ):
+        Path("config.toml").write_text(text)
+        assert main(["classify", "model.onnx", "picture.png", "--config", "config.toml"]) == 2
+        assert message in capsys.readouterr().err
+    Path("config.toml").write_text("json = true\n[train]\nepochs = 3\n[verify]\nengine = ['openvino']\nmax-drop = 7.5")
+    assert main(["inspect", "model.onnx", "--config", "config.toml"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"] == "inspect"
 
 
 def test_a_missing_package_says_what_to_install(bench: Path) -> None:
@@ -166,10 +174,29 @@ def test_a_missing_package_says_what_to_install(bench: Path) -> None:
     assert 'pip install "vit-edge[export,onnxruntime]"' in done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error(bench: Path) -> None:
-    command = f"{sys.executable} -m vit_edge inspect model.onnx | head -c 1"
-    done = subprocess.run(command, shell=True, cwd=bench, capture_output=True, text=True, check=True)
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("json_flag", ["", "--json"])
+def test_a_reader_that_goes_away_is_no_error_and_a_full_disk_is_said(bench: Path, json_flag: str) -> None:
+    inspect = f"{sys.executable} -m vit_edge inspect model.onnx {json_flag}"
+    gone = subprocess.run(
+        ["bash", "-c", f"{inspect} | true; exit ${{PIPESTATUS[0]}}"],
+        cwd=bench,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (gone.returncode, gone.stderr) == (0, "")
+    full = subprocess.run(
+        ["bash", "-c", f"{inspect} > /dev/full"], cwd=bench, capture_output=True, text=True, check=False
+    )
+    assert full.returncode == 5
+    assert "no space left" in full.stderr
+    assert "Traceback" not in full.stderr
+
+
+def test_wrong_usage_with_json_is_json_too(bench: Path) -> None:
+    done = vit_edge("classify", "model.onnx", "--json", cwd=bench)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["exit_code"] == 2
 
 
 def test_inspect_tells_the_contract(workspace: Workspace) -> None:

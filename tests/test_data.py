@@ -44,7 +44,9 @@ def test_a_divided_folder_gives_the_split_asked_for(tmp_path: Path) -> None:
 def test_label_files_give_names_or_indices(tmp_path: Path, name: str, column: str) -> None:
     picture(tmp_path / "x.png")
     picture(tmp_path / "y.png")
-    (tmp_path / name).write_text(f"{column},label\nx.png,dog\ny.png,0\n")
+    (tmp_path / name).write_text(f"{column},label\nx.png,dog\ny.png,cat\n")
+    assert read_labelled(tmp_path, class_names=("cat", "dog")).labels == (1, 0)
+    (tmp_path / name).write_text(f"{column},label\nx.png,1\ny.png,0\n")
     assert read_labelled(tmp_path, class_names=("cat", "dog")).labels == (1, 0)
 
 
@@ -52,6 +54,21 @@ def test_labels_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "zebra/1.png")
     with pytest.raises(DataRejected, match="'zebra'"):
         read_labelled(tmp_path, class_names=("cat", "dog"))
+
+
+def test_names_and_indices_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        picture(tmp_path / name / "a.png")
+    assert read_labelled(tmp_path, class_names=("cat", "dog")).labels == (0, 1)
+    with pytest.raises(DataRejected, match="'0'"):
+        read_labelled(tmp_path, class_names=("1", "2", "3"))
+
+
+def test_a_row_without_a_label_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    (tmp_path / "labels.csv").write_text("file,label\nx.png,\n")
+    with pytest.raises(DataRejected, match="no label"):
+        read_labelled(tmp_path)
 
 
 def test_a_label_file_that_names_missing_pictures_is_refused(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from vit_edge.metrics import (
 
 @pytest.mark.parametrize(("images", "points"), [(550, 0.5432), (360, 0.8287), (1, 95.0), (10, 25.8866)])
 def test_without_a_changed_answer_the_bound_is_that_of_zero_events(images: int, points: float) -> None:
-    assert drop_upper_bound_points(images, worse=0, better=0) == pytest.approx(points, abs=1e-3)
-    assert best_certifiable_points(images) == pytest.approx(points, abs=1e-3)
+    assert drop_upper_bound_points(images, worse=0, better=0) == pytest.approx(points, abs=5e-3)
+    assert best_certifiable_points(images) == pytest.approx(points, abs=5e-3)
 
 
 @pytest.mark.parametrize("worse", [1, 3, 9])
@@ -46,7 +46,7 @@ def test_the_bound_covers_the_true_drop_at_least_95_percent_of_the_time(images: 
             )
             if chance > 1e-6 and _bound(images, worse, better) >= 100 * (loss - gain) - 1e-6:
                 covered += chance
-    assert covered >= 0.95 - 1e-3
+    assert covered >= 0.95
 
 
 def test_the_bound_grows_with_losses_and_shrinks_with_gains() -> None:

@@ -13,9 +13,9 @@ import pytest
 from onnx import numpy_helper
 
 from tests.conftest import ROOT, Workspace, vit_edge
-from vit_edge.artifact import open_model
+from vit_edge.artifact import open_model, reseal
 from vit_edge.data import find_images
-from vit_edge.errors import DataRejected, UsageError
+from vit_edge.errors import DataRejected, GoldenMismatch, ModelRejected, UsageError
 from vit_edge.export import quantize
 from vit_edge.export.calibration import Range, observe_ranges
 from vit_edge.export.placement import find_products, insert_qdq
@@ -94,10 +94,10 @@ def test_the_recipe_is_in_the_manifest(workspace: Workspace) -> None:
 def test_with_labelled_pictures_the_figures_are_in_the_file_and_the_bytes_repeat(
     workspace: Workspace, tmp_path: Path
 ) -> None:
-    for name in ("a.onnx", "b.onnx"):
-        result = quantize(
-            workspace.float_model, calibration=CALIBRATION, data=workspace.test_pictures, out=tmp_path / name
-        )
+    shutil.copytree(workspace.test_pictures, tmp_path / "elsewhere")
+    for name, data in (("a.onnx", workspace.test_pictures), ("b.onnx", tmp_path / "elsewhere")):
+        result = quantize(workspace.float_model, calibration=CALIBRATION, data=data, out=tmp_path / name)
+    assert str(tmp_path).encode() not in (tmp_path / "b.onnx").read_bytes()
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert result.num_calibration_images == 128
     evaluation = open_model(tmp_path / "a.onnx").manifest.evaluation
@@ -200,3 +200,22 @@ def test_ranges_are_means_over_pictures_and_include_zero(workspace: Workspace) -
     for name in tensors:
         assert together[name].low <= 0 <= together[name].high
         assert together[name].high == pytest.approx(float(np.mean([one[name].high for one in alone])))
+
+
+def test_a_damaged_or_hostile_float_file_is_not_quantized(workspace: Workspace, tmp_path: Path) -> None:
+    model = onnx.load(workspace.float_model)
+    weight = next(t for t in model.graph.initializer if t.name == "block.1.fc1.weight")
+    shuffled = np.random.default_rng(0).permutation(numpy_helper.to_array(weight), axis=0)
+    weight.CopyFrom(numpy_helper.from_array(shuffled, weight.name))
+    onnx.save(model, tmp_path / "damaged.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(reseal(tmp_path / "damaged.onnx").data)
+    with pytest.raises(GoldenMismatch):
+        quantize(tmp_path / "damaged.onnx", calibration=CALIBRATION, out=tmp_path / "m.onnx")
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="w.bin")
+    (tmp_path / "external.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "external.onnx").write_bytes(reseal(tmp_path / "external.onnx").data)
+    with pytest.raises(ModelRejected, match="another file"):
+        quantize(tmp_path / "external.onnx", calibration=CALIBRATION, out=tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import Workspace
 from vit_edge.artifact import MANIFEST_KEY, open_model, seal
+from vit_edge.cpu import instruction_set, usable_threads
 from vit_edge.data import find_images
 from vit_edge.errors import (
     EngineUnavailable,
@@ -24,7 +25,6 @@ from vit_edge.errors import (
     VitEdgeError,
 )
 from vit_edge.runtime import installed_engines, load, measure
-from vit_edge.runtime.cpu import instruction_set, usable_threads
 from vit_edge.runtime.golden import golden_images
 
 ENGINES = ("onnxruntime", "openvino")

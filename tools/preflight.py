@@ -19,7 +19,8 @@ def main() -> None:
         problems.append(f"Python {found} is too old; 3.10 or newer is needed: make PYTHON=python3.11 ...")
     if any(importlib.util.find_spec(module) is None for module in ("venv", "ensurepip")):
         problems.append("Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv")
-    free_gb = shutil.disk_usage(venv.absolute().parent).free / 1e9
+    existing = next(folder for folder in venv.absolute().parents if folder.is_dir())
+    free_gb = shutil.disk_usage(existing).free / 1e9
     installed = any(venv.glob("lib/python3*/site-packages/torch"))
     if not installed and free_gb < NEEDED_GB:
         problems.append(

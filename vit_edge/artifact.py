@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any, Literal
 
 from vit_edge.errors import ModelRejected, NotTrusted, printable
@@ -42,6 +43,18 @@ _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
 # One protobuf message holds at most 2 GiB.
 _MAX_BYTES = 2**31 - 1
+_OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "architecture": (Mapping,),
+    "provenance": (Mapping,),
+    "input": (Mapping,),
+    "license": _OPTIONAL_TEXT,
+    "base_model": _OPTIONAL_TEXT,
+    "quantization": _OPTIONAL_OBJECT,
+    "evaluation": _OPTIONAL_OBJECT,
+    "golden": _OPTIONAL_OBJECT,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +75,18 @@ class Manifest:
     golden: Mapping[str, Any] | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise ValueError(f"the manifest's {name} is {type(getattr(self, name)).__name__}")
+        if self.precision not in ("float32", "int8"):
+            raise ValueError(f"the manifest's precision is {self.precision!r}")
+        if not self.labels or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError("the manifest's labels are not a list of texts")
+        images = (self.quantization or {}).get("images", [])
+        if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
+            raise ValueError("the manifest's calibration images are not a list of hashes")
+
     def to_json(self) -> str:
         """Return the manifest as JSON with sorted keys: equal manifests give equal text."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
@@ -72,7 +97,10 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Return the manifest in `text`; raises ValueError that says what is wrong with it."""
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("the manifest is nested too deeply") from error
         if not isinstance(values, dict):
             raise ValueError("the manifest is not a JSON object")
         schema = values.pop("schema", None)
@@ -86,9 +114,11 @@ class Manifest:
         known = {key: values.pop(key) for key in names & values.keys()}
         try:
             known["preprocessing"] = Preprocessing.from_dict(known["preprocessing"])
-            known["labels"] = tuple(str(label) for label in known["labels"])
+            if not isinstance(known["labels"], list):
+                raise ValueError("the manifest's labels are not a list")
+            known["labels"] = tuple(known["labels"])
             return cls(**known, unknown=values)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
 
 

@@ -63,15 +63,20 @@ def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def read_labelled(
-    folder: str | os.PathLike[str], *, splits: Sequence[str] = (), class_names: Sequence[str] | None = None
+    folder: str | os.PathLike[str],
+    *,
+    splits: Sequence[str] = (),
+    class_names: Sequence[str] | None = None,
+    divided: bool = False,
 ) -> LabelledImages:
     """Return the labelled pictures of `folder`; raises DataRejected.
 
     The folder holds `<class>/<picture>`, or `labels.csv` (file,label), or `metadata.csv` (file_name,label). Where it is
-    divided into train, test, validation, valid or val, the first of `splits` that is there is taken. With `class_names`
-    (a model's labels) every class must be one of them; a label that is no name may be an index.
+    divided into train, test, validation, valid or val, the first of `splits` that is there is taken; with `divided` it
+    has to be. With `class_names`
+    (a model's labels) every class must be one of them; where not one is, all must be indices.
     """
-    root = _split_folder(_existing_folder(folder), splits)
+    root = _split_folder(_existing_folder(folder), splits, divided=divided)
     for name, column in _LABEL_FILES.items():
         if (root / name).is_file():
             pairs = _read_label_file(root / name, column)
@@ -137,8 +142,10 @@ def _existing_folder(folder: str | os.PathLike[str]) -> Path:
     return root
 
 
-def _split_folder(root: Path, splits: Sequence[str]) -> Path:
+def _split_folder(root: Path, splits: Sequence[str], *, divided: bool) -> Path:
     present = [name for name in _SPLITS if (root / name).is_dir()]
+    if divided and not present and find_images(root):
+        raise _rejected(root, "it is not divided into train and test", "put the pictures into train/ and test/")
     if not present or any((root / name).is_file() for name in _LABEL_FILES):
         return root
     for name in splits:
@@ -154,7 +161,7 @@ def _read_class_folders(root: Path) -> list[tuple[Path, str]]:
     if loose:
         reason = f"{len(loose)} pictures lie beside the class folders, such as {printable(loose[0].name)}"
         raise _rejected(root, reason, "put each picture in the folder of its class, or write a labels.csv (file,label)")
-    return [(path, path.relative_to(root).parts[0]) for path in paths]
+    return [(path, printable(path.relative_to(root).parts[0])) for path in paths]
 
 
 def _read_label_file(file: Path, column: str) -> list[tuple[Path, str]]:
@@ -166,6 +173,8 @@ def _read_label_file(file: Path, column: str) -> list[tuple[Path, str]]:
     if not rows or not {column, "label"} <= rows[0].keys():
         raise _rejected(file, f"it needs the columns {column},label and at least one row", "mend its first line")
     pairs = [(file.parent / (row[column] or ""), (row["label"] or "").strip()) for row in rows]
+    if not all(label for _, label in pairs):
+        raise _rejected(file, "a row has no label", "give every picture one")
     missing = [printable(path) for path, _ in pairs if not path.is_file()]
     if missing:
         reason = f"{len(missing)} of {len(pairs)} pictures are not there: {', '.join(missing[:_NUM_NAMED])}"
@@ -175,14 +184,15 @@ def _read_label_file(file: Path, column: str) -> list[tuple[Path, str]]:
 
 def _indices(names: Sequence[str], used: set[str], root: Path) -> dict[str, int]:
     index = {name: position for position, name in enumerate(names)}
-    numbers = {str(position): position for position in range(len(names))}
-    unknown = sorted(label for label in used if label not in index and label not in numbers)
+    if not used & index.keys():  # not one is a name: then all are indices
+        index = {str(position): position for position in range(len(names))}
+    unknown = sorted(label for label in used if label not in index)
     if unknown:
         shown = ", ".join(repr(label) for label in unknown[:_NUM_NAMED])
         known = ", ".join(repr(name) for name in list(names)[:_NUM_NAMED])
         reason = f"{len(unknown)} of its classes are not among the model's {len(names)} ({known} ...): {shown}"
         raise _rejected(root, reason, "name the folders or labels as the model does")
-    return {label: index.get(label, numbers.get(label, -1)) for label in used}
+    return {label: index[label] for label in used}
 
 
 def _raise_unreadable(error: OSError) -> None:

@@ -53,8 +53,10 @@ class VitEdgeError(Exception):
     def __init__(self, what: str, *, reason: str, remedy: str, file: str | os.PathLike[str] | None = None) -> None:
         self.what, self.reason, self.remedy = what, reason, remedy
         self.file = None if file is None else printable(file)
-        parts = [what, self.file, reason, remedy]
-        super().__init__(" - ".join(part for part in parts if part))
+        super().__init__(what, reason, remedy)
+
+    def __str__(self) -> str:
+        return " - ".join(part for part in (self.what, self.file, self.reason, self.remedy) if part)
 
 
 class UsageError(VitEdgeError):

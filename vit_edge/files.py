@@ -6,6 +6,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
+import re
 import secrets
 import shutil
 import stat
@@ -30,6 +32,10 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
     ),
     (b"\x80\x02", "it is a Python pickle", "save the weights as safetensors where it was made"),
 )
+
+
+# The host is in the name: on a folder that hosts share, a process number alone says nothing of who is alive.
+_TEMPORARY = f".vit-edge.tmp.{re.sub('[^A-Za-z0-9-]', '_', platform.node())[:60]}."
 
 
 def kind_of(data: bytes) -> tuple[str, str] | None:
@@ -94,9 +100,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) ->
     target = Path(path)
     chunks = [data] if isinstance(data, bytes) else data
     size_bytes = len(data) if isinstance(data, bytes) else 0
-    _remove_stale(target)
+    _remove_stale(target.absolute().parent)
     _check_space(target, size_bytes)
-    temporary = target.with_name(f".{target.name[:200]}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = target.absolute().parent / f"{_TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}"
     try:
         with temporary.open("xb") as file:
             for chunk in chunks:
@@ -139,12 +145,11 @@ def _disk_full(target: Path, size_bytes: int) -> ResourceExhausted:
     return ResourceExhausted("cannot write", file=target, reason=reason, remedy="free some space and run it again")
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove what a killed process left of this very file."""
-    folder, prefix = target.absolute().parent, f".{target.name[:200]}.tmp."
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes of this host left in the folder."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            owner = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+            owner = name.removeprefix(_TEMPORARY).split(".")[0] if name.startswith(_TEMPORARY) else ""
             if owner.isdigit() and not _alive(int(owner)):
                 (folder / name).unlink(missing_ok=True)
 

@@ -70,6 +70,8 @@ class Preprocessing:
             raise ValueError(f"resize {self.resize} and crop {self.crop} must be positive pixel counts")
         if sides[0] < self.crop[0] or sides[1] < self.crop[1]:
             raise ValueError(f"crop {self.crop} is larger than the picture resized to {self.resize}")
+        if max(*self.crop, *sides) > _MAX_SIDE or not all(isinstance(side, int) for side in (*self.crop, *sides)):
+            raise ValueError(f"resize {self.resize} and crop {self.crop} must be whole numbers up to {_MAX_SIDE:,}")
         if self.interpolation not in _INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r}; choose one of {', '.join(_INTERPOLATIONS)}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(np.isfinite([*self.mean, *self.std])):

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 
 from vit_edge.checkpoint import Checkpoint, save_checkpoint
+from vit_edge.cpu import usable_threads
 from vit_edge.data import (
     EVALUATION_SPLITS,
     LabelledImages,
@@ -115,6 +116,7 @@ def train(
     """
     run = _Run(data, config or TrainConfig())
     with _locked(Path(out), force=force) as target:
+        run.prepare()
         started = time.monotonic()
         finished = run.fit(on_progress)
         seconds = time.monotonic() - started
@@ -130,7 +132,7 @@ def train(
         num_training_images=run.training.num_images,
         num_parameters=sum(p.numel() for p in run.model.parameters()),
         seconds=seconds,
-        images_per_s=run.step * run.config.batch_size / seconds,
+        images_per_s=run.images_done / seconds,
     )
 
 
@@ -145,23 +147,29 @@ class _Split:
 
 class _Run:
     def __init__(self, data: str | os.PathLike[str], config: TrainConfig) -> None:
-        self.config, self.step = config, 0
-        self.training = read_labelled(data, splits=("train",))
-        self.test = read_labelled(data, splits=EVALUATION_SPLITS, class_names=self.training.class_names)
+        self.config, self.step, self.images_done = config, 0, 0
+        self.training = read_labelled(data, splits=("train",), divided=True)
+        class_names = self.training.class_names
+        self.test = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names, divided=True)
         try:
-            vit_config = variant(config.arch, num_classes=len(self.training.class_names))
+            self.vit_config = variant(config.arch, num_classes=len(self.training.class_names))
         except ValueError as error:
             raise UsageError("cannot train", reason=str(error), remedy="see `vit-edge train -h`") from error
         self.preprocessing = Preprocessing(
-            resize=min(vit_config.image_size), crop=vit_config.image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+            resize=min(self.vit_config.image_size),
+            crop=self.vit_config.image_size,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
         )
+
+    def prepare(self) -> None:
+        """Decode the pictures and make the network."""
         self.train_split, self.test_split = (_load(images, self.preprocessing) for images in (self.training, self.test))
         refuse_overlap(list(self.train_split.hashes), self.test_split.hashes)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
-        self.model = VisionTransformer(vit_config)
-        self.num_steps = config.epochs * math.ceil(len(self.train_split.labels) / config.batch_size)
+        torch.set_num_threads(self.config.threads or usable_threads())
+        torch.manual_seed(self.config.seed)
+        self.model = VisionTransformer(self.vit_config)
+        self.num_steps = self.config.epochs * math.ceil(len(self.train_split.labels) / self.config.batch_size)
 
     def fit(self, on_progress: Callable[[TrainProgress], None] | None) -> bool:
         """Run every step; returns False where a signal stopped it after a finished step."""
@@ -175,6 +183,7 @@ class _Run:
                     loss = self._train_step(batch, optimiser)
                     schedule.step()
                     self.step += 1
+                    self.images_done += len(batch)
                     if on_progress:
                         on_progress(self._progress(epoch, loss, top1, time.monotonic() - started))
                     if stop():
@@ -254,7 +263,7 @@ class _Run:
             epoch=epoch + 1,
             loss=loss,
             top1=top1,
-            images_per_s=self.step * self.config.batch_size / seconds,
+            images_per_s=self.images_done / seconds,
             seconds_left=seconds / self.step * (self.num_steps - self.step),
         )
 
@@ -288,7 +297,11 @@ def _optimiser(model: VisionTransformer, config: TrainConfig) -> torch.optim.Opt
 @contextlib.contextmanager
 def _locked(folder: Path, *, force: bool) -> Iterator[Path]:
     """Yield the checkpoint's path in `folder`, which no second run can use meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UsageError("cannot train into", file=folder, reason=reason, remedy="choose another --out") from error
     target = may_write(folder / CHECKPOINT_NAME, force=force)
     try:
         with FileLock(folder / ".lock", timeout=0):

@@ -18,6 +18,9 @@ from torch.nn import functional
 
 __all__ = ["VARIANTS", "Block", "ViTConfig", "VisionTransformer", "variant"]
 
+# The deepest published Vision Transformers have fewer than 100 blocks.
+_MOST_BLOCKS = 256
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViTConfig:
@@ -44,6 +47,8 @@ class ViTConfig:
         for name in ("width", "depth", "num_heads", "mlp_width", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.depth > _MOST_BLOCKS:
+            raise ValueError(f"depth is {self.depth}; at most {_MOST_BLOCKS} blocks are built")
         for side, patch, axis in zip(self.image_size, self.patch_size, ("height", "width"), strict=True):
             if side % patch:
                 raise ValueError(f"image {axis} {side} is not a multiple of the patch {axis} {patch}")

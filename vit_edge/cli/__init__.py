@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ from vit_edge.cli.benchmark import benchmark
 from vit_edge.cli.classify import classify
 from vit_edge.cli.export import export
 from vit_edge.cli.inspect import inspect
+from vit_edge.cli.output import print_error_json
 from vit_edge.cli.quantize import quantize
 from vit_edge.cli.seal import seal
 from vit_edge.cli.train import train
@@ -58,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error that is the user's is one sentence, no traceback."""
     try:
         cli.main(args=arguments, prog_name="vit-edge", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
+        if "--json" in (sys.argv[1:] if arguments is None else arguments):
+            what = {"type": type(error).__name__, "exit_code": error.exit_code, "reason": error.format_message()}
+            print_error_json(getattr(getattr(error, "ctx", None), "info_name", None) or "vit-edge", what)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail(Interrupted("stopped", reason="interrupted by the user", remedy="nothing unfinished was kept"))
@@ -67,15 +73,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     except MemoryError:
         return _fail(ResourceExhausted("cannot go on", reason="memory ran out", remedy="use smaller or fewer inputs"))
-    except BrokenPipeError:
-        # The reader went away (`| head`): nothing is wrong. Keep the interpreter from flushing into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):
+        # The reader went away (`| head`): nothing is wrong. click and rich turn it into SystemExit.
+        _forget_stdout()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return _bug()
+        _forget_stdout()
+        reason = (error.strerror or str(error)).lower()
+        return _fail(ResourceExhausted("cannot write the result", reason=reason, remedy="free some space"))
     except Exception:
-        traceback.print_exc()
-        click.echo("error: this is a bug in vit-edge; please report the lines above", err=True)
-        return 1
+        return _bug()
     return 0
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    click.echo("error: this is a bug in vit-edge; please report the lines above", err=True)
+    return 1
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from flushing what is left into an output that takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: VitEdgeError) -> int:

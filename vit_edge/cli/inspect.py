@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 @command("inspect")
 @file_argument("file")
 def inspect(file: Path) -> Result:
-    """Show what the model file FILE says of itself, after checking its seal.
+    """Show what the model file FILE says of itself, after checking its seal and its operators.
 
     \b
     Example:
       vit-edge inspect model.int8.onnx
     """
     from vit_edge.artifact import open_model
+    from vit_edge.runtime.guard import check_graph
 
     model = open_model(file)
+    check_graph(model)
     data = _describe(model)
     rows = [
         (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -30,7 +30,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Result", "bar", "command", "file_argument", "make_table", "megabytes", "progress_bar", "threads_option"]
+__all__ = [
+    "Result",
+    "bar",
+    "command",
+    "file_argument",
+    "make_table",
+    "megabytes",
+    "print_error_json",
+    "progress_bar",
+    "threads_option",
+]
 
 SCHEMA = 1
 _CONFIG_BYTES = 1_000_000
@@ -131,13 +141,21 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
         values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError("cannot read the configuration", file=path, reason=str(error), remedy="write TOML") from error
-    values = values.get(context.info_name or "", values)
-    known = {p.name for p in context.command.params}
-    unknown = sorted(key for key in values if key.replace("-", "_") not in known)
+    name = context.info_name or ""
+    # Values outside of a table are for whichever command reads them; a table is for the command of its name.
+    own = values.get(name, {})
+    values = {key: value for key, value in values.items() if not isinstance(value, dict) and key != name}
+    values |= own if isinstance(own, dict) else {name: own}
+    spellings = {text.lstrip("-"): p for p in context.command.params for text in p.opts if p.name != "config"}
+    unknown = sorted(set(values) - set(spellings))
     if unknown:
-        remedy = f"see `vit-edge {context.info_name} -h`"
-        raise UsageError("cannot use the configuration", file=path, reason=f"no option {unknown[0]!r}", remedy=remedy)
-    context.default_map = {key.replace("-", "_"): value for key, value in values.items()}
+        reason, remedy = f"{name} has no option {unknown[0]!r}", f"see `vit-edge {name} -h`"
+        raise UsageError("cannot use the configuration", file=path, reason=reason, remedy=remedy)
+    for key, value in values.items():
+        if spellings[key].multiple != isinstance(value, list) or isinstance(value, dict):
+            reason, remedy = f"{key} is {value!r}", "write a list for options that repeat, one value for others"
+            raise UsageError("cannot use the configuration", file=path, reason=reason, remedy=remedy)
+    context.default_map = {spellings[key].name or key: value for key, value in values.items()}
 
 
 _COMMON = (
@@ -202,6 +220,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_error_json(name: str, error: dict[str, Any]) -> None:
+    """Print an error as the one JSON object of a command that never ran."""
+    _print_json(name, {"error": error}, [])
 
 
 def _show(shown: Sequence[Any]) -> None:

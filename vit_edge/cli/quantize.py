@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vit_edge.cli.output import Result, command, file_argument, megabytes, progress_bar
-from vit_edge.cli.verify import verification_data, verification_table
+from vit_edge.cli.verify import figures_data, figures_table
 from vit_edge.errors import require
 
 
@@ -22,7 +22,7 @@ from vit_edge.errors import require
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Labelled pictures to verify the result on; none of them may calibrate.",
+    help="Labelled pictures to judge the result by; none of them may calibrate.",
 )
 @click.option(
     "-o",
@@ -44,7 +44,8 @@ def quantize(model: Path, calibration: Path, data: Path | None, out: Path, targe
     """Quantize the float32 file MODEL to INT8, with ranges from calibration pictures.
 
     Integers enter at the inputs of matrix products with constant weights, where nearly all the arithmetic is; the rest
-    stays float. With --data the result is verified and the figures are kept in the file.
+    stays float. With --data the figures on those pictures are shown and kept in the file; `vit-edge verify` gives
+    the verdict.
 
     \b
     Example:
@@ -72,12 +73,12 @@ def quantize(model: Path, calibration: Path, data: Path | None, out: Path, targe
         "target": target,
         "num_calibration_images": result.num_calibration_images,
         "num_products": result.num_products,
-        "verification": verification_data(result.verification) if result.verification else None,
+        "evaluation": figures_data(result.verification) if result.verification else None,
     }
     size = f"{megabytes(result.size_bytes)}, {result.size_ratio:.2f} of the float file"
     shown = [
         f"{result.num_products} matrix products take integers, ranges from {result.num_calibration_images} pictures",
-        *([verification_table(result.verification)] if result.verification else []),
+        *([figures_table(result.verification)] if result.verification else []),
         f"model: {result.model} ({size}, sha256 {result.sha256})",
     ]
     return Result(data=fields, shown=shown)

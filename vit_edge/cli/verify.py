@@ -15,7 +15,7 @@ from vit_edge.metrics import BOUND_METHOD
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vit_edge.export.verification import EngineResult, Verification
+    from vit_edge.export.verification import EngineResult, Verdict, Verification
 
 
 @command("verify")
@@ -59,7 +59,9 @@ def verify(
     from vit_edge.export.verification import verify as run
 
     num_images, best = best_possible(data, reference)
-    click.echo(f"{num_images} pictures can certify a drop of {best:.2f} points at best; asked: {max_drop:g}", err=True)
+    if not click.get_current_context().meta["quiet"]:
+        said = f"{num_images} pictures can certify a drop of {best:.2f} points at best; asked: {max_drop:g}"
+        click.echo(said, err=True)
     with progress_bar() as progress:
         result = run(
             model,
@@ -90,7 +92,20 @@ def verification_data(result: Verification) -> dict[str, Any]:
 
 
 def verification_table(result: Verification) -> Table:
-    """Return one row for each engine."""
+    """Return one row for each engine, with the verdict."""
+    verdicts = [r.verdict for r in result.results]
+    return figures_table(result, more={"verdict": verdicts})
+
+
+def figures_data(result: Verification) -> list[dict[str, Any]]:
+    """Return each engine's figures as JSON-ready values, without a verdict on a budget."""
+    dropped = ("verdict", "images_needed")
+    return [{key: v for key, v in _engine_data(r).items() if key not in dropped} for r in result.results]
+
+
+def figures_table(result: Verification, *, more: dict[str, list[Verdict]] | None = None) -> Table:
+    """Return one row for each engine; `more` are columns to add."""
+    more = more or {}
     rows = [
         (
             r.engine,
@@ -100,11 +115,11 @@ def verification_table(result: Verification) -> Table:
             f"{r.drop_upper_bound_points:.2f}",
             f"{r.agreement:.2f} % ({r.agreement_interval[0]:.1f} to {r.agreement_interval[1]:.1f})",
             f"{r.sqnr_db:.1f}",
-            r.verdict,
+            *(column[position] for column in more.values()),
         )
-        for r in result.results
+        for position, r in enumerate(result.results)
     ]
-    columns = ("engine", "float top-1", "top-1", "drop, points", "bound, 95 %", "agreement", "SQNR dB", "verdict")
+    columns = ("engine", "float top-1", "top-1", "drop, points", "bound, 95 %", "agreement", "SQNR dB", *more)
     return make_table(f"On {result.results[0].images} labelled pictures", columns, rows)
 
 
