@@ -51,7 +51,7 @@ def export_onnx(
     """
     _require_engines()
     checkpoint = load_checkpoint(source)
-    target = may_write(out, force=force)
+    target = may_write(out, force=force, made_from=source)
     height, width = checkpoint.model.config.image_size
     reference = reference_logits(checkpoint.model, checkpoint.preprocessing)
 

@@ -82,7 +82,7 @@ def quantize(
     # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
     load_model(source, options=EngineOptions()).close()
     paths = find_images(calibration)
-    written = may_write(out, force=force)
+    written = may_write(out, force=force, made_from=model)
     judging = _judging_hashes(source, data)
 
     graph = onnx.load_model_from_string(source.data)
@@ -151,7 +151,7 @@ def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) ->
         reason = f"all {len(hashes)} pictures are the same"
         raise DataRejected("cannot calibrate", file=folder, reason=reason, remedy="give pictures like those in use")
     if len(hashes) < _FEW_IMAGES:
-        _log.warning("only %d calibration pictures: ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
+        _log.warning("few calibration pictures (%d): ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
 
 
 def _evaluation(verification: Verification) -> dict[str, Any]:

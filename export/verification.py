@@ -19,7 +19,7 @@ from vit_edge.image import pixel_hash
 from vit_edge.metrics import best_certifiable_points, compare, images_needed
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engine import EngineOptions, Logits, installed_engines
+from vit_edge.runtime.engine import EngineOptions, Logits, installed_engines, refuse_null
 from vit_edge.runtime.loading import load_model
 
 __all__ = ["EngineResult", "Verdict", "Verification", "verify", "verify_models"]
@@ -27,6 +27,8 @@ __all__ = ["EngineResult", "Verdict", "Verification", "verify", "verify_models"]
 Verdict = Literal["pass", "fail", "inconclusive"]
 DEFAULT_MAX_DROP_POINTS = 1.0
 _BATCH = 16
+# 0.01 points need 30,000 pictures of which not one changes.
+_SMALLEST_DROP_POINTS = 0.01
 _NUM_NAMED = 20
 # Fewer pictures than this cannot tell wrong labels from bad luck.
 _ENOUGH_TO_DOUBT = 20
@@ -116,10 +118,8 @@ def verify_models(
     progress: Progress = silent,
 ) -> Verification:
     """Return what `verify` returns, for files that were opened already."""
-    if not 0 < max_drop_points < 100:
-        raise UsageError(
-            "cannot verify", reason=f"max drop is {max_drop_points}", remedy="give points over 0, below 100"
-        )
+    if not _SMALLEST_DROP_POINTS <= max_drop_points < 100:
+        raise UsageError("cannot verify", reason=f"max drop is {max_drop_points}", remedy="give 0.01 to 100 points")
     if min_agreement is not None and not 0 <= min_agreement <= 100:
         raise UsageError("cannot verify", reason=f"min agreement is {min_agreement}", remedy="give a percentage")
     _check_comparable(model, reference)
@@ -133,6 +133,7 @@ def verify_models(
         raise MissingExtra("cannot verify", reason="no inference engine is installed", remedy=remedy)
     results, hashes = [], {}
     for name in chosen:
+        refuse_null(name)
         options = EngineOptions(threads=threads)
         with (
             load_model(reference, engine=name, options=options) as expected,
@@ -237,6 +238,10 @@ def _judge(engine: str, run: _Run, max_drop_points: float, min_agreement: float 
 
 
 def _check_comparable(model: ModelFile, reference: ModelFile) -> None:
+    if reference.manifest.precision != "float32":
+        reason = f"its precision is {reference.manifest.precision}; a reference is float32"
+        remedy = "give the file that `vit-edge export` wrote"
+        raise UsageError("cannot compare with", file=reference.source, reason=reason, remedy=remedy)
     for name in ("labels", "preprocessing"):
         if getattr(model.manifest, name) != getattr(reference.manifest, name):
             reason = f"its {name} are not those of {reference.source}"

@@ -80,9 +80,10 @@ def measure(
     Each gets at least `min_seconds` and `min_queries`, after a warm-up. Inputs are prepared beforehand. `load_ms` (file
     to first answer) and `peak_rss_bytes` are those of a fresh process that does nothing else.
     """
-    if batch_size < 1 or min_queries < 1 or not min_seconds > 0:
+    if not (1 <= batch_size <= 1024 and 1 <= min_queries <= 1_000_000 and 0 < min_seconds <= 3600):
         reason = f"batch size {batch_size}, {min_seconds} seconds, {min_queries} queries"
-        raise UsageError("cannot measure", reason=reason, remedy="give positive numbers")
+        remedy = "give a batch of 1 to 1,024, up to 3,600 seconds, up to 1,000,000 queries"
+        raise UsageError("cannot measure", reason=reason, remedy=remedy)
     chosen = tuple(engines) or installed_engines()
     if not chosen:
         remedy = 'pip install "vit-edge[onnxruntime]"'

@@ -13,11 +13,11 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vit_edge.cpu import usable_threads
+from vit_edge.cpu import MOST_THREADS, usable_threads
 from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
 from vit_edge.image import Pixels
 
-__all__ = ["ENGINES", "Engine", "EngineName", "EngineOptions", "installed_engines", "make_engine"]
+__all__ = ["ENGINES", "Engine", "EngineName", "EngineOptions", "installed_engines", "make_engine", "refuse_null"]
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 EngineName: TypeAlias = Literal["onnxruntime", "openvino", "null"]
@@ -39,8 +39,8 @@ class EngineOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise UsageError("cannot load", reason=f"threads is {self.threads}", remedy="give 1 or more")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UsageError("cannot load", reason=f"threads is {self.threads}", remedy=f"give 1 to {MOST_THREADS}")
         if self.device not in DEVICES:
             reason = f"the device {self.device!r} is not supported; there is {', '.join(DEVICES)}"
             raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these")
@@ -72,6 +72,13 @@ class Engine(Protocol):
 def installed_engines() -> tuple[str, ...]:
     """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen)."""
     return tuple(name for name, (_, package, _) in ENGINES.items() if package and importlib.util.find_spec(package))
+
+
+def refuse_null(name: str) -> None:
+    """Raise EngineUnavailable for the null engine where an answer is wanted: it computes nothing."""
+    if name == "null":
+        remedy = "choose onnxruntime or openvino"
+        raise EngineUnavailable("cannot answer", reason="the null engine computes nothing", remedy=remedy)
 
 
 def make_engine(name: str, model: bytes, options: EngineOptions) -> Engine:

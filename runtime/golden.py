@@ -35,6 +35,7 @@ GENERATOR = "splitmix64-mosaic-1"
 # On one CPU and engine version INT8 answers are bitwise the same at any number of threads and any batch (measured in
 # both engines on DeiT-tiny and the digits), so there a small edit shows that another CPU's rounding would hide.
 _SAME_MACHINE_SQNR_DB = 60.0
+_MOST_INPUTS = 64
 _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
@@ -53,6 +54,8 @@ class Tolerance:
 
     def __post_init__(self) -> None:
         bounds = (self.absolute, self.relative, self.sqnr_db)
+        if not all(b is None or (isinstance(b, int | float) and abs(b) < 1e9) for b in (*bounds, self.top1_gap)):
+            raise ValueError("a tolerance is not a number")
         if all(bound is None for bound in bounds):
             raise ValueError("a tolerance needs a bound on the logits")
 
@@ -77,6 +80,8 @@ def check_golden(engine: Engine, golden: Mapping[str, Any], *, preprocessing: Pr
         if golden["generator"] != GENERATOR:
             raise ValueError(f"its inputs come from {golden['generator']!r}; this vit-edge knows {GENERATOR!r}")
         height, width = preprocessing.crop
+        if not 1 <= len(golden["seeds"]) <= _MOST_INPUTS:
+            raise ValueError(f"it has {len(golden['seeds'])} inputs; 1 to {_MOST_INPUTS} are run")
         images = golden_images(golden["seeds"], height=height, width=width)
         entry = next((e for e in golden["expected"] if engine.name in e["engines"]), None)
         if entry is None:

@@ -79,7 +79,11 @@ def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
         yield "it holds functions, training steps or sparse weights"
     if len(graph.node) > _MAX_NODES:
         yield f"it has {len(graph.node):,} nodes; at most {_MAX_NODES:,} are read"
+    known = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
     for node in graph.node:
+        if not known >= {name for name in node.input if name}:
+            yield f"node {node.name!r} reads what no node before it makes"
+        known |= set(node.output)
         if node.domain not in _DOMAINS or node.op_type not in _OPERATORS:
             yield f"node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which is not allowed"
         for attribute in node.attribute:
@@ -105,6 +109,11 @@ def _interface_problems(graph: Any, model: ModelFile) -> Iterator[str]:
         yield f"it has {len(graph.input)} inputs and {len(graph.output)} outputs, not one of each"
         return
     name, dtype, shape = _signature(graph.input[0])
+    if not shape or len(graph.output[0].type.tensor_type.shape.dim) == 0:
+        yield "its input or output has no shape"
+        return
+    if not isinstance(shape[0], str):
+        yield f"its batch is fixed at {shape[0]}"
     if (name, dtype, shape[1:]) != ("images", UINT8, [*manifest.preprocessing.crop, 3]):
         yield f"its input {name!r} has shape {shape}; the manifest says uint8 images of {manifest.preprocessing.crop}"
     name, dtype, shape = _signature(graph.output[0])

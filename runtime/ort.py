@@ -40,25 +40,30 @@ class OnnxRuntimeEngine:
                 model, settings, providers=[_PROVIDER], disabled_optimizers=_DISABLED_OPTIMIZERS
             )
         except Exception as error:  # its exceptions share no base but this
-            raise _cannot_load(error) from error
+            raise _failed("load", error) from error
         if self._session.get_providers() != [_PROVIDER]:
-            raise _cannot_load(RuntimeError(f"it runs on {self._session.get_providers()}, not on {_PROVIDER}"))
+            raise _failed("load", RuntimeError(f"it runs on {self._session.get_providers()}, not on {_PROVIDER}"))
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes]."""
         if self._session is None:
             raise UsageError("cannot run", reason="the engine is closed", remedy="load the model again")
-        return np.asarray(self._session.run(["logits"], {"images": images_NHWC})[0], dtype=np.float32)
+        try:
+            return np.asarray(self._session.run(["logits"], {"images": images_NHWC})[0], dtype=np.float32)
+        except Exception as error:  # its exceptions share no base but this
+            raise _failed("run", error) from error
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
 
 
-def _cannot_load(error: Exception) -> ModelRejected:
+def _failed(verb: str, error: Exception) -> ModelRejected:
     reason = " ".join(str(error).split())[:300]
     remedy = "export it again, or update ONNX Runtime"
-    return ModelRejected(f"ONNX Runtime {onnxruntime.__version__} cannot load the model", reason=reason, remedy=remedy)
+    return ModelRejected(
+        f"ONNX Runtime {onnxruntime.__version__} cannot {verb} the model", reason=reason, remedy=remedy
+    )
 
 
 ENGINE = OnnxRuntimeEngine

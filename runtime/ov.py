@@ -40,19 +40,22 @@ class OpenVinoEngine:
             # logits (DeiT-tiny: 24.8 dB apart) than those that were verified.
             self._compiled: Any = core.compile_model(core.read_model(model), "CPU", settings)
         except Exception as error:  # its exceptions share no base but this
-            raise _cannot_load(error) from error
+            raise _failed("load", error) from error
         self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
         self.float_precision = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
         self._request: Any = self._compiled.create_infer_request()
         if self.float_precision != "f32":
-            raise _cannot_load(RuntimeError(f"it runs in {self.float_precision}, not in f32"))
+            raise _failed("load", RuntimeError(f"it runs in {self.float_precision}, not in f32"))
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes]."""
         with self._lock:
             if self._request is None:
                 raise UsageError("cannot run", reason="the engine is closed", remedy="load the model again")
-            results = self._request.infer({"images": images_NHWC}, share_inputs=False, share_outputs=False)
+            try:
+                results = self._request.infer({"images": images_NHWC}, share_inputs=False, share_outputs=False)
+            except Exception as error:  # its exceptions share no base but this
+                raise _failed("run", error) from error
             return np.array(results["logits"], dtype=np.float32)
 
     def close(self) -> None:
@@ -61,10 +64,10 @@ class OpenVinoEngine:
             self._request = self._compiled = None
 
 
-def _cannot_load(error: Exception) -> ModelRejected:
+def _failed(verb: str, error: Exception) -> ModelRejected:
     reason = " ".join(str(error).split())[:300]
     remedy = "export it again, or update OpenVINO"
-    return ModelRejected(f"OpenVINO {openvino.__version__} cannot load the model", reason=reason, remedy=remedy)
+    return ModelRejected(f"OpenVINO {openvino.__version__} cannot {verb} the model", reason=reason, remedy=remedy)
 
 
 ENGINE = OpenVinoEngine

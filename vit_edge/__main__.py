@@ -10,11 +10,14 @@ __all__ = ["run"]
 
 def run() -> None:
     """Run the command line and exit with its code."""
-    from vit_edge.cli import main
-
     # As Ctrl-C: what is unfinished is cleaned up, and the exit code is 130.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    try:
+        from vit_edge.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # while importing
+        sys.exit(130)
 
 
 if __name__ == "__main__":

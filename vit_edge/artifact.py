@@ -99,6 +99,7 @@ class Manifest:
         """Return the manifest in `text`; raises ValueError that says what is wrong with it."""
         try:
             values = json.loads(text)
+            json.dumps(values, ensure_ascii=False).encode("utf-8")  # no halves of characters: nothing could print them
         except RecursionError as error:
             raise ValueError("the manifest is nested too deeply") from error
         if not isinstance(values, dict):

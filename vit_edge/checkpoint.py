@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class Checkpoint:
     sha256: str | None = None  # of the file it was loaded from
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError("the name and the labels have to be texts")
+        if not isinstance(self.training, Mapping) or not isinstance(self.evaluation, Mapping | NoneType):
+            raise ValueError("training and evaluation have to be objects")
         config = self.model.config
         if len(self.labels) != config.num_classes:
             raise ValueError(f"{len(self.labels)} labels for {config.num_classes} classes (num_classes)")
@@ -87,7 +92,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             name=header["name"],
             model=_model(config, tensors, path),
             preprocessing=Preprocessing.from_dict(header["preprocessing"]),
-            labels=tuple(header["labels"]),
+            labels=_labels(header["labels"]),
             license=header["license"],
             base_model=header["base_model"],
             evaluation=header["evaluation"],
@@ -130,6 +135,7 @@ def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.Path
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())][:_NUM_NAMED]
     problems += [f"{name} is not expected" for name in sorted(tensors.keys() - expected.keys())][:_NUM_NAMED]
+    problems += [f"{n} is {t.dtype}, not float32" for n, t in tensors.items() if t.dtype != torch.float32][:_NUM_NAMED]
     problems += [
         f"{name} has shape {tuple(tensors[name].shape)}, not {shape}"
         for name, shape in expected.items()
@@ -143,6 +149,12 @@ def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.Path
         raise _rejected(path, f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}", "train it again")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _labels(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError("labels are not a list")
+    return tuple(values)
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

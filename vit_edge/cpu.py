@@ -6,7 +6,10 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["cpu_name", "instruction_set", "usable_threads"]
+__all__ = ["MOST_THREADS", "cpu_name", "instruction_set", "usable_threads"]
+
+# More than any edge device has; engines hang or crash when asked for 100,000.
+MOST_THREADS = 256
 
 # The strongest first: which of these a CPU has decides how INT8 products are computed.
 _X86 = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "avx", "sse4_1")

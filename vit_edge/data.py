@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vit_edge.errors import DataRejected, ImageRejected, printable
-from vit_edge.files import sha256_hex
+from vit_edge.files import read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
 
 __all__ = ["LabelledImages", "find_images", "pixel_hashes", "read_labelled", "stream_pixels"]
@@ -21,7 +22,7 @@ _SPLITS = ("train", *EVALUATION_SPLITS)
 # file name -> column of the picture's path; both have a column "label"
 _LABEL_FILES = {"labels.csv": "file", "metadata.csv": "file_name"}
 
-_MAX_FILES = 1_000_000
+_MAX_FILES, _MAX_LABEL_BYTES = 1_000_000, 100_000_000
 _MAX_REJECTED = 0.01
 _NUM_NAMED = 5
 _log = logging.getLogger(__name__)
@@ -165,21 +166,28 @@ def _read_class_folders(root: Path) -> list[tuple[Path, str]]:
 
 
 def _read_label_file(file: Path, column: str) -> list[tuple[Path, str]]:
+    text = read_file(file, what="label file", max_bytes=_MAX_LABEL_BYTES, error=DataRejected)
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise _rejected(file, str(error), "write it as UTF-8 with commas") from error
     if not rows or not {column, "label"} <= rows[0].keys():
         raise _rejected(file, f"it needs the columns {column},label and at least one row", "mend its first line")
     pairs = [(file.parent / (row[column] or ""), (row["label"] or "").strip()) for row in rows]
     if not all(label for _, label in pairs):
         raise _rejected(file, "a row has no label", "give every picture one")
-    missing = [printable(path) for path, _ in pairs if not path.is_file()]
+    missing = [printable(path) for path, _ in pairs if not _is_file(path)]
     if missing:
         reason = f"{len(missing)} of {len(pairs)} pictures are not there: {', '.join(missing[:_NUM_NAMED])}"
         raise _rejected(file, reason, "paths are relative to the folder of this file")
     return pairs
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for the system, or with a zero byte in it
+        return False
 
 
 def _indices(names: Sequence[str], used: set[str], root: Path) -> dict[str, int]:

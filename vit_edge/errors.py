@@ -49,6 +49,7 @@ class VitEdgeError(Exception):
     """What failed, in which file, why, and what to do about it; `exit_code` is the command line's."""
 
     exit_code = 1
+    in_json = False  # whether the command line has printed it as JSON already
 
     def __init__(self, what: str, *, reason: str, remedy: str, file: str | os.PathLike[str] | None = None) -> None:
         self.what, self.reason, self.remedy = what, reason, remedy
@@ -126,8 +127,9 @@ class Interrupted(VitEdgeError):
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """Return a path as text that any terminal can print: bytes that are not UTF-8 come out escaped."""
-    return os.fsencode(Path(path)).decode("utf-8", errors="backslashreplace")
+    """Return a path as text that any terminal can print: control characters and bytes that are not UTF-8 escaped."""
+    text = os.fsencode(Path(path)).decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def require(module: str, *, extra: str, what: str) -> ModuleType:

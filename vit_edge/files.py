@@ -77,12 +77,23 @@ def read_file(
             raise error(f"cannot read the {what}", file=path, reason=_why(problem), remedy=remedy) from problem
 
 
-def may_write(path: str | os.PathLike[str], *, force: bool) -> Path:
-    """Return `path` if a result may be written there; raises UsageError early, before any work is done."""
-    target = Path(path)
+def may_write(path: str | os.PathLike[str], *, force: bool, made_from: str | os.PathLike[str] | None = None) -> Path:
+    """Return `path` if a result may be written there; raises UsageError early, before any work is done.
+
+    The file `made_from` is never overwritten, even with `force`.
+    """
+    try:
+        return _may_write(Path(path), force=force, made_from=made_from)
+    except (OSError, ValueError) as problem:  # a name too long, or with a zero byte in it
+        raise UsageError("cannot write", file=path, reason=_why(problem), remedy="choose another name") from problem
+
+
+def _may_write(target: Path, *, force: bool, made_from: str | os.PathLike[str] | None) -> Path:
     if target.is_dir():
         raise UsageError("cannot write", file=target, reason="it is a folder", remedy="give the path of a file")
-    if target.exists() and not force:
+    if made_from is not None and target.exists() and target.samefile(made_from):
+        raise UsageError("will not overwrite", file=target, reason="it is the input", remedy="choose another name")
+    if os.path.lexists(target) and not force:
         remedy = "choose another name, or add --force to replace it"
         raise UsageError("will not overwrite", file=target, reason="the file exists", remedy=remedy)
     if not target.absolute().parent.is_dir():
@@ -98,6 +109,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) ->
     disk is full; the old file is kept and the temporary file removed.
     """
     target = Path(path)
+    if target.is_symlink():  # the link stays, what it points to is replaced
+        target = target.resolve()
     chunks = [data] if isinstance(data, bytes) else data
     size_bytes = len(data) if isinstance(data, bytes) else 0
     _remove_stale(target.absolute().parent)
@@ -105,6 +118,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) ->
     temporary = target.absolute().parent / f"{_TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}"
     try:
         with temporary.open("xb") as file:
+            _keep_mode(target, file.fileno())
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -112,9 +126,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) ->
         temporary.replace(target)
         _fsync_folder(target.absolute().parent)
     except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _disk_full(target, size_bytes) from problem
-        raise InputError("cannot write", file=target, reason=_why(problem), remedy="check the folder") from problem
+        raise UsageError("cannot write", file=target, reason=_why(problem), remedy="choose another folder") from problem
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -133,9 +147,16 @@ def _why(problem: Exception) -> str:
     return str(problem)
 
 
+def _keep_mode(target: Path, descriptor: int) -> None:
+    """Give the new file the permissions of the one that it replaces."""
+    with contextlib.suppress(OSError, AttributeError):  # no such file yet; no fchmod on Windows
+        os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
+
+
 def _check_space(target: Path, size_bytes: int) -> None:
     with contextlib.suppress(OSError):
-        if shutil.disk_usage(target.absolute().parent).free < size_bytes:
+        usage = shutil.disk_usage(target.absolute().parent)
+        if usage.total > 0 and usage.free < size_bytes:  # /proc and the like have no size at all
             raise _disk_full(target, size_bytes)
 
 

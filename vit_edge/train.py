@@ -19,7 +19,7 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 
 from vit_edge.checkpoint import Checkpoint, save_checkpoint
-from vit_edge.cpu import usable_threads
+from vit_edge.cpu import MOST_THREADS, usable_threads
 from vit_edge.data import (
     EVALUATION_SPLITS,
     LabelledImages,
@@ -71,8 +71,10 @@ class TrainConfig:
         for name in ("warmup_fraction", "label_smoothing", "shift_fraction", "scale_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads is {self.threads}; it must lie between 1 and {MOST_THREADS}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2^63)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from torch.nn import functional
 __all__ = ["VARIANTS", "Block", "ViTConfig", "VisionTransformer", "variant"]
 
 # The deepest published Vision Transformers have fewer than 100 blocks.
-_MOST_BLOCKS = 256
+_MOST_BLOCKS, _LARGEST = 256, 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +45,13 @@ class ViTConfig:
         object.__setattr__(self, "image_size", _pair(self.image_size, "image_size"))
         object.__setattr__(self, "patch_size", _pair(self.patch_size, "patch_size"))
         for name in ("width", "depth", "num_heads", "mlp_width", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= _LARGEST:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {_LARGEST:,}")
+        if max(self.image_size) > _LARGEST:
+            raise ValueError(f"image_size is {self.image_size}; at most {_LARGEST:,} pixels a side")
+        if not isinstance(self.layer_norm_eps, float) or not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps!r}; it must lie between 0 and 1")
         if self.depth > _MOST_BLOCKS:
             raise ValueError(f"depth is {self.depth}; at most {_MOST_BLOCKS} blocks are built")
         for side, patch, axis in zip(self.image_size, self.patch_size, ("height", "width"), strict=True):

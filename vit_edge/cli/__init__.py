@@ -15,7 +15,7 @@ from vit_edge.cli.benchmark import benchmark
 from vit_edge.cli.classify import classify
 from vit_edge.cli.export import export
 from vit_edge.cli.inspect import inspect
-from vit_edge.cli.output import print_error_json
+from vit_edge.cli.output import error_fields, print_error_json
 from vit_edge.cli.quantize import quantize
 from vit_edge.cli.seal import seal
 from vit_edge.cli.train import train
@@ -58,19 +58,21 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error that is the user's is one sentence, no traceback."""
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         cli.main(args=arguments, prog_name="vit-edge", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()
-        if "--json" in (sys.argv[1:] if arguments is None else arguments):
+        if as_json:
             what = {"type": type(error).__name__, "exit_code": error.exit_code, "reason": error.format_message()}
             print_error_json(getattr(getattr(error, "ctx", None), "info_name", None) or "vit-edge", what)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail(Interrupted("stopped", reason="interrupted by the user", remedy="nothing unfinished was kept"))
+        stopped = Interrupted("stopped", reason="interrupted by the user", remedy="nothing unfinished was kept")
+        return _fail(stopped, as_json=as_json)
     except VitEdgeError as error:
-        return _fail(error)
+        return _fail(error, as_json=as_json)
     except MemoryError:
         return _fail(ResourceExhausted("cannot go on", reason="memory ran out", remedy="use smaller or fewer inputs"))
     except (BrokenPipeError, SystemExit):
@@ -99,6 +101,8 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(error: VitEdgeError) -> int:
+def _fail(error: VitEdgeError, *, as_json: bool = False) -> int:
+    if as_json and not error.in_json:
+        print_error_json("vit-edge", error_fields(error))
     click.echo(f"error: {error}", err=True)
     return error.exit_code

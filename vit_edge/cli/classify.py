@@ -26,8 +26,10 @@ def classify(model: Path, images: tuple[Path, ...], engine: str, device: str, to
     Example:
       vit-edge classify model.int8.onnx photo.jpg other.png
     """
+    from vit_edge.runtime.engine import refuse_null
     from vit_edge.runtime.loading import load
 
+    refuse_null(engine)
     rows, answered, rejected = [], [], []
     with load(model, engine=engine, device=device, threads=threads) as classifier, progress_bar() as progress:  # type: ignore[arg-type]
         for position, path in enumerate(images):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
+from vit_edge.errors import ModelRejected
 
 if TYPE_CHECKING:
     from vit_edge.artifact import ModelFile
@@ -27,10 +28,15 @@ def inspect(file: Path) -> Result:
 
     model = open_model(file)
     check_graph(model)
-    data = _describe(model)
+    try:
+        data = _describe(model)
+        summary = _summary(model, data)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"its manifest is malformed ({type(error).__name__}: {error})"
+        raise ModelRejected("cannot show", file=file, reason=reason, remedy="export it again") from error
     rows = [
         (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        for key, value in _summary(model, data).items()
+        for key, value in summary.items()
     ]
     return Result(data=data, shown=[make_table(f"{file}: seal intact", ("field", "value"), rows)])
 

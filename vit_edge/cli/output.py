@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from vit_edge.cpu import MOST_THREADS
 from vit_edge.errors import UsageError, VitEdgeError
 from vit_edge.files import read_file
 from vit_edge.progress import Progress
@@ -34,6 +35,7 @@ __all__ = [
     "Result",
     "bar",
     "command",
+    "error_fields",
     "file_argument",
     "make_table",
     "megabytes",
@@ -69,14 +71,16 @@ def command(name: str) -> Callable[[Callable[..., Result]], click.Command]:
                     result = function(**values)
                 except VitEdgeError as error:
                     if as_json:
-                        _print_json(name, {"error": _error_fields(error)}, warnings)
+                        _print_json(name, {"error": error_fields(error)}, warnings)
+                    error.in_json = as_json
                     raise
                 if as_json:
-                    error_fields = {"error": _error_fields(result.error)} if result.error else {}
-                    _print_json(name, {**result.data, **error_fields}, warnings)
+                    failed = {"error": error_fields(result.error)} if result.error else {}
+                    _print_json(name, {**result.data, **failed}, warnings)
                 else:
                     _show(result.shown)
                 if result.error:
+                    result.error.in_json = as_json
                     raise result.error
 
         for option in reversed(_COMMON):
@@ -130,7 +134,9 @@ def file_argument(name: str, *, many: bool = False) -> Callable[[Any], Any]:
 
 def threads_option() -> Callable[[Any], Any]:
     """Return the option `--threads`."""
-    return click.option("--threads", type=click.IntRange(1), help="Threads  [default: the CPUs the container grants].")
+    return click.option(
+        "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads  [default: the CPUs the container grants]."
+    )
 
 
 def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -139,8 +145,9 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     try:
         text = read_file(path, what="configuration", max_bytes=_CONFIG_BYTES).decode("utf-8")
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read the configuration", file=path, reason=str(error), remedy="write TOML") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise UsageError("cannot read the configuration", file=path, reason=reason, remedy="write TOML") from error
     name = context.info_name or ""
     # Values outside of a table are for whichever command reads them; a table is for the command of its name.
     own = values.get(name, {})
@@ -152,10 +159,22 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
         reason, remedy = f"{name} has no option {unknown[0]!r}", f"see `vit-edge {name} -h`"
         raise UsageError("cannot use the configuration", file=path, reason=reason, remedy=remedy)
     for key, value in values.items():
-        if spellings[key].multiple != isinstance(value, list) or isinstance(value, dict):
-            reason, remedy = f"{key} is {value!r}", "write a list for options that repeat, one value for others"
+        if not _fits(spellings[key], value):
+            reason, remedy = (
+                f"{key} is {value!r}"[:200],
+                "write it as on the command line; options that repeat as a list",
+            )
             raise UsageError("cannot use the configuration", file=path, reason=reason, remedy=remedy)
     context.default_map = {spellings[key].name or key: value for key, value in values.items()}
+
+
+def _fits(option: Any, value: Any) -> bool:
+    """Return whether a TOML value is of the kind that an option takes."""
+    if getattr(option, "multiple", False):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if getattr(option, "is_flag", False):
+        return isinstance(value, bool)
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 _COMMON = (
@@ -197,7 +216,8 @@ def _collected_warnings(*, verbose: bool, quiet: bool) -> Iterator[list[str]]:
         logger.removeHandler(collector)
 
 
-def _error_fields(error: VitEdgeError) -> dict[str, Any]:
+def error_fields(error: VitEdgeError) -> dict[str, Any]:
+    """Return an error as JSON-ready values."""
     return {
         "type": type(error).__name__,
         "exit_code": error.exit_code,
