@@ -23,6 +23,7 @@ def bench(workspace: Workspace, tmp_path: Path) -> Path:
     shutil.copy(workspace.float_model, tmp_path / "model.onnx")
     shutil.copy(workspace.int8_model, tmp_path / "int8.onnx")
     shutil.copy(workspace.folder / "picture.png", tmp_path / "picture.png")
+    shutil.copytree(workspace.test_pictures / "3", tmp_path / "pictures" / "3")
     shutil.copy(workspace.checkpoint, tmp_path / "checkpoint.safetensors")
     (tmp_path / "notanimage.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
@@ -64,6 +65,14 @@ FAULTS = [
     ("benchmark gone.onnx", 3, "gone.onnx"),
     ("benchmark model.onnx --batch-size 0", 2, "batch-size"),
     ("inspect damaged.onnx", 4, "damaged.onnx"),
+    ("export checkpoint.safetensors -o checkpoint.safetensors --force", 2, "it is the input"),
+    ("quantize model.onnx --calibration pictures -o model.onnx --force", 2, "it is the input"),
+    ("verify model.onnx --reference int8.onnx --data pictures", 2, "a reference is float32"),
+    ("verify int8.onnx --reference model.onnx --data pictures --max-drop nan", 2, "max drop is nan"),
+    ("verify int8.onnx --reference model.onnx --data pictures --engine null", 7, "computes nothing"),
+    ("classify model.onnx picture.png --engine null", 7, "computes nothing"),
+    ("classify model.onnx picture.png --threads 100000", 2, "threads"),
+    ("benchmark model.onnx --min-seconds inf", 2, "inf seconds"),
     ("seal notanimage.txt", 3, "it is not an ONNX model"),
     ("train empty --out run", 3, "it holds no picture"),
     ("train gone --out run", 3, "there is no such folder"),

@@ -180,6 +180,9 @@ def test_hostile_graphs_are_refused_by_name_before_an_engine(workspace: Workspac
         for _ in range(5001):
             _add(m, "Relu", ["logits"], ["unused"])
 
+    def rename(m: onnx.ModelProto) -> None:
+        m.graph.input[0].name = m.graph.node[0].input[0] = "other"
+
     plants = {
         "If": lambda m: _add(m, "If", ["logits"], ["x"], then_branch=body, else_branch=body),
         "custom": lambda m: _add(m, "Relu", ["logits"], ["x"], domain="com.example"),
@@ -190,7 +193,9 @@ def test_hostile_graphs_are_refused_by_name_before_an_engine(workspace: Workspac
         "IR version": lambda m: m.__setattr__("ir_version", 99),
         "shape": lambda m: m.graph.initializer[0].dims.append(2**40),
         "inputs": lambda m: m.graph.input.append(m.graph.input[0]),
-        "its input": lambda m: m.graph.input[0].__setattr__("name", "other"),
+        "its input": rename,
+        "reads what no node": lambda m: m.graph.node[0].input.__setitem__(0, "nowhere"),
+        "its batch is fixed": lambda m: m.graph.input[0].type.tensor_type.shape.dim[0].__setattr__("dim_value", 1),
     }
     expected = {"custom": "com.example"}
     for what, plant in plants.items():
@@ -209,7 +214,8 @@ def test_labels_that_do_not_fit_the_graph_are_refused(workspace: Workspace) -> N
 
 def test_a_graph_that_no_engine_takes_is_an_error_of_ours(workspace: Workspace) -> None:
     model = _rebuilt(workspace)
-    model.graph.node[0].input[0] = "nowhere"
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
+    weight.dims[:] = [10, 192]  # a product of [batch, 192] by [10, 192]
     for engine in ENGINES:
         with pytest.raises(ModelRejected, match="cannot load"):
             load(seal(model.SerializeToString()), engine=engine)  # type: ignore[arg-type]

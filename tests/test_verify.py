@@ -50,9 +50,9 @@ def test_too_few_pictures_are_inconclusive_with_the_number_needed(workspace: Wor
     assert printed["error"]["exit_code"] == 6
 
 
-def _damaged(source: Path, target: Path, how: str) -> None:
+def _damaged(source: Path, target: Path, how: str, name: str = "block.1.fc1.weight.quantized") -> None:
     model = onnx.load(source)
-    tensor = next(t for t in model.graph.initializer if t.name == "block.1.fc1.weight.quantized")
+    tensor = next(t for t in model.graph.initializer if t.name == name)
     weight = numpy_helper.to_array(tensor).copy()
     rng = np.random.default_rng(0)
     if how == "shuffled":
@@ -87,7 +87,7 @@ def test_a_damaged_model_with_golden_vectors_of_its_own_fails_on_accuracy(worksp
     from vit_edge.artifact import open_model, reseal
     from vit_edge.export.quantization import _with_golden
 
-    _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled")
+    _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled", "head.weight.quantized")
     finished = _with_golden(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
     (tmp_path / "m.onnx").write_bytes(finished.data)
     done = vit_edge(
