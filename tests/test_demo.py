@@ -35,3 +35,4 @@ def test_the_demo_runs_and_reports(tmp_path: Path) -> None:
         assert f"INT8 in {engine} is " in done.stdout
     lines = done.stdout.rstrip().splitlines()
     assert all("vit-edge " in line for line in lines[-3:])
+    assert "…" not in done.stdout  # nothing is cut at 80 columns

@@ -113,7 +113,7 @@ def bar(*columns: Any) -> Bar:
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Return a table: text to the left, numbers (given as text) to the right where the first row has them."""
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for position, column in enumerate(columns):
         numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", str(rows[0][position])) is not None
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
