@@ -109,6 +109,7 @@ def show(rows: list[dict[str, Any]], measured: dict[str, Any]) -> None:
         title_justify="left",
         box=box.SIMPLE,
         pad_edge=False,
+        collapse_padding=True,
     )
     for column in ("file", "engine", "size", "top-1", "agreement", "p50", "images/s"):
         table.add_column(column, justify="left" if column in ("file", "engine") else "right", no_wrap=True)
