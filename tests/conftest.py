@@ -46,7 +46,7 @@ def vit_edge(
 ) -> subprocess.CompletedProcess[str]:
     """Run `vit-edge` as a person does, in a process of its own."""
     command = [str(python), "-m", "vit_edge", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1800, check=False)
 
 
 def readme_commands() -> list[list[str]]:
