@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from vit_edge.artifact import ModelFile, open_model
 from vit_edge.data import EVALUATION_SPLITS, LabelledImages, read_labelled, refuse_overlap, set_hash, stream_pixels
-from vit_edge.errors import DataRejected, InputError, MissingExtra, UsageError, require
+from vit_edge.errors import DataRejected, InputError, UsageError, require
 from vit_edge.image import pixel_hash
 from vit_edge.metrics import best_certifiable_points, compare, images_needed
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engine import EngineOptions, Logits, installed_engines, refuse_null
+from vit_edge.runtime.engine import EngineOptions, Logits, chosen_engines, refuse_null
 from vit_edge.runtime.loading import load_model
 
 __all__ = ["EngineResult", "Verdict", "Verification", "verify", "verify_models"]
@@ -127,10 +127,7 @@ def verify_models(
     if made_from not in (None, reference.sha256):
         _log.warning("%s was not made from %s, by the hash in its manifest", model.source, reference.source)
     images = read_labelled(data, splits=EVALUATION_SPLITS, class_names=reference.manifest.labels)
-    chosen = tuple(engines) or installed_engines()
-    if not chosen:
-        remedy = 'pip install "vit-edge[onnxruntime]"'
-        raise MissingExtra("cannot verify", reason="no inference engine is installed", remedy=remedy)
+    chosen = chosen_engines(engines)
     results, hashes = [], {}
     for name in chosen:
         refuse_null(name)

@@ -16,10 +16,10 @@ import numpy as np
 
 from vit_edge.artifact import ModelFile, open_model
 from vit_edge.cpu import cpu_name, instruction_set
-from vit_edge.errors import EngineUnavailable, ResourceExhausted, UsageError, VitEdgeError
+from vit_edge.errors import ResourceExhausted, UsageError, VitEdgeError
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engine import EngineOptions, installed_engines
+from vit_edge.runtime.engine import EngineOptions, chosen_engines
 from vit_edge.runtime.golden import golden_images
 from vit_edge.runtime.loading import load_model
 
@@ -84,10 +84,7 @@ def measure(
         reason = f"batch size {batch_size}, {min_seconds} seconds, {min_queries} queries"
         remedy = "give a batch of 1 to 1,024, up to 3,600 seconds, up to 1,000,000 queries"
         raise UsageError("cannot measure", reason=reason, remedy=remedy)
-    chosen = tuple(engines) or installed_engines()
-    if not chosen:
-        remedy = 'pip install "vit-edge[onnxruntime]"'
-        raise EngineUnavailable("cannot measure", reason="no inference engine is installed", remedy=remedy)
+    chosen = chosen_engines(engines)
     options = EngineOptions(threads=threads)
     candidates: list[_Candidate] = []
     try:

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
 
 from vit_edge.cpu import MOST_THREADS, usable_threads
 from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
 from vit_edge.image import Pixels
+from vit_edge.metrics import Logits
 
-__all__ = ["ENGINES", "Engine", "EngineName", "EngineOptions", "installed_engines", "make_engine", "refuse_null"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineName",
+    "EngineOptions",
+    "Logits",
+    "chosen_engines",
+    "installed_engines",
+    "make_engine",
+    "refuse_null",
+]
 
-Logits: TypeAlias = npt.NDArray[np.float32]
 EngineName: TypeAlias = Literal["onnxruntime", "openvino", "null"]
 
 # name -> (our module, the package it needs, the extra that installs it); the order is that of "auto"
@@ -72,6 +80,15 @@ class Engine(Protocol):
 def installed_engines() -> tuple[str, ...]:
     """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen)."""
     return tuple(name for name, (_, package, _) in ENGINES.items() if package and importlib.util.find_spec(package))
+
+
+def chosen_engines(engines: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return `engines`, or where none is named all that are installed; raises MissingExtra where there is none."""
+    chosen = tuple(engines) or installed_engines()
+    if not chosen:
+        remedy = 'pip install "vit-edge[onnxruntime]" or pip install "vit-edge[openvino]"'
+        raise MissingExtra("cannot load", reason="no inference engine is installed", remedy=remedy)
+    return chosen
 
 
 def refuse_null(name: str) -> None:

@@ -10,9 +10,9 @@ import os
 from typing import Literal
 
 from vit_edge.artifact import ModelFile, open_model
-from vit_edge.errors import GoldenMismatch, MissingExtra, ModelRejected, UsageError
+from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engine import Engine, EngineName, EngineOptions, installed_engines, make_engine
+from vit_edge.runtime.engine import Engine, EngineName, EngineOptions, chosen_engines, make_engine
 from vit_edge.runtime.golden import check_golden, check_pictures
 from vit_edge.runtime.guard import check_graph
 
@@ -52,7 +52,7 @@ def load_model(
         raise UsageError("cannot load", reason=f"verify is {verify!r}", remedy="choose 'full' or 'hash'")
     check_graph(model)
     try:
-        loaded = make_engine(_chosen(engine), model.data, options)
+        loaded = make_engine(chosen_engines()[0] if engine == "auto" else engine, model.data, options)
         _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
         if verify == "full" and loaded.name != _COMPUTES_NOTHING:
             _check(model, loaded)
@@ -60,16 +60,6 @@ def load_model(
         error.file = error.file or model.source
         raise
     return Classifier(loaded, model.manifest, sha256=model.sha256)
-
-
-def _chosen(engine: str) -> str:
-    if engine != "auto":
-        return engine
-    installed = installed_engines()
-    if not installed:
-        remedy = 'pip install "vit-edge[onnxruntime]" or pip install "vit-edge[openvino]"'
-        raise MissingExtra("cannot load", reason="no inference engine is installed", remedy=remedy)
-    return installed[0]
 
 
 def _check(model: ModelFile, engine: Engine) -> None:

@@ -8,7 +8,7 @@ certainty.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from vit_edge.errors import require
 __all__ = [
     "CONFIDENCE",
     "Comparison",
+    "Logits",
     "best_certifiable_points",
     "compare",
     "drop_upper_bound_points",
@@ -26,7 +27,7 @@ __all__ = [
     "sqnr_db",
 ]
 
-Logits = npt.NDArray[np.float32]
+Logits: TypeAlias = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
