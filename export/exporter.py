@@ -90,6 +90,7 @@ def _manifest(checkpoint: Checkpoint) -> Manifest:
         license=checkpoint.license,
         base_model=checkpoint.base_model,
         evaluation=checkpoint.evaluation,
+        assumed=checkpoint.assumed,
         provenance={
             "checkpoint_sha256": checkpoint.sha256,
             "vit_edge": vit_edge.__version__,

@@ -1,4 +1,9 @@
 """vit-edge: take a Vision Transformer from a checkpoint to the device, and prove that nothing was lost."""
 
+import logging
+
 __version__ = "0.1.0"
 __all__ = ["__version__"]
+
+# An application that set up no logging sees nothing of ours on its stderr.
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -8,8 +8,9 @@ loads the file, and a changed bit anywhere is found before an engine sees it. Th
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal
@@ -32,6 +33,7 @@ __all__ = [
     "seal",
     "seal_state",
     "unsealed",
+    "warn_of_assumed",
 ]
 
 SCHEMA = 1
@@ -43,6 +45,7 @@ _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
 # One protobuf message holds at most 2 GiB.
 _MAX_BYTES = 2**31 - 1
+_log = logging.getLogger(__name__)
 _OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
 _KINDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -73,6 +76,7 @@ class Manifest:
     quantization: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
+    assumed: tuple[str, ...] = ()  # what nobody told and was filled in by default
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +87,8 @@ class Manifest:
             raise ValueError(f"the manifest's precision is {self.precision!r}")
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise ValueError("the manifest's labels are not a list of texts")
+        if not all(isinstance(name, str) for name in self.assumed):
+            raise ValueError("the manifest's list of what was assumed is not a list of texts")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
@@ -91,7 +97,9 @@ class Manifest:
         """Return the manifest as JSON with sorted keys: equal manifests give equal text."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
         known["preprocessing"] = self.preprocessing.to_dict()
-        known["labels"] = list(self.labels)
+        known["labels"], known["assumed"] = list(self.labels), list(self.assumed)
+        if not self.assumed:
+            del known["assumed"]
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -118,6 +126,9 @@ class Manifest:
             if not isinstance(known["labels"], list):
                 raise ValueError("the manifest's labels are not a list")
             known["labels"] = tuple(known["labels"])
+            if not isinstance(known.get("assumed", []), list):
+                raise ValueError("the manifest's list of what was assumed is not a list")
+            known["assumed"] = tuple(known.get("assumed", []))
             return cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
@@ -194,7 +205,15 @@ def open_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
         manifest = Manifest.from_json(properties[MANIFEST_KEY])
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
+    warn_of_assumed(manifest.assumed, name)
     return ModelFile(data=data, proto=proto, manifest=manifest, source=name)
+
+
+def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> None:
+    """Log a warning where something about the network in `source` was never told but filled in by default."""
+    if assumed:
+        told = "convert it again with what it was trained with, or let `vit-edge convert --data` find out"
+        _log.warning("%s: assumed, not known: %s; %s", printable(source), ", ".join(assumed), told)
 
 
 def reseal(path: str | os.PathLike[str]) -> ModelFile:

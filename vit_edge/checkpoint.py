@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vit_edge.artifact import warn_of_assumed
 from vit_edge.errors import CheckpointRejected, printable
 from vit_edge.files import kind_of, read_file, sha256_hex, write_atomic
 from vit_edge.image import Preprocessing
@@ -34,7 +35,10 @@ _NUM_NAMED = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A Vision Transformer with its weights, and everything needed to use it on a picture."""
+    """A Vision Transformer with its weights, and everything needed to use it on a picture.
+
+    `assumed` names what nobody told and was filled in by default, such as "preprocessing.mean" or "labels".
+    """
 
     name: str
     model: VisionTransformer
@@ -44,11 +48,14 @@ class Checkpoint:
     base_model: str | None = None
     evaluation: Mapping[str, Any] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
     sha256: str | None = None  # of the file it was loaded from
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not all(isinstance(label, str) for label in self.labels):
             raise ValueError("the name and the labels have to be texts")
+        if not all(isinstance(name, str) for name in self.assumed):
+            raise ValueError("what was assumed has to be a list of names")
         if not isinstance(self.training, Mapping) or not isinstance(self.evaluation, Mapping | NoneType):
             raise ValueError("training and evaluation have to be objects")
         config = self.model.config
@@ -72,6 +79,8 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "evaluation": checkpoint.evaluation,
         "training": dict(checkpoint.training),
     }
+    if checkpoint.assumed:
+        header["assumed"] = list(checkpoint.assumed)
     header["sha256"] = _digest(header, tensors)
     # One key only: safetensors writes several in an order that changes from run to run.
     write_atomic(path, save(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)}))
@@ -92,15 +101,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             name=header["name"],
             model=_model(config, tensors, path),
             preprocessing=Preprocessing.from_dict(header["preprocessing"]),
-            labels=_labels(header["labels"]),
+            labels=_texts(header["labels"]),
             license=header["license"],
             base_model=header["base_model"],
             evaluation=header["evaluation"],
             training=header["training"],
+            assumed=_texts(header.get("assumed", [])),
             sha256=file_sha256,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _rejected(path, f"its header does not fit ({error})", "save it again") from error
+    warn_of_assumed(checkpoint.assumed, path)
     return checkpoint
 
 
@@ -151,9 +162,9 @@ def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.Path
     return model.eval()
 
 
-def _labels(values: Any) -> tuple[str, ...]:
+def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list):
-        raise TypeError("labels are not a list")
+        raise TypeError("labels, or what was assumed, are not a list")
     return tuple(values)
 
 

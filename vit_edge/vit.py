@@ -1,7 +1,8 @@
-"""The Vision Transformer of "An Image is Worth 16x16 Words" (arXiv:2010.11929), in one file.
+"""The Vision Transformer of "An Image is Worth 16x16 Words" (arXiv:2010.11929) and its relatives, in one file.
 
 Reads top to bottom as the forward pass: patches (section 3.1, equation 1), encoder blocks (equations 2 and 3), pooling
-and head (equation 4). Parameter names are those of timm, which most published checkpoints use.
+and head (equation 4). What the relatives added is a field of `ViTConfig` each. Parameter names are those of timm, which
+most published checkpoints use.
 
 Shape suffixes: B batch, C image channels, Y rows, X columns, R and S rows and columns of patches, T tokens, D width,
 N heads, H head dim, K classes.
@@ -9,74 +10,28 @@ N heads, H head dim, K classes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["VARIANTS", "Block", "ViTConfig", "VisionTransformer", "variant"]
+from vit_edge.vit_config import VARIANTS, ViTConfig, variant
 
-# The deepest published Vision Transformers have fewer than 100 blocks.
-_MOST_BLOCKS, _LARGEST = 256, 65_536
+__all__ = ["VARIANTS", "Block", "ViTConfig", "VisionTransformer", "quick_gelu", "variant"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViTConfig:
-    """The shape of one Vision Transformer; raises ValueError where two fields disagree.
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return x sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with (arXiv:1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
 
-    Sizes are pixels, (height, width); `mlp_width` is the hidden width of each block's MLP.
-    """
 
-    image_size: tuple[int, int]
-    patch_size: tuple[int, int]
-    width: int
-    depth: int
-    num_heads: int
-    mlp_width: int
-    num_classes: int
-    pooling: Literal["class", "mean"] = "class"
-    layer_norm_eps: float = 1e-6
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        # JSON has no tuples: a configuration read back from a file equals the one written.
-        object.__setattr__(self, "image_size", _pair(self.image_size, "image_size"))
-        object.__setattr__(self, "patch_size", _pair(self.patch_size, "patch_size"))
-        for name in ("width", "depth", "num_heads", "mlp_width", "num_classes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= _LARGEST:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {_LARGEST:,}")
-        if max(self.image_size) > _LARGEST:
-            raise ValueError(f"image_size is {self.image_size}; at most {_LARGEST:,} pixels a side")
-        if not isinstance(self.layer_norm_eps, float) or not 0 < self.layer_norm_eps < 1:
-            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps!r}; it must lie between 0 and 1")
-        if self.depth > _MOST_BLOCKS:
-            raise ValueError(f"depth is {self.depth}; at most {_MOST_BLOCKS} blocks are built")
-        for side, patch, axis in zip(self.image_size, self.patch_size, ("height", "width"), strict=True):
-            if side % patch:
-                raise ValueError(f"image {axis} {side} is not a multiple of the patch {axis} {patch}")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        if self.pooling not in ("class", "mean"):
-            raise ValueError(f"pooling is {self.pooling!r}; choose 'class' or 'mean'")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
-
-    @property
-    def num_patches(self) -> int:
-        """Return how many patches one image is cut into."""
-        return (self.image_size[0] // self.patch_size[0]) * (self.image_size[1] // self.patch_size[1])
-
-    @property
-    def head_dim(self) -> int:
-        """Return the width of one attention head."""
-        return self.width // self.num_heads
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return asdict(self)
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
 
 
 class PatchEmbedding(nn.Module):
@@ -85,7 +40,9 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         # A convolution whose stride is its kernel is one linear map applied to every patch.
-        self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(
+            3, config.width, kernel_size=config.patch_size, stride=config.patch_size, bias=config.patch_bias
+        )
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         patches_BDRS: Tensor = self.proj(images_BCYX)
@@ -98,45 +55,88 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        batch, tokens, width = x_BTD.shape
-        qkv_BT3NH = self.qkv(x_BTD).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        q_BNTH, k_BNTH, v_BNTH = qkv_BT3NH.permute(2, 0, 3, 1, 4).unbind(0)
+        q_BNTH, k_BNTH, v_BNTH = self.queries_keys_values(x_BTD)
         mixed_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH)
-        out_BTD: Tensor = self.proj(mixed_BNTH.transpose(1, 2).reshape(batch, tokens, width))
+        out_BTD: Tensor = self.proj(mixed_BNTH.transpose(1, 2).flatten(2))
         return out_BTD
+
+    def queries_keys_values(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Return q, k and v, each [B, N, T, H]: equation 5."""
+        batch, tokens, _ = x_BTD.shape
+        qkv_BT3NH = self.qkv(x_BTD).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        return tuple(qkv_BT3NH.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def weights(self, x_BTD: Tensor) -> Tensor:
+        """Return the attention weights [B, N, T, T] that `forward` mixes the values with: equation 6."""
+        q_BNTH, k_BNTH, _ = self.queries_keys_values(x_BTD)
+        return torch.softmax(q_BNTH @ k_BNTH.transpose(2, 3) * self.head_dim**-0.5, dim=-1)
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them (section 3.1)."""
+    """Two linear layers with a GELU between them (section 3.1); dropout after each (appendix B.1)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.activation = _ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        out_BTD: Tensor = self.fc2(functional.gelu(self.fc1(x_BTD)))
+        out_BTD: Tensor = self.fc2(self.dropout(self.activation(self.fc1(x_BTD))))
         return out_BTD
+
+
+class LayerScale(nn.Module):
+    """Multiply each channel of a branch by a learned factor."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((config.width,), config.layer_scale or 0.0))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD * self.gamma
+
+
+class StochasticDepth(nn.Module):
+    """In training, leave a branch out for some images of the batch, and scale it up for the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x_BTD
+        kept = 1.0 - self.rate
+        return x_BTD * torch.empty_like(x_BTD[:, :1, :1]).bernoulli_(kept) / kept
 
 
 class Block(nn.Module):
     """One encoder block with the norm before each branch: equations 2 and 3."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, *, stochastic_depth: float = 0.0) -> None:
         super().__init__()
+        scaled = config.layer_scale is not None
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = Attention(config)
+        self.ls1 = LayerScale(config) if scaled else nn.Identity()
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
+        self.ls2 = LayerScale(config) if scaled else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.stochastic_depth = StochasticDepth(stochastic_depth)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attn(self.norm1(x_BTD)))
-        out_BTD: Tensor = x_BTD + self.dropout(self.mlp(self.norm2(x_BTD)))
+        x_BTD = x_BTD + self._branch(self.ls1(self.attn(self.norm1(x_BTD))))
+        return x_BTD + self._branch(self.ls2(self.mlp(self.norm2(x_BTD))))
+
+    def _branch(self, x_BTD: Tensor) -> Tensor:
+        out_BTD: Tensor = self.stochastic_depth(self.dropout(x_BTD))
         return out_BTD
 
 
@@ -146,28 +146,65 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
-        num_tokens = config.num_patches + (config.pooling == "class")
         self.patch_embed = PatchEmbedding(config)
-        if config.pooling == "class":
+        if config.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.width))
+        if config.distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        if config.num_registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, config.width))
+        num_slots = config.num_patches + (config.num_prefix_tokens if config.position_slots == "all" else 0)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_slots, config.width))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm_pre = nn.LayerNorm(config.width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        rates = (config.stochastic_depth * block / max(1, config.depth - 1) for block in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, stochastic_depth=rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.width, config.num_classes)
+        pooled_width = 2 * config.width if config.pooling == "class_mean" else config.width
+        self.head = nn.Linear(pooled_width, config.num_classes)
+        if config.distilled:
+            self.head_dist = nn.Linear(config.width, config.num_classes)
         self._initialise()
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BTD = self.patch_embed(images_BCYX)
-        if self.config.pooling == "class":
-            x_BTD = torch.cat([self.cls_token.expand(x_BTD.shape[0], -1, -1), x_BTD], dim=1)
-        x_BTD = self.dropout(x_BTD + self.pos_embed)
+        heads = self.forward_heads(images_BCYX)
+        return heads[0] if len(heads) == 1 else (heads[0] + heads[1]) / 2
+
+    def forward_heads(self, images_BCYX: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits of each head: of the class token, and of a distilled network's second token."""
+        x_BTD = self.forward_features(images_BCYX)
+        logits_BK: Tensor = self.head(self._pool(x_BTD))
+        return (logits_BK, self.head_dist(x_BTD[:, 1])) if self.config.distilled else (logits_BK,)
+
+    def forward_features(self, images_BCYX: Tensor) -> Tensor:
+        """Return the tokens [B, T, D] after the last block, normalised where the final norm precedes pooling."""
+        x_BTD = self.embed(images_BCYX)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        x_BTD = self.norm(x_BTD)
-        pooled_BD = x_BTD[:, 0] if self.config.pooling == "class" else x_BTD.mean(dim=1)
-        logits_BK: Tensor = self.head(pooled_BD)
-        return logits_BK
+        if self.config.final_norm == "before_pooling":
+            x_BTD = self.norm(x_BTD)
+        return x_BTD
+
+    def embed(self, images_BCYX: Tensor) -> Tensor:
+        """Return z_0 of equation 1, [B, T, D]: class, distillation and register tokens, patches, positions."""
+        x_BTD = self.patch_embed(images_BCYX)
+        if self.config.position_slots == "patches":
+            x_BTD = x_BTD + self.pos_embed
+        prefix = [getattr(self, name) for name in ("cls_token", "dist_token", "reg_token") if hasattr(self, name)]
+        x_BTD = torch.cat([token.expand(x_BTD.shape[0], -1, -1) for token in prefix] + [x_BTD], dim=1)
+        if self.config.position_slots == "all":
+            x_BTD = x_BTD + self.pos_embed
+        out_BTD: Tensor = self.norm_pre(self.dropout(x_BTD))
+        return out_BTD
+
+    def _pool(self, x_BTD: Tensor) -> Tensor:
+        mean_BD = x_BTD[:, self.config.num_prefix_tokens :].mean(dim=1)
+        pooled_BD = {
+            "class": lambda: x_BTD[:, 0],
+            "mean": lambda: mean_BD,
+            "class_mean": lambda: torch.cat([x_BTD[:, 0], mean_BD], dim=1),
+        }[self.config.pooling]()
+        return self.norm(pooled_BD) if self.config.final_norm == "after_pooling" else pooled_BD
 
     def _initialise(self) -> None:
         """Glorot weights, zero biases and head, positions that start as sines and cosines (arXiv:2205.01580).
@@ -177,54 +214,28 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.head.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         patches_TD = _sine_cosine_positions(self.config)
         with torch.no_grad():
             self.pos_embed[:, -self.config.num_patches :] = patches_TD
-        if self.config.pooling == "class":
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name != "pos_embed":
+                nn.init.trunc_normal_(parameter, std=0.02)
+        self.reset_heads()
+
+    def reset_heads(self) -> None:
+        """Set every head to zero, as the paper does before fine-tuning (section 3.2)."""
+        for head in (self.head, self.head_dist) if self.config.distilled else (self.head,):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
 
 def _sine_cosine_positions(config: ViTConfig) -> Tensor:
     """Return [patches, width]: a quarter of the width each for sine and cosine of column and row."""
-    rows, columns = (side // patch for side, patch in zip(config.image_size, config.patch_size, strict=True))
+    rows, columns = config.grid
     quarter = -(-config.width // 4)
     rates = 10_000.0 ** -(torch.arange(quarter) / quarter)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = (column.reshape(-1, 1) * rates, row.reshape(-1, 1) * rates)
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)[:, : config.width]
-
-
-def _pair(value: object, name: str) -> tuple[int, int]:
-    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(v, int) and v > 0 for v in value):
-        raise ValueError(f"{name} is {value!r}; it must be two positive integers, (height, width)")
-    return value[0], value[1]
-
-
-def _square(image: int, patch: int, width: int, depth: int, heads: int) -> ViTConfig:
-    return ViTConfig(
-        image_size=(image, image), patch_size=(patch, patch), width=width, depth=depth, num_heads=heads,
-        mlp_width=4 * width, num_classes=1000,
-    )  # fmt: skip
-
-
-# Width, depth and heads: Table 1 of arXiv:2010.11929 (B, L, H); Table 1 of DeiT, arXiv:2012.12877 (tiny, small).
-# The digits network is ours: the smallest that is both over 97 % on the digits and faster in INT8.
-VARIANTS: dict[str, ViTConfig] = {
-    "vit_digits_patch8_32": _square(32, 8, 192, 4, 3),
-    "vit_tiny_patch16_224": _square(224, 16, 192, 12, 3),
-    "vit_small_patch16_224": _square(224, 16, 384, 12, 6),
-    "vit_base_patch16_224": _square(224, 16, 768, 12, 12),
-    "vit_base_patch32_224": _square(224, 32, 768, 12, 12),
-    "vit_large_patch16_224": _square(224, 16, 1024, 24, 16),
-    "vit_huge_patch14_224": _square(224, 14, 1280, 32, 16),
-}
-
-
-def variant(name: str, *, num_classes: int) -> ViTConfig:
-    """Return the named configuration with `num_classes` outputs; raises ValueError on an unknown name."""
-    if name not in VARIANTS:
-        raise ValueError(f"no architecture is named {name!r}; choose one of {', '.join(VARIANTS)}")
-    return replace(VARIANTS[name], num_classes=num_classes)
