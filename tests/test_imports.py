@@ -12,9 +12,27 @@ import pytest
 
 from tests.conftest import ROOT
 
-FIRST = ("vit_config", "cpu", "errors", "files", "progress", "image", "onnx_schema", "artifact", "metrics", "data")
-TORCH = ("vit", "checkpoint", "train")
+FIRST = (
+    "vit_config",
+    "recipe",
+    "cpu",
+    "errors",
+    "files",
+    "progress",
+    "image",
+    "onnx_schema",
+    "artifact",
+    "metrics",
+    "data",
+)
+TORCH = ("tensor_file", "vit", "checkpoint", "training", "train")
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")
+_PACKAGES = (
+    ("export", "export"),
+    ("runtime", "runtime"),
+    ("vit_edge/cli", "cli"),
+    ("vit_edge/training", "training"),
+)
 # Lower may not import higher; the torch group stands beside runtime and sees only the first group and itself.
 RANK = {**dict.fromkeys(FIRST, 0), "runtime": 1, "export": 2, "cli": 3, "__main__": 4, "__init__": 0}
 
@@ -22,7 +40,7 @@ RANK = {**dict.fromkeys(FIRST, 0), "runtime": 1, "export": 2, "cli": 3, "__main_
 def _modules() -> Iterator[tuple[str, Path]]:
     for path in sorted((ROOT / "vit_edge").glob("*.py")):
         yield path.stem, path
-    for folder, group in (("export", "export"), ("runtime", "runtime"), ("vit_edge/cli", "cli")):
+    for folder, group in _PACKAGES:
         for path in sorted((ROOT / folder).glob("*.py")):
             yield group, path
 
