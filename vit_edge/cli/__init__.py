@@ -47,7 +47,7 @@ def cli() -> None:
     \b
     A typical way through:
       vit-edge train pictures/ --out run/
-      vit-edge export run/checkpoint.safetensors -o model.onnx
+      vit-edge export run/best.safetensors -o model.onnx
       vit-edge quantize model.onnx --calibration pictures/train -o model.int8.onnx
       vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test
       vit-edge classify model.int8.onnx picture.jpg

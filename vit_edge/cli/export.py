@@ -30,7 +30,7 @@ def export(source: Path, out: Path, force: bool) -> Result:
 
     \b
     Example:
-      vit-edge export run/checkpoint.safetensors -o model.onnx
+      vit-edge export run/best.safetensors -o model.onnx
     """
     for module in ("torch", "onnx", "onnxscript", "safetensors"):
         require(module, extra="export,onnxruntime", what="export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,7 +47,7 @@ def load_state(
     one, unless `allow_drift`.
     """
     header, tensors, _ = read_tensors(path, key=_KEY)
-    differences = sorted(_differences(header["identity"], identity))
+    differences = sorted(_differences(header["identity"], json.loads(json.dumps(identity))))  # JSON has no tuples
     if differences and not allow_drift:
         named = "; ".join(differences[:_NUM_NAMED])
         reason = f"it is not the run that was stopped: {named}"
