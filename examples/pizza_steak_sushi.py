@@ -4,9 +4,9 @@
     python examples/pizza_steak_sushi.py --root food101/ --out pizza_steak_sushi/ --percent 10
     vit-edge train pizza_steak_sushi/ --from deit.safetensors --out run/
 
-Food-101 is downloaded into --root where it is not there yet (5 GB). The draw is the tutorials' own: Python's random with
-seed 42 over the lines of meta/train.txt and then meta/test.txt; 10 percent are 225 training and 75 test pictures, 20
-percent 450 and 150.
+Food-101 is downloaded into --root where it is not there yet (5 GB). The draw is that of the tutorials: Python's random
+with seed 42 over the lines of meta/train.txt and then meta/test.txt; 10 percent are 225 training and 75 test pictures,
+20 percent 450 and 150.
 """
 
 from __future__ import annotations
