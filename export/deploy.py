@@ -180,7 +180,7 @@ class DeployedViT(nn.Module):
             return x_BTD.flatten(1)
         if self.config.pooling == "mean":
             return x_BTD.mean(dim=1)
-        return torch.cat([x_BTD[:, 0], x_BTD[:, 1:].mean(dim=1)], dim=1)
+        return torch.cat([x_BTD[:, :1].flatten(1), x_BTD[:, 1:].mean(dim=1)], dim=1)
 
 
 def _pooled(config: ViTConfig) -> slice:
