@@ -2,8 +2,11 @@
 
 Everything here is exact re-parameterisation, computed in float64 and rounded once: pixel normalisation goes into the
 patch embedding, which becomes one matrix product over flattened uint8 patches; LayerNorm's scale and shift go into the
-next product; the attention scale into the query weights; class token, positions and patch bias into one constant; and
-the last block computes only the token that the head reads. Shape suffixes are those of `vit_edge.vit`.
+next product; layer scale into the product before it; the attention scale into the query weights; prefix tokens,
+positions and patch bias into one constant; both heads of a distilled network into one; and the last block computes only
+the tokens that pooling reads. Shape suffixes are those of `vit_edge.vit`, and I values into a product, O out of it.
+
+Registers stand first here: attention does not know the order of its tokens, and so what any pooling reads is one slice.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vit_edge.image import Preprocessing
-from vit_edge.vit import Attention, Block, VisionTransformer, ViTConfig
+from vit_edge.vit import Block, LayerScale, VisionTransformer, ViTConfig
 
 __all__ = ["DeployedViT"]
+
+# quick_gelu(x) = x sigmoid(1.702 x) is silu(1.702 x) / 1.702: both factors go into the products around it.
+_QUICK_GELU = 1.702
 
 
 class Product(nn.Module):
@@ -51,17 +57,13 @@ class PatchProduct(nn.Module):
         super().__init__()
         self.config = model.config
         weight_DCYX = model.patch_embed.proj.weight.double()
-        bias_D = _bias(model.patch_embed.proj)
         mean_C, std_C = (torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std))
         # (x/255 - mean)/std convolved with W is x convolved with W/(255 std), less W summed against mean/std.
         folded_DCYX = weight_DCYX / (255 * std_C).view(1, 3, 1, 1)
-        bias_D = bias_D - (weight_DCYX * (mean_C / std_C).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
+        shift_D = (weight_DCYX * (mean_C / std_C).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
         weight_ID = folded_DCYX.permute(2, 3, 1, 0).reshape(-1, model.config.width)
         self.weight = nn.Parameter(weight_ID.float().contiguous(), requires_grad=False)
-        positions_TD = model.pos_embed[0].double().clone()
-        positions_TD[-model.config.num_patches :] += bias_D
-        if model.config.pooling == "class":
-            positions_TD[0] += model.cls_token[0, 0].double()
+        positions_TD = _constant_tokens(model, _bias(model.patch_embed.proj) - shift_D)
         self.positions = nn.Parameter(positions_TD.float(), requires_grad=False)
 
     def forward(self, images_BYXC: Tensor) -> Tensor:
@@ -71,41 +73,50 @@ class PatchProduct(nn.Module):
         rows = images_BYXC.reshape(-1, patch_y, columns, values).transpose(1, 2)
         patches_BTI = rows.reshape(-1, (height // patch_y) * columns, patch_y * values)
         x_BTD = torch.matmul(patches_BTI.float(), self.weight)
-        if self.config.pooling == "class":
-            # An empty row for the class token, by padding: no shape arithmetic, whatever the batch.
-            x_BTD = functional.pad(x_BTD, (0, 0, 1, 0))
+        if self.config.num_prefix_tokens:
+            # Empty rows for the prefix tokens, by padding: no shape arithmetic, whatever the batch.
+            x_BTD = functional.pad(x_BTD, (0, 0, self.config.num_prefix_tokens, 0))
         return x_BTD + self.positions
 
 
 class DeployedAttention(nn.Module):
-    """Self-attention with queries, keys and values from one product; for one token, queries from their own."""
+    """Self-attention from the tokens `asking` to all tokens; queries, keys and values from one product.
 
-    def __init__(self, attention: Attention, norm: nn.LayerNorm, config: ViTConfig, *, first_token_only: bool) -> None:
+    Where fewer than half of the tokens ask, queries have a product of their own: else one product for all is cheaper
+    than a second one and a copy of the tokens.
+    """
+
+    def __init__(self, block: Block, config: ViTConfig, *, asking: slice) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.width = config.num_heads, config.head_dim, config.width
-        weight_ID, bias_D = _after_norm(attention.qkv, norm)
+        self.num_heads, self.head_dim, self.width, self.asking = config.num_heads, config.head_dim, config.width, asking
+        weight_ID, bias_D = _after_norm(block.attn.qkv, block.norm1)
         scale = torch.ones(3 * config.width, dtype=torch.float64)
         scale[: config.width] = config.head_dim**-0.5
         weight_ID, bias_D = weight_ID * scale, bias_D * scale
-        self.first_token_only = first_token_only
-        if first_token_only:
+        tokens = config.num_prefix_tokens + config.num_patches
+        self.num_asking = asking.stop - asking.start
+        self.all_ask = self.num_asking == tokens
+        self.own_query = 2 * self.num_asking < tokens
+        if self.own_query:
             self.query = Product(weight_ID[:, : config.width], bias_D[: config.width])
             self.key_value = Product(weight_ID[:, config.width :], bias_D[config.width :])
         else:
             self.qkv = Product(weight_ID, bias_D)
-        self.proj = Product(attention.proj.weight.double().T, _bias(attention.proj))
+        self.proj = Product(*_scaled(block.attn.proj, block.ls1))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.first_token_only:
-            q_BNTH = self._heads(self.query(x_BTD[:, :1]))
-            k_BNTH, v_BNTH = torch.split(self._heads(self.key_value(x_BTD)), self.num_heads, dim=1)
-        else:
-            q_BNTH, k_BNTH, v_BNTH = torch.split(self._heads(self.qkv(x_BTD)), self.num_heads, dim=1)
+        q_BNTH, k_BNTH, v_BNTH = self._queries_keys_values(x_BTD)
         weights_BNTT = torch.softmax(torch.matmul(q_BNTH, k_BNTH.transpose(2, 3)), dim=-1)
         mixed_BTNH = torch.matmul(weights_BNTT, v_BNTH).transpose(1, 2)
-        tokens = 1 if self.first_token_only else x_BTD.shape[1]
-        out_BTD: Tensor = self.proj(mixed_BTNH.reshape(-1, tokens, self.width))
+        out_BTD: Tensor = self.proj(mixed_BTNH.reshape(-1, self.num_asking, self.width))
         return out_BTD
+
+    def _queries_keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.own_query:
+            k_BNTH, v_BNTH = torch.split(self._heads(self.key_value(x_BTD)), self.num_heads, dim=1)
+            return self._heads(self.query(x_BTD[:, self.asking])), k_BNTH, v_BNTH
+        q_BNTH, k_BNTH, v_BNTH = torch.split(self._heads(self.qkv(x_BTD)), self.num_heads, dim=1)
+        return (q_BNTH if self.all_ask else q_BNTH[:, :, self.asking]), k_BNTH, v_BNTH
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         """Return [batch, groups x heads, tokens, head dim]: one transpose for queries, keys and values together."""
@@ -114,21 +125,23 @@ class DeployedAttention(nn.Module):
 
 
 class DeployedBlock(nn.Module):
-    """One encoder block; the last one of a class-token network computes only that token after its attention."""
+    """One encoder block; after its attention only the tokens `asking` go on."""
 
-    def __init__(self, block: nn.Module, config: ViTConfig, *, first_token_only: bool) -> None:
+    def __init__(self, block: nn.Module, config: ViTConfig, *, asking: slice) -> None:
         super().__init__()
         assert isinstance(block, Block)
-        self.first_token_only = first_token_only
         self.norm1, self.norm2 = Normalisation(config), Normalisation(config)
-        self.attention = DeployedAttention(block.attn, block.norm1, config, first_token_only=first_token_only)
-        self.fc1 = Product(*_after_norm(block.mlp.fc1, block.norm2))
-        self.fc2 = Product(block.mlp.fc2.weight.double().T, _bias(block.mlp.fc2))
+        self.attention = DeployedAttention(block, config, asking=asking)
+        quick = _QUICK_GELU if config.activation == "quick_gelu" else 1.0
+        self.activation = functional.silu if config.activation == "quick_gelu" else block.mlp.activation
+        self.fc1 = Product(*(quick * values for values in _after_norm(block.mlp.fc1, block.norm2)))
+        weight_ID, bias_D = _scaled(block.mlp.fc2, block.ls2)
+        self.fc2 = Product(weight_ID / quick, bias_D)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        residual_BTD = x_BTD[:, :1] if self.first_token_only else x_BTD
+        residual_BTD = x_BTD if self.attention.all_ask else x_BTD[:, self.attention.asking]
         x_BTD = residual_BTD + self.attention(self.norm1(x_BTD))
-        out_BTD: Tensor = x_BTD + self.fc2(functional.gelu(self.fc1(self.norm2(x_BTD))))
+        out_BTD: Tensor = x_BTD + self.fc2(self.activation(self.fc1(self.norm2(x_BTD))))
         return out_BTD
 
 
@@ -137,32 +150,88 @@ class DeployedViT(nn.Module):
 
     def __init__(self, model: VisionTransformer, preprocessing: Preprocessing) -> None:
         super().__init__()
-        config = model.config
-        self.pooling = config.pooling
+        self.config = config = model.config
         self.patches = PatchProduct(model, preprocessing)
-        last = config.depth - 1 if config.pooling == "class" else config.depth
+        # CLIP's norm is read by the residual sum too: its scale and shift have no product to go into.
+        self.norm_pre = model.norm_pre
+        everything = slice(0, config.num_prefix_tokens + config.num_patches)
+        last = config.depth - 1
         self.block = nn.ModuleList(
-            DeployedBlock(block, config, first_token_only=number == last) for number, block in enumerate(model.blocks)
+            DeployedBlock(block, config, asking=_pooled(config) if number == last else everything)
+            for number, block in enumerate(model.blocks)
         )
         self.norm = Normalisation(config)
-        self.head = Product(*_after_norm(model.head, model.norm))
+        self.head = Product(*_heads(model))
 
     def forward(self, images_BYXC: Tensor) -> Tensor:
-        x_BTD = self.patches(images_BYXC)
+        x_BTD = self.norm_pre(self.patches(images_BYXC))
         for block in self.block:
             x_BTD = block(x_BTD)
-        x_BTD = self.norm(x_BTD)
-        pooled_BD = x_BTD.flatten(1) if self.pooling == "class" else x_BTD.mean(dim=1)
+        if self.config.final_norm == "before_pooling":
+            pooled_BD = self._pool(self.norm(x_BTD))
+        else:
+            pooled_BD = self.norm(self._pool(x_BTD))
         logits_BK: Tensor = self.head(pooled_BD)
         return logits_BK
 
+    def _pool(self, x_BTD: Tensor) -> Tensor:
+        """Return what the head reads from the tokens that the last block gave, [batch, width] or twice that wide."""
+        if self.config.pooling == "class":
+            return x_BTD.flatten(1)
+        if self.config.pooling == "mean":
+            return x_BTD.mean(dim=1)
+        return torch.cat([x_BTD[:, :1].flatten(1), x_BTD[:, 1:].mean(dim=1)], dim=1)
+
+
+def _pooled(config: ViTConfig) -> slice:
+    """Return which tokens pooling reads, in this form's order: registers, class, distillation, patches."""
+    tokens = config.num_prefix_tokens + config.num_patches
+    if config.pooling == "class":
+        return slice(config.num_registers, config.num_prefix_tokens)
+    return slice(config.num_prefix_tokens if config.pooling == "mean" else config.num_registers, tokens)
+
+
+def _constant_tokens(model: VisionTransformer, patch_bias_D: Tensor) -> Tensor:
+    """Return what is added to every token, [T, D] float64: positions, the prefix tokens, the bias of the patches."""
+    config = model.config
+    positions_TD = model.pos_embed[0].double()
+    patches_TD = positions_TD[-config.num_patches :] + patch_bias_D
+    names = ("cls_token", "dist_token", "reg_token")
+    prefix = [getattr(model, name)[0].double() for name in names if hasattr(model, name)]
+    if not prefix:
+        return patches_TD
+    prefix_TD = torch.cat(prefix)
+    if config.position_slots == "all":
+        prefix_TD = prefix_TD + positions_TD[: config.num_prefix_tokens]
+    first_register = config.num_prefix_tokens - config.num_registers
+    return torch.cat([prefix_TD[first_register:], prefix_TD[:first_register], patches_TD])
+
+
+def _heads(model: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """Return weight [in, out] and bias of the head after the final norm; a distilled network's two heads as one."""
+    config = model.config
+    if config.distilled:
+        folded = [_after_norm(head, model.norm) for head in (model.head, model.head_dist)]
+        return torch.cat([weight_IO for weight_IO, _ in folded]) / 2, (folded[0][1] + folded[1][1]) / 2
+    return _after_norm(model.head, model.norm)
+
 
 def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Return weight [in, out] and bias, float64, of `linear` with the norm's scale and shift folded in."""
+    """Return weight [in, out] and bias, float64, of `linear` with the norm's scale and shift folded in.
+
+    The head of "class_mean" reads two normalised vectors side by side.
+    """
     weight_OI = linear.weight.double()
-    return (weight_OI * norm.weight.double()).T, _bias(linear) + weight_OI @ norm.bias.double()
+    repeats = weight_OI.shape[1] // len(norm.weight)
+    scale_I, shift_I = norm.weight.double().repeat(repeats), norm.bias.double().repeat(repeats)
+    return (weight_OI * scale_I).T, _bias(linear) + weight_OI @ shift_I
+
+
+def _scaled(linear: nn.Linear, layer_scale: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight [in, out] and bias, float64, of `linear` with the layer scale after it folded in."""
+    scale_O = layer_scale.gamma.double() if isinstance(layer_scale, LayerScale) else torch.ones(1, dtype=torch.float64)
+    return linear.weight.double().T * scale_O, _bias(linear) * scale_O
 
 
 def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias.double()
+    return torch.zeros(len(layer.weight), dtype=torch.float64) if layer.bias is None else layer.bias.double()
