@@ -190,3 +190,18 @@ def test_threads_read_in_order_and_count_what_is_broken(tmp_path: Path, caplog: 
         found = [paths[i].name for i, _ in stream(paths, PREPROCESSING.pixels, threads=threads)]
         assert found == [path.name for path in paths if path.name != "7.png"]
     assert "1 of 120 pictures were skipped" in caplog.text
+
+
+@pytest.mark.parametrize(("file", "column"), [("labels.csv", "file"), ("metadata.csv", "file_name")])
+@pytest.mark.parametrize("divided", [True, False])
+def test_label_files_are_split_as_folders_are(tmp_path: Path, file: str, column: str, divided: bool) -> None:
+    for split in ("train", "test") if divided else (".",):
+        folder = tmp_path / split
+        class_folders(folder / "pictures", {"a": 10, "b": 10})
+        rows = [f"pictures/{name}/{number}.png,{name}\n" for name in "ab" for number in range(10)]
+        (folder / file).write_text(f"{column},label\n" + "".join(rows))
+    splits = read_splits(tmp_path, validation_fraction=0.2, seed=0)
+    assert splits.validation is not None
+    assert (splits.train.num_images, splits.validation.num_images) == (16, 4)
+    assert (splits.test is not None) == divided
+    assert splits.train.class_names == ("a", "b")

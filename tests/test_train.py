@@ -234,6 +234,9 @@ def test_an_existing_run_is_kept_unless_forced(few: Path, start: Path, tmp_path:
     with pytest.raises(UsageError, match="without --resume"):
         train(few, out=tmp_path / "run", recipe=QUICK, options=options(start, resume=True))
     assert (tmp_path / "run" / "best.safetensors").read_bytes() == b"precious"
+    with pytest.raises(DataRejected):  # what was there goes only when there is something to take its place
+        train(tmp_path / "nowhere", out=tmp_path / "run", recipe=QUICK, options=options(start, force=True))
+    assert (tmp_path / "run" / "best.safetensors").read_bytes() == b"precious"
     train(few, out=tmp_path / "run", recipe=QUICK, options=options(start, force=True))
     load_checkpoint(tmp_path / "run" / "best.safetensors")
 
@@ -399,6 +402,13 @@ def test_two_processes_take_the_same_steps_as_one(few: Path, start: Path, tmp_pa
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
     weights = [load_checkpoint(tmp_path / name / "last.safetensors").model.state_dict() for name in ("one", "two")]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+
+
+def test_worker_processes_make_the_same_batches(few: Path, start: Path, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        train(few, out=tmp_path / str(workers), recipe=BUSY, options=options(start, workers=workers))
+    alone, ahead = (tmp_path / name / "last.safetensors" for name in "02")
+    assert alone.read_bytes() == ahead.read_bytes()
 
 
 def test_the_moving_average_is_what_is_kept_and_judged(few: Path, start: Path, tmp_path: Path) -> None:

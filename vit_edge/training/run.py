@@ -138,7 +138,10 @@ class Run:
         self.processes.wait()
         if not self.processes.is_writer:
             return
-        self.folder.forget_after(self.loop.step)
+        if self.options.resume:
+            self.folder.forget_after(self.loop.step)
+        else:
+            self.folder.clear()
         write_atomic(self.folder.config, (self._headline() + self.recipe.to_toml()).encode())
         described = json.dumps(self.start.preprocessing.to_dict(), indent=1) + "\n"
         write_atomic(self.folder.preprocessing, described.encode())
@@ -215,7 +218,8 @@ class Run:
                 _log.warning("%d training pictures are also validation pictures; they are not trained on", shared)
             training = apart
         if self.test:
-            refuse_overlap([*training.hashes], self.test.by_hash(), used_for="training")
+            learned = [*training.hashes, *(self.validation.hashes if self.validation else ())]
+            refuse_overlap(learned, self.test.by_hash(), used_for="training")
         self.training = training
 
     def _step(self, images: torch.Tensor, targets: torch.Tensor, board: Any) -> float:

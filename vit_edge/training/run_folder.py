@@ -87,17 +87,15 @@ class RunFolder:
 
 @contextlib.contextmanager
 def opened(path: Path, *, resume: bool, force: bool) -> Iterator[RunFolder]:
-    """Yield a run's folder, locked, and empty of other runs unless this one resumes; raises UsageError."""
+    """Yield a run's folder, locked; raises UsageError where it is in use, or a run is in it or is missing."""
     with _locked(path) as folder:
         if resume and not folder.state.exists():
             beside = f"; {folder.previous_state.name} is there: rename it" if folder.previous_state.exists() else ""
             reason = f"there is no {folder.state.name} in it{beside}"
             raise UsageError("cannot resume", file=path, reason=reason, remedy="train without --resume")
-        if not resume and folder.is_used:
-            if not force:
-                remedy = "add --resume to go on with it, --force to replace it, or choose another --out"
-                raise UsageError("will not overwrite", file=path, reason="a run is in it", remedy=remedy)
-            folder.clear()
+        if not resume and not force and folder.is_used:
+            remedy = "add --resume to go on with it, --force to replace it, or choose another --out"
+            raise UsageError("will not overwrite", file=path, reason="a run is in it", remedy=remedy)
         yield folder
 
 
