@@ -5,7 +5,7 @@
 A small Vision Transformer and torchvision's ResNet-18 adapted to 32x32 train from scratch, one after the other, each
 for the same minutes of training (evaluation is not counted); the learning rate follows the minutes. A pretrained
 Vision Transformer, where one is given, is fine-tuned for the same minutes on the same pictures. Writes curves to
-docs/images/attention_vs_convolution.png and a section of docs/results.md.
+docs/pictures/attention_vs_convolution.png and a section of docs/results.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vit_edge.training.optimisation import learning_rate
 from vit_edge.training.recipe import Recipe
 from vit_edge.vit import VisionTransformer, ViTConfig
 
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "attention_vs_convolution.png"
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "attention_vs_convolution.png"
 SMALL = Preprocessing(resize=32, crop=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 # For all alike; the rates are those that did best of 3e-4, 1e-3 and 3e-3 in a fifth of the minutes, judged on a tenth
 # of the training pictures.
@@ -153,7 +153,7 @@ def report(contestants: list[Contestant], splits: Splits, minutes: float, seed: 
         f"| {c.name} | {c.num_parameters:,} | {c.epochs:.1f} | {c.recipe.learning_rate:g} | {c.top1[-1]:.1f} % |"
         for c in contestants
     ]
-    return "\n".join([*lines, "", "![test accuracy against minutes](images/attention_vs_convolution.png)"])
+    return "\n".join([*lines, "", "![test accuracy against minutes](pictures/attention_vs_convolution.png)"])
 
 
 def main() -> None:
