@@ -24,6 +24,11 @@ import torch
 from results import machine, write_section
 
 ROOT = Path(__file__).resolve().parent.parent
+# The pictures have 64 pixels a side in the copies that this was measured on: 64 patches of 8.
+SCRATCH = (
+    "--arch", "vit_tiny_patch8_224", "--image-size", "64", "--recipe", "finetune", "--epochs", "12",
+    "--set", "layer_decay=1.0", "--set", "learning_rate=5e-4",
+)  # fmt: skip
 ALONE = (sys.executable,)
 IN_TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -55,8 +60,8 @@ def food(folder: Path, arguments: argparse.Namespace) -> None:
     rows = []
     for data in arguments.data:
         for name, options in (
-            ("from scratch", ("--arch", "vit_tiny_patch16_224", "--recipe", "finetune", "--set", "layer_decay=1.0")),
-            ("fine-tuned", ("--from", arguments.source, "--recipe", "finetune")),
+            ("from scratch", SCRATCH),
+            ("fine-tuned", ("--from", arguments.source)),
         ):
             top1 = []
             for seed in arguments.seeds:
