@@ -55,7 +55,7 @@ def digits(folder: Path, seeds: list[int]) -> None:
     write_section("digits", "\n".join([f"`vit-edge train digits/ --out run/`, {about()}.", "", *table]))
 
 
-def food(folder: Path, arguments: argparse.Namespace) -> None:
+def food(folder: Path, arguments: argparse.Namespace, more: list[str]) -> None:
     """Train from scratch and fine-tune on both sets with each seed."""
     rows = []
     for data in arguments.data:
@@ -66,7 +66,7 @@ def food(folder: Path, arguments: argparse.Namespace) -> None:
             top1 = []
             for seed in arguments.seeds:
                 out = folder / f"{data.name}-{name}-{seed}"
-                done = train(data, *options, *arguments.option, "--seed", str(seed), "--out", out)
+                done = train(data, *options, *more, "--seed", str(seed), "--out", out)
                 top1.append(done["top1"])
             shares = ", ".join(f"{value:.1f}" for value in top1)
             rows.append(
@@ -114,13 +114,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="*")
     parser.add_argument("--from", dest="source", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--option", nargs="+", default=[], help="more options of vit-edge train")
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()  # what this script does not know goes to `vit-edge train`
     with tempfile.TemporaryDirectory() as folder:
         if arguments.what == "digits":
             digits(Path(folder), arguments.seeds)
         elif arguments.what == "food":
-            food(Path(folder), arguments)
+            food(Path(folder), arguments, more)
         else:
             processes(Path(folder))
 
