@@ -129,6 +129,20 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+def test_resuming_needs_nothing_but_the_folder(few: Path, start: Path, tmp_path: Path) -> None:
+    def stop(at: TrainProgress) -> None:
+        if at.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(few, out=tmp_path / "whole", recipe=BUSY, options=options(start))
+    with pytest.raises(Interrupted):
+        train(few, out=tmp_path / "parts", recipe=BUSY, options=options(start), on_progress=stop)
+    done = vit_edge("train", few, "--out", tmp_path / "parts", "--resume", "--threads", "1", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    whole, parts = (tmp_path / name / "last.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
 def test_a_killed_run_goes_on_from_its_last_save(few: Path, start: Path, tmp_path: Path) -> None:
     def stop(at: TrainProgress) -> None:
         if at.step == 5:

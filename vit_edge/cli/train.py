@@ -10,7 +10,7 @@ import click
 
 from vit_edge.cli.output import Result, bar, command, parse_size, read_value, threads_option
 from vit_edge.errors import UsageError, require
-from vit_edge.training.recipe import RECIPES, Recipe, load_recipe
+from vit_edge.training.recipe import CONFIG_NAME, RECIPES, Recipe, load_recipe, load_start
 
 
 @command("train")
@@ -63,6 +63,8 @@ def train(
       vit-edge train --show-recipe --recipe deit > mine.toml
     """
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    if out is not None and options["resume"]:
+        recipe, options, image_size = _as_it_was(out / CONFIG_NAME, recipe, options, image_size)
     chosen = _recipe(recipe or ("finetune" if options["source"] else "scratch-small"), changes, given)
     if show_recipe:
         return Result(data={"recipe": asdict(chosen)}, shown=[chosen.to_toml().rstrip()])
@@ -71,6 +73,20 @@ def train(
         raise UsageError("cannot train", reason=f"{missing} is not given", remedy="vit-edge train DATA --out RUN")
     size = parse_size(image_size) if image_size else None
     return _train(data, out, chosen, {**options, "image_size": size})
+
+
+def _as_it_was(
+    config: Path, recipe: str | None, options: dict[str, Any], image_size: str | None
+) -> tuple[str | None, dict[str, Any], str | None]:
+    """Fill what is not given from the stopped run's own configuration."""
+    if not config.exists():
+        return recipe, options, image_size
+    start = load_start(config)
+    if options["arch"] is None and options["source"] is None:
+        options = {**options, "arch": start.get("arch"), "source": start.get("source")}
+        image_size = image_size or start.get("image_size")
+    teacher = options["teacher"] or start.get("teacher")
+    return recipe or str(config), {**options, "teacher": teacher}, image_size
 
 
 def _train(data: Path, out: Path, recipe: Recipe, options: dict[str, Any]) -> Result:

@@ -17,7 +17,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["RECIPES", "Recipe", "load_recipe"]
+__all__ = ["CONFIG_NAME", "RECIPES", "Recipe", "load_recipe", "load_start"]
+
+# In a run's folder: its recipe, and in the table [start] what it started from.
+CONFIG_NAME = "config.toml"
 
 Distillation = Literal["none", "hard", "soft"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -130,10 +133,11 @@ class Recipe:
             raise ValueError(f"a recipe has no {unknown[0]!r}; it has {known}")
         return replace(self, **values)
 
-    def to_toml(self) -> str:
-        """Return the recipe as TOML, one line a field; a field that is None is left out."""
+    def to_toml(self, *, start: Mapping[str, str] | None = None) -> str:
+        """Return the recipe as TOML, one line a field; a field that is None is left out; and the table [start]."""
         tomli_w = require("tomli_w", extra="train", what="write a recipe")
-        return str(tomli_w.dumps({key: value for key, value in asdict(self).items() if value is not None}))
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        return str(tomli_w.dumps({**values, "start": dict(start)} if start else values))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -169,23 +173,43 @@ RECIPES: dict[str, Recipe] = {
 def load_recipe(name_or_file: str | os.PathLike[str]) -> Recipe:
     """Return a recipe by its name, or from a TOML file as `Recipe.to_toml` writes it; raises UsageError.
 
-    A file may name the recipe that it starts from as `recipe = "deit"`, and say only what differs.
+    A file may name the recipe that it starts from as `recipe = "deit"`, and say only what differs. The `config.toml` of
+    a run is such a file.
     """
     if str(name_or_file) in RECIPES:
         return RECIPES[str(name_or_file)]
     if not Path(name_or_file).suffix:
         reason = f"no recipe is named {str(name_or_file)!r}"
         raise UsageError("cannot train", reason=reason, remedy=f"choose one of {', '.join(RECIPES)}, or a TOML file")
-    data = read_file(name_or_file, what="recipe", max_bytes=_MAX_RECIPE_BYTES)
+    values = _read(name_or_file)
+    values.pop("start", None)
+    base = values.pop("recipe", None)
     try:
-        values = tomllib.loads(data.decode("utf-8"))
-        base = values.pop("recipe", None)
         if base is not None and base not in RECIPES:
             raise ValueError(f"no recipe is named {base!r}; choose one of {', '.join(RECIPES)}")
         # A file that names no recipe is whole: what it leaves out is absent, as `to_toml` writes it.
         start = RECIPES[base] if base else Recipe(max_gradient_norm=None)
         return start.changed(values)
+    except ValueError as error:
+        raise _unusable(name_or_file, str(error)) from error
+
+
+def load_start(file: str | os.PathLike[str]) -> dict[str, str]:
+    """Return what the run of a `config.toml` started from: `arch` or `source`, `image_size`, `teacher`, as given."""
+    start = _read(file).get("start", {})
+    if not isinstance(start, dict) or not all(isinstance(value, str) for value in start.values()):
+        raise _unusable(file, f"its [start] is {start!r}"[:200])
+    return start
+
+
+def _read(file: str | os.PathLike[str]) -> dict[str, Any]:
+    data = read_file(file, what="recipe", max_bytes=_MAX_RECIPE_BYTES)
+    try:
+        return tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        reason = str(error)[:300]
-        remedy = "see `vit-edge train --show-recipe finetune`"
-        raise UsageError("cannot use the recipe", file=name_or_file, reason=reason, remedy=remedy) from error
+        raise _unusable(file, str(error)[:300]) from error
+
+
+def _unusable(file: str | os.PathLike[str], reason: str) -> UsageError:
+    remedy = "see `vit-edge train --show-recipe --recipe finetune`"
+    return UsageError("cannot use the recipe", file=file, reason=reason, remedy=remedy)

@@ -18,7 +18,7 @@ import torch
 import vit_edge
 from vit_edge.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vit_edge.data import LabelledImages, read_splits, refuse_overlap, set_hash
-from vit_edge.errors import UsageError, printable
+from vit_edge.errors import UsageError
 from vit_edge.files import write_atomic
 from vit_edge.progress import Progress
 from vit_edge.training.batches import Pictures, TrainingBatches, load_pictures
@@ -142,7 +142,7 @@ class Run:
             self.folder.forget_after(self.loop.step)
         else:
             self.folder.clear()
-        write_atomic(self.folder.config, (self._headline() + self.recipe.to_toml()).encode())
+        write_atomic(self.folder.config, self._config().encode())
         described = json.dumps(self.start.preprocessing.to_dict(), indent=1) + "\n"
         write_atomic(self.folder.preprocessing, described.encode())
 
@@ -313,12 +313,14 @@ class Run:
             "torch": torch.__version__,
         }
 
-    def _headline(self) -> str:
-        start = f"--from {printable(self.options.source)}" if self.options.source else f"--arch {self.start.name}"
-        versions = f"vit-edge {vit_edge.__version__}, torch {torch.__version__}"
-        return (
-            f"# The recipe of this run; `vit-edge train DATA {start} --recipe config.toml` repeats it ({versions}).\n"
-        )
+    def _config(self) -> str:
+        """Return the recipe and what the run started from, as `--recipe` and `--resume` read them."""
+        options = self.options
+        size = "x".join(map(str, options.image_size)) if options.image_size else None
+        given = {"arch": options.arch, "source": options.source, "image_size": size, "teacher": options.teacher}
+        start = {name: os.fspath(value) for name, value in given.items() if value is not None}
+        head = f"# vit-edge {vit_edge.__version__}, torch {torch.__version__}\n"
+        return head + self.recipe.to_toml(start=start)
 
     def _progress(self, loss: float, first: int) -> TrainProgress:
         done = self.loop.step - first

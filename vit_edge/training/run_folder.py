@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from vit_edge.errors import UsageError
 from vit_edge.files import write_atomic
+from vit_edge.training.recipe import CONFIG_NAME
 
 __all__ = ["RunFolder", "opened"]
 
@@ -28,7 +29,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.best, self.last, self.state, self.previous_state = (path / f"{name}.safetensors" for name in _MADE)
-        self.config, self.preprocessing = path / "config.toml", path / "preprocessing.json"
+        self.config, self.preprocessing = path / CONFIG_NAME, path / "preprocessing.json"
         self.metrics, self.tensorboard = path / "metrics.jsonl", path / "tensorboard"
         self.curves, self.confusion = path / "curves.png", path / "confusion.png"
         self._waiting: list[str] = []
