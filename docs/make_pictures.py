@@ -1,6 +1,6 @@
 """Make the three pictures of docs/vit.md: patches, similarity of the positions, attention of the class token.
 
-    make demo                                         # leaves demo/run/checkpoint.safetensors
+    make demo                                         # leaves demo/run/best.safetensors
     python docs/make_pictures.py                      # pictures/{patches,positions,attention}.png of that network
     python docs/make_pictures.py CHECKPOINT PICTURE   # the same of your network and your picture
 
@@ -41,7 +41,7 @@ from vit_edge.vit import Attention, VisionTransformer
 Floats = npt.NDArray[np.float32]
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = Path("demo") / "run" / "checkpoint.safetensors"
+CHECKPOINT = Path("demo") / "run" / "best.safetensors"
 DIGITS = ("0/0010.png", "2/1234.png", "5/0681.png")
 # Author and licence as datasets/images/README.txt of scikit-learn gives them.
 PHOTOGRAPH, CREDIT = "china.jpg", "photograph: danielbuechele, CC BY 2.0; cropped, scaled and cut into patches"

@@ -143,6 +143,7 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         self._augment = Augmentation(recipe, pictures.preprocessing)
         mixers = [(v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha)]
         self._mixers = [kind(alpha=alpha, num_classes=max(2, num_classes)) for kind, alpha in mixers if alpha]
+        self._ordered: tuple[int, list[int]] = (-1, [])
         self.steps_per_epoch = math.ceil(pictures.images.num_images / recipe.batch_size)
 
     def __len__(self) -> int:
@@ -171,9 +172,11 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         return self._mixed(batch, labels, epoch, places) if self._mixers else (batch, labels)
 
     def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, _ORDER, epoch))
-        order: list[int] = torch.randperm(self.pictures.images.num_images, generator=generator).tolist()
-        return order
+        if self._ordered[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, _ORDER, epoch))
+            order = torch.randperm(self.pictures.images.num_images, generator=generator)
+            self._ordered = (epoch, order.tolist())
+        return self._ordered[1]
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, places: range) -> tuple[Tensor, Tensor]:
         targets = torch.nn.functional.one_hot(labels, max(2, self.num_classes)).float()
