@@ -13,7 +13,12 @@ import pytest
 from tests.conftest import ROOT
 
 FIRST = ("vit_config", "cpu", "errors", "files", "progress", "image", "onnx_schema", "artifact", "metrics", "data")
-TORCH = ("vit", "checkpoint", "train")
+TORCH = (
+    "vit", "checkpoint", "train",
+    "convert", "conversion", "detective", "evidence", "facts", "foreign_config", "foreign_names", "foreign_settings",
+    "foreign_shape", "hub", "label_names", "pickled_weights", "positions", "refused_networks", "sources",
+    "timm_networks", "weights_file",
+)  # fmt: skip
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")
 # Lower may not import higher; the torch group stands beside runtime and sees only the first group and itself.
 RANK = {**dict.fromkeys(FIRST, 0), "runtime": 1, "export": 2, "cli": 3, "__main__": 4, "__init__": 0}

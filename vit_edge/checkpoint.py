@@ -130,7 +130,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     text = metadata.get(_KEY)
     if text is None:
         reason = "it is safetensors, but not a checkpoint of vit-edge: it has no configuration in it"
-        raise _rejected(path, reason, "train one with `vit-edge train`")
+        raise _rejected(path, reason, "make one of it with `vit-edge convert`")
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
