@@ -204,7 +204,7 @@ def largest_difference(made: Made, model: nn.Module, seed: int = 1) -> float:
 
 def main() -> None:
     """Measure every family and write the table into docs/results.md."""
-    import importlib.metadata as metadata
+    from importlib import metadata
 
     from vit_edge.checkpoint import load_checkpoint
     from vit_edge.convert import convert
@@ -228,8 +228,8 @@ def main() -> None:
     text = "\n".join(
         [
             BEGIN,
-            f"{len(FAMILIES)} families at their real width and picture size with two blocks, every weight random, saved as",
-            "files, converted, and compared on two random pictures in float32; the promise is 1e-5.",
+            f"{len(FAMILIES)} families at their real width and picture size with two blocks, every weight random,",
+            "saved as files, converted, and compared on two random pictures in float32; the promise is 1e-5.",
             f"`python benchmarks/converter_table.py`, {versions}; seeds 0 and 1; largest of all {worst:.1e}.",
             "",
             "| family | library | largest difference of a logit, relative to the largest logit |",

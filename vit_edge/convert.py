@@ -118,8 +118,8 @@ def read_source(
         shaped = dataclasses.replace(shaped, config=_kept_for_training(shaped.config, opened.checkpoint.model.config))
     model = _assembled(shaped, renamed, origin)
     progress("checking what was told", 2, 3)
-    fed, assumed = _preprocessing(knowledge, shaped.config.image_size)
-    names, unnamed, label_notes = _labels(knowledge, shaped, labels)
+    fed, assumed, notes = _preprocessing(knowledge, shaped.config.image_size)
+    names, unnamed, more_notes = _labels(knowledge, shaped, labels)
     assumed = (*shaped.assumed, *assumed, *unnamed)
     evidence = None
     if data is not None:
@@ -130,7 +130,7 @@ def read_source(
             _swap_colours(model)
     progress("checking what was told", 3, 3)
     report = _report(
-        opened, renamed, shaped, knowledge=knowledge, assumed=assumed, evidence=evidence, notes=label_notes
+        opened, renamed, shaped, knowledge=knowledge, assumed=assumed, evidence=evidence, notes=notes + more_notes
     )  # fmt: skip
     return Conversion(checkpoint=_checkpoint(opened, model, fed, names, report, knowledge), report=report)
 
@@ -215,7 +215,10 @@ def _field_of(name: str) -> str:
     return next((field for part, field in _FIELDS if part in name), "width")
 
 
-def _preprocessing(knowledge: Knowledge, image_size: tuple[int, int]) -> tuple[Preprocessing, tuple[str, ...]]:
+def _preprocessing(
+    knowledge: Knowledge, image_size: tuple[int, int]
+) -> tuple[Preprocessing, tuple[str, ...], tuple[str, ...]]:
+    """Return the settings for the network's size, what of them is assumed, and what is to be said."""
     geometry = knowledge.value("geometry")
     try:
         settings = Preprocessing(
@@ -232,7 +235,11 @@ def _preprocessing(knowledge: Knowledge, image_size: tuple[int, int]) -> tuple[P
     # Short side and crop of a network that is not square: libraries differ, and none wrote it down.
     if image_size[0] != image_size[1] and isinstance(settings.resize, int) and geometry.crop != image_size:
         assumed = list(dict.fromkeys([*assumed, "geometry"]))
-    return settings, tuple(f"preprocessing.{name.replace('geometry', 'resize')}" for name in assumed)
+    notes = []
+    if geometry.crop not in (None, image_size):
+        told = f"the preprocessing told is for {geometry.crop[0]}x{geometry.crop[1]}"
+        notes.append(f"{told}; kept in proportion for {image_size[0]}x{image_size[1]}")
+    return settings, tuple(f"preprocessing.{name.replace('geometry', 'resize')}" for name in assumed), tuple(notes)
 
 
 def _labels(

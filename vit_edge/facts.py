@@ -24,7 +24,7 @@ CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954,
 class Geometry:
     """How a picture is brought to the network's size: resized in pixels for one `crop`, or by the crop's fraction.
 
-    With `fraction`, the picture is resized to the crop divided by it, rounded down as timm does. `squash` gives up the
+    Without a crop, `resize` is right for every size. With `fraction`, the picture is resized to the crop divided by it, rounded down as timm does. `squash` gives up the
     aspect ratio. Another size of network keeps the proportion.
     """
 
@@ -34,16 +34,17 @@ class Geometry:
     squash: bool = False
 
     def __post_init__(self) -> None:
-        if (self.resize is None) != (self.crop is None):
-            raise ValueError(f"resize {self.resize} and crop {self.crop} belong together")
+        if self.resize is None and self.crop is not None:
+            raise ValueError(f"crop {self.crop} needs resize beside it")
         if not 0.05 <= self.fraction <= 1.0:
             raise ValueError(f"the crop is {self.fraction} of the resized picture; it must lie between 0.05 and 1")
 
     def resize_for(self, image_size: tuple[int, int]) -> int | tuple[int, int]:
         """Return `Preprocessing.resize` for a network of this input size."""
-        if self.resize is not None and self.crop is not None:
-            if image_size == self.crop:
+        if self.resize is not None:
+            if self.crop in (None, image_size):
                 return self.resize
+            assert self.crop is not None
             if isinstance(self.resize, int):
                 return max(image_size) * self.resize // max(self.crop)
             height, width = (new * old // cut for new, old, cut in zip(image_size, self.resize, self.crop, strict=True))

@@ -77,7 +77,7 @@ def _from_fields(values: Mapping[str, Any], origin: str) -> Facts:
     geometry = None
     if "resize" in values:
         resize = values["resize"] if isinstance(values["resize"], int) else size_of(values["resize"])
-        crop = size_of(values["crop"]) if "crop" in values else size_of(resize)
+        crop = size_of(values["crop"]) if "crop" in values else None
         geometry = Geometry(resize=resize, crop=crop)
     elif "crop" in values:
         raise ValueError("crop needs resize beside it")
@@ -87,7 +87,6 @@ def _from_fields(values: Mapping[str, Any], origin: str) -> Facts:
         std=_three(values["std"]) if "std" in values else None,
         interpolation=_interpolation(values["interpolation"]) if "interpolation" in values else None,
         geometry=geometry,
-        input_size=geometry.crop if geometry and "crop" in values else None,
     )
 
 

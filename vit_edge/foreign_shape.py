@@ -275,12 +275,19 @@ def _infer_positions(work: _Work, requested: tuple[int, int] | None) -> None:
     work.fields["image_size"] = wanted
     new = (wanted[0] // patch[0], wanted[1] // patch[1])
     if new != grid:
-        resampling = _RESAMPLING[work.renamed.library]
+        resampling = _resampling(work.renamed)
         work.tensors["pos_embed"] = resample_positions(
             work.tensors["pos_embed"], old=grid, new=new, resampling=resampling
         )
         how = f"bicubic{', antialiased' if resampling.antialias else ''}"
         work.reshaped["pos_embed"] = f"resampled from {grid[0]}x{grid[1]} to {new[0]}x{new[1]} patches ({how})"
+
+
+def _resampling(renamed: Renamed) -> Resampling:
+    # In transformers, DINOv2 with registers antialiases; every other of its networks does not.
+    if renamed.library == "transformers" and "reg_token" in renamed.tensors:
+        return Resampling(antialias=True)
+    return _RESAMPLING[renamed.library]
 
 
 def _slots(work: _Work) -> tuple[tuple[int, str], ...]:

@@ -20,18 +20,13 @@ _PATH = click.Path(path_type=Path)
 _NUM_SHOWN = 12
 
 
-class _ImageSize(click.ParamType):
-    """Pixels of a square, or HEIGHTxWIDTH."""
-
-    name = "N|HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value[0], value[1]
-        match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", str(value))
-        if match is None:
-            self.fail(f"{value!r} is no size: write 224, or 192x256 (height x width)", param, ctx)
-        return int(match[1]), int(match[2] or match[1])
+def _image_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no size: write 224, or 192x256 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
 
 
 @command("convert")
@@ -45,7 +40,9 @@ class _ImageSize(click.ParamType):
 )
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
 @click.option("--data", type=_PATH, metavar="LABELLED", help="Labelled pictures that settle what nobody told.")
-@click.option("--image-size", type=_ImageSize(), help="Resample the positions for another size of input.")
+@click.option(
+    "--image-size", metavar="N|HxW", callback=_image_size, help="Resample the positions for another size of input."
+)
 @click.option("--num-classes", type=click.IntRange(1, 65_536), help="Replace the head by zeros for N classes.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:
@@ -75,25 +72,35 @@ def _shown(report: ConversionReport) -> list[Any]:
     rows = [(name, f"told by {teller}") for name, teller in report.known.items()]
     rows += [(name, f"found on {report.finding.num_images} pictures") for name in report.found if report.finding]
     rows += [(name, "assumed: nobody told") for name in report.assumed]
-    title = f"{report.library}: {len(report.mapped)} tensors, {report.num_parameters:,} parameters"
-    shown: list[Any] = [make_table(title, ("what shapes cannot tell", "from"), rows)]
-    changed = [(", ".join(m.sources) or "-", m.target, m.change) for m in report.reshaped]
-    if changed:
-        more = f", {_NUM_SHOWN} of {len(changed)}; --json has all" if len(changed) > _NUM_SHOWN else ""
-        shown.append(make_table(f"Reshaped{more}", ("from", "to", "how"), changed[:_NUM_SHOWN]))
+    title = f"{report.library}, {len(report.mapped)} tensors, {report.num_parameters:,} parameters"
+    title += f", {len(report.missing)} missing, {len(report.unexpected)} unexpected"
+    shown: list[Any] = [make_table(title, ("from", "to", "shape", "how"), _mapping_rows(report))]
     if report.unused:
         shown.append(make_table("Left out", ("tensor", "why"), list(report.unused.items())[:_NUM_SHOWN]))
+    shown.append(make_table("What shapes cannot tell", ("what", "from"), rows))
     if report.finding:
         shown.append(_ranking(report.finding))
     size = megabytes(report.size_bytes or 0)
     return [*shown, *report.notes, f"checkpoint: {printable(report.checkpoint or '')} ({size})"]
 
 
+def _mapping_rows(report: ConversionReport) -> list[tuple[str, str, str, str]]:
+    """Return one row for each tensor; those of all blocks, which differ in the number only, share one."""
+    rows: dict[tuple[str, str, str, str], int] = {}
+    for mapping in report.mapped:
+        block = re.match(r"blocks\.(\d+)\.", mapping.target)
+        number = re.compile(rf"(?<=[._]){block[1]}(?=[./])") if block else re.compile(r"(?!)")
+        sources = "\n".join(number.sub("*", source, count=1) for source in mapping.sources) or "-"
+        size = "x".join(map(str, mapping.shape))
+        row = (sources, number.sub("*", mapping.target, count=1), size, mapping.change)
+        rows[row] = rows.get(row, 0) + 1
+    return [(*row[:3], "; ".join(filter(None, (f"{n} times" if n > 1 else "", row[3])))) for row, n in rows.items()]
+
+
 def _ranking(finding: Finding) -> Any:
     rows = [
         (
-            f"{score.top1:.1f} %", f"{score.cross_entropy:.3f}", score.candidate.normalisation, score.candidate.geometry,
-            score.candidate.interpolation, score.candidate.colours, score.candidate.label_order,
+            f"{score.top1:.1f} %", f"{score.cross_entropy:.3f}", *asdict(score.candidate).values(),
             "proposed" if score is finding.proposed else "",
         )
         for score in finding.scores[:_NUM_SHOWN]
