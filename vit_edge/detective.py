@@ -57,12 +57,13 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """How a candidate did: top-1 in percent, the mean cross entropy, and that of each picture."""
+    """How a candidate did: top-1 in percent and the mean cross entropy; and of each picture, that and whether right."""
 
     candidate: Candidate
     top1: float
     cross_entropy: float
     losses: Losses
+    right: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +130,7 @@ def investigate(
         preprocessing=case.preprocessing_of(proposed.candidate),
         settled=settled,
         open=still_open,
-        better_than_chance=_better_than_chance(proposed, model),
+        better_than_chance=_better_than_chance(proposed, model, num_tried=len(allowed)),
         contradiction=_contradiction(scores[0], proposed),
     )
 
@@ -243,8 +244,11 @@ def _near(pair: tuple[Triple, Triple], other: tuple[Triple, Triple]) -> bool:
 
 def _scored(candidate: Candidate, logits_BK: torch.Tensor, labels: torch.Tensor) -> Score:
     losses = functional.cross_entropy(logits_BK, labels, reduction="none").double().numpy()
-    top1 = float((logits_BK.argmax(dim=1) == labels).double().mean()) * 100
-    return Score(candidate=candidate, top1=top1, cross_entropy=float(losses.mean()), losses=losses)
+    right = (logits_BK.argmax(dim=1) == labels).numpy()
+    return Score(
+        candidate=candidate, top1=float(right.mean()) * 100, cross_entropy=float(losses.mean()), losses=losses,
+        right=right,
+    )  # fmt: skip
 
 
 _PARTS = ("normalisation", "geometry", "interpolation", "colours", "label_order")
@@ -276,22 +280,32 @@ def _in_usual_colours(allowed: Sequence[Score]) -> Score:
 
 
 def _worse(score: Score, best: Score) -> bool:
-    """Return whether a candidate is worse on the same pictures, by a paired one-sided t test of the cross entropies."""
+    """Return whether a candidate is worse on the same pictures by more than chance explains.
+
+    Either by a paired one-sided t test of the cross entropies, or by a sign test of the pictures that only one gets
+    right; each at half of the level. A network without calibrated probabilities shows itself in the second.
+    """
     if len(score.losses) != len(best.losses):
         return False
+    stats = require("scipy.stats", extra="export", what="compare the candidates")
+    won, lost = int((best.right & ~score.right).sum()), int((score.right & ~best.right).sum())
+    if won and stats.binomtest(won, won + lost, alternative="greater").pvalue < _SIGNIFICANCE / 2:
+        return True
     difference = score.losses - best.losses
     if np.ptp(difference) < 1e-9:
         return bool(difference.mean() > 1e-6)
-    stats = require("scipy.stats", extra="export", what="compare the candidates")
-    return bool(stats.ttest_1samp(difference, 0.0, alternative="greater").pvalue < _SIGNIFICANCE)
+    return bool(stats.ttest_1samp(difference, 0.0, alternative="greater").pvalue < _SIGNIFICANCE / 2)
 
 
-def _better_than_chance(score: Score, model: Any) -> bool:
+def _better_than_chance(score: Score, model: Any, *, num_tried: int) -> bool:
+    # The best of many tries is good by chance more often than one: the level is divided by their number (Bonferroni).
     stats = require("scipy.stats", extra="export", what="compare the candidates")
     num_images = len(score.losses)
     num_right = round(score.top1 / 100 * num_images)
     chance = 1 / max(2, int(model.config.num_classes))
-    return bool(stats.binomtest(num_right, num_images, chance, alternative="greater").pvalue < _SIGNIFICANCE)
+    return bool(
+        stats.binomtest(num_right, num_images, chance, alternative="greater").pvalue < _SIGNIFICANCE / num_tried
+    )
 
 
 def _contradiction(best: Score, proposed: Score) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vit_edge.image import Preprocessing
 from vit_edge.vit_config import Activation, Pooling
@@ -24,8 +24,8 @@ CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954,
 class Geometry:
     """How a picture is brought to the network's size: resized in pixels for one `crop`, or by the crop's fraction.
 
-    Without a crop, `resize` is right for every size. With `fraction`, the picture is resized to the crop divided by it, rounded down as timm does. `squash` gives up the
-    aspect ratio. Another size of network keeps the proportion.
+    Without a crop, `resize` is right for every size. With `fraction`, the picture is resized to the crop divided by it,
+    rounded down as timm does. `squash` gives up the aspect ratio. Another size of network keeps the proportion.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -76,6 +76,7 @@ class Facts:
     activation: Activation | None = None
     layer_norm_eps: float | None = None
     pooling: Pooling | None = None
+    position_slots: Literal["all", "patches"] | None = None
     layer_scale: float | None = None
     mean: Triple | None = None
     std: Triple | None = None

@@ -293,11 +293,12 @@ def _resampling(renamed: Renamed) -> Resampling:
 def _slots(work: _Work) -> tuple[tuple[int, str], ...]:
     """Return how many positions may stand before those of the patches, the likeliest first."""
     prefix = work.fields["class_token"] + work.fields["distilled"] + work.fields["num_registers"]
-    every = ((prefix, "all"), (0, "patches"))
-    if work.fields["num_registers"] and work.fields["class_token"] and work.renamed.library != "google":
-        # Registers are left without a position by DINOv2 and by timm.
-        return (0, "patches"), (1, "patches"), (prefix, "all")
-    return every
+    slots = [(prefix, "all"), (0, "patches")]
+    if work.fields["num_registers"] and work.fields["class_token"]:
+        # Registers are left without a position by timm; DINOv2 gives the class token one.
+        slots = [(0, "patches"), (1, "patches"), (prefix, "all")]
+    told = work.knowledge.value("position_slots")
+    return tuple(slot for slot in slots if told is None or slot[1] == told)
 
 
 def _grid(work: _Work, num_positions: int, requested: tuple[int, int] | None) -> tuple[tuple[int, int], int, str]:
@@ -337,6 +338,10 @@ def _infer_rest(work: _Work) -> tuple[str, ...]:
     settled = work.fields["distilled"] or work.fields["pooling"] == "class_mean" or not work.fields["class_token"]
     if not settled and not work.knowledge.told("pooling") and not work.new_head:
         assumed.append("pooling")
+    # A class token without a position, or a grid that is not square: a count of positions can be read both ways.
+    alone = work.fields["position_slots"] == "all" or not work.fields["class_token"]
+    if not alone and not work.knowledge.told("position_slots") and not work.knowledge.told("image_size"):
+        assumed.append("position_slots")
     if "blocks.0.ls1.gamma" in work.tensors:
         work.fields["layer_scale"] = work.knowledge.value("layer_scale") or 1e-5
     return tuple(assumed)

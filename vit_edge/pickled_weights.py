@@ -8,6 +8,7 @@ import os
 import pickle
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +47,9 @@ def read_pickled(data: bytes, *, origin: str) -> tuple[Any, tuple[str, ...]]:
         _check_archive(data, origin)
     with _switch_removed() as notes:
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            # What torch says of the way the file was written is no business of who reads it.
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")
                 found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise _refused(data, str(error), origin) from error
@@ -140,10 +143,13 @@ def _refused(data: bytes, message: str, origin: str) -> CheckpointRejected:
 
 
 def _imports(data: bytes) -> list[str]:
-    """Return what the pickle at the start of `data` would import, read and never run."""
+    """Return what the pickle of a file would import, read and never run."""
     names: list[str] = []
     texts: list[str] = []
     try:
+        if data.startswith(b"PK"):
+            archive = zipfile.ZipFile(io.BytesIO(data))
+            data = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "GLOBAL":
                 names.append(str(argument).replace(" ", "."))
@@ -151,6 +157,7 @@ def _imports(data: bytes) -> list[str]:
                 names.append(".".join(texts[-2:]))
             elif isinstance(argument, str):
                 texts.append(argument)
-    except ValueError:  # what follows the first damaged byte is not needed
-        pass
+    # Damaged bytes make it raise nearly anything; what was read so far is enough.
+    except Exception:
+        return names
     return names

@@ -77,6 +77,7 @@ def _facts_of(checkpoint: Checkpoint) -> tuple[Facts, ...]:
         activation=config.activation,
         layer_norm_eps=config.layer_norm_eps,
         pooling=config.pooling,
+        position_slots=config.position_slots,
         layer_scale=config.layer_scale,
         mean=preprocessing.mean,
         std=preprocessing.std,
