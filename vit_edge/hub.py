@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vit_edge.errors import CheckpointRejected, InputError, VitEdgeError, require
 from vit_edge.facts import Facts, Geometry
-from vit_edge.timm_networks import facts_of_timm_model, imagenet_names
+from vit_edge.timm_networks import facts_of_timm_model, facts_of_timm_name, imagenet_names
 from vit_edge.weights_file import WEIGHT_FILES, Weights
 
 __all__ = ["HUBS", "Fetched", "fetch"]
@@ -52,6 +52,8 @@ def _fetch_timm(name: str) -> Fetched:
         raise _not_fetched("timm", name, "it has no network of this name", close)
     if not local and not timm.list_models(name.partition(".")[0], pretrained=True):
         raise _not_fetched("timm", name, "it has no weights for this network", [])
+    if not local:  # refused before anything is fetched
+        facts_of_timm_name(name, origin=f"timm:{name}")
     with _said_in_one_sentence("timm", name):
         model = timm.create_model(name, pretrained=True)
     config = model.pretrained_cfg
