@@ -222,6 +222,8 @@ def test_a_checkpoint_of_ours_comes_back_as_it_is(tmp_path: Path, fields: dict[s
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], tensor)
     assert made.report.library == "vit-edge"
+    assert found.training == checkpoint.training
+    assert found.sha256 == load_checkpoint(path).sha256
 
 
 def test_a_checkpoint_of_ours_can_be_resampled_and_get_a_head(tmp_path: Path) -> None:

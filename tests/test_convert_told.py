@@ -54,9 +54,12 @@ def test_bare_weights_are_assumed_to_be_usual_and_every_load_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = bare(tmp_path / "a.safetensors", state_of(timm_model()))
-    report = convert(source, out=tmp_path / "out")
+    with caplog.at_level(logging.WARNING, logger="vit_edge"):
+        report = convert(source, out=tmp_path / "out")
     assert set(report.assumed) == EVERYTHING
     assert report.known == {}
+    assert "assumed, not known: num_heads" in caplog.text
+    caplog.clear()
     with caplog.at_level(logging.WARNING, logger="vit_edge"):
         checkpoint = load_checkpoint(tmp_path / "out")
     assert "assumed, not known: num_heads" in caplog.text

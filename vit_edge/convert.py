@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vit_edge.artifact import warn_of_assumed
 from vit_edge.checkpoint import Checkpoint, save_checkpoint
 from vit_edge.conversion import Conversion, ConversionReport, TensorMapping
-from vit_edge.errors import InputError, UsageError, VitEdgeError, printable
+from vit_edge.errors import InputError, UsageError, printable
 from vit_edge.evidence import Evidence, gather
 from vit_edge.facts import Facts, Knowledge
 from vit_edge.files import may_write
@@ -30,7 +32,7 @@ from vit_edge.pickled_weights import unusable
 from vit_edge.progress import Progress, silent
 from vit_edge.sources import Source, open_weights
 from vit_edge.timm_networks import facts_of_timm_name
-from vit_edge.vit import VisionTransformer, ViTConfig
+from vit_edge.vit import VisionTransformer
 
 __all__ = ["Conversion", "ConversionReport", "TensorMapping", "convert", "open_source", "read_source"]
 
@@ -107,32 +109,32 @@ def read_source(
     also a folder of class folders) whose word counts most. `data` are labelled pictures that settle what is assumed.
     `image_size` (height, width) resamples the positions; `num_classes` replaces the head by zeros.
     """
-    progress("reading the weights", 0, 3)
+    progress("converting", 0, 3)
     opened = open_weights(source)
-    progress("mapping the tensors", 1, 3)
     renamed = _renamed(opened)
+    progress("converting", 1, 3)
     knowledge = _knowledge(opened, renamed, like=like, preprocessing=preprocessing, labels=labels)
-    origin = opened.weights.origin
-    shaped = shape(renamed, knowledge=knowledge, origin=origin, image_size=image_size, num_classes=num_classes)
-    if opened.checkpoint is not None:
-        shaped = dataclasses.replace(shaped, config=_kept_for_training(shaped.config, opened.checkpoint.model.config))
-    model = _assembled(shaped, renamed, origin)
-    progress("checking what was told", 2, 3)
-    fed, assumed, notes = _preprocessing(knowledge, shaped.config.image_size)
-    names, unnamed, more_notes = _labels(knowledge, shaped, labels)
-    assumed = (*shaped.assumed, *assumed, *unnamed)
-    evidence = None
+    shaped, model = _built(opened, renamed, knowledge, image_size=image_size, num_classes=num_classes)
+    progress("converting", 2, 3)
+    settings, evidence = _settings(knowledge, shaped, labels), None
     if data is not None:
-        evidence = gather(model, data, preprocessing=fed, labels=names, assumed=assumed, progress=progress)
-        fed, names = evidence.preprocessing, evidence.labels
-        assumed = tuple(name for name in assumed if name not in evidence.settled)
-        if evidence.bgr:
-            _swap_colours(model)
-    progress("checking what was told", 3, 3)
-    report = _report(
-        opened, renamed, shaped, knowledge=knowledge, assumed=assumed, evidence=evidence, notes=notes + more_notes
-    )  # fmt: skip
-    return Conversion(checkpoint=_checkpoint(opened, model, fed, names, report, knowledge), report=report)
+        settings, evidence = _settled(model, settings, data, progress)
+    report = _report(opened, renamed, shaped, knowledge, settings, evidence)
+    asked = any(option is not None for option in (like, preprocessing, labels, data, image_size, num_classes))
+    checkpoint = opened.checkpoint if not asked else None
+    made = Conversion(checkpoint=checkpoint or _checkpoint(opened, model, settings, report, knowledge), report=report)
+    progress("converting", 3, 3)
+    return made
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Settings:
+    """How a network is fed and what its classes are called, what of that and of its shape is assumed, what is said."""
+
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    assumed: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def _renamed(opened: Source) -> Renamed:
@@ -141,8 +143,53 @@ def _renamed(opened: Source) -> Renamed:
     return renamed if own is None else dataclasses.replace(renamed, final_norm=own.model.config.final_norm)
 
 
-def _kept_for_training(config: ViTConfig, own: ViTConfig) -> ViTConfig:
-    return dataclasses.replace(config, dropout=own.dropout, stochastic_depth=own.stochastic_depth)
+def _built(
+    opened: Source,
+    renamed: Renamed,
+    knowledge: Knowledge,
+    *,
+    image_size: tuple[int, int] | None,
+    num_classes: int | None,
+) -> tuple[Shaped, VisionTransformer]:
+    """Return the tensors in the network's order, and the network with them in it."""
+    origin, own = opened.weights.origin, opened.checkpoint
+    shaped = shape(renamed, knowledge=knowledge, origin=origin, image_size=image_size, num_classes=num_classes)
+    if own is not None:  # what only training looks at
+        kept = {name: getattr(own.model.config, name) for name in ("dropout", "stochastic_depth")}
+        shaped = dataclasses.replace(shaped, config=dataclasses.replace(shaped.config, **kept))
+    model = _assembled(shaped, renamed, origin)
+    return dataclasses.replace(shaped, tensors={name: shaped.tensors[name] for name in model.state_dict()}), model
+
+
+def _settings(knowledge: Knowledge, shaped: Shaped, given: str | os.PathLike[str] | None) -> _Settings:
+    preprocessing, assumed, notes = _preprocessing(knowledge, shaped.config.image_size)
+    labels, unnamed, more_notes = _labels(knowledge, shaped, given)
+    return _Settings(
+        preprocessing=preprocessing,
+        labels=labels,
+        assumed=(*shaped.assumed, *assumed, *unnamed),
+        notes=(*notes, *more_notes),
+    )
+
+
+def _settled(
+    model: VisionTransformer, settings: _Settings, data: str | os.PathLike[str], progress: Progress
+) -> tuple[_Settings, Evidence]:
+    """Return the settings after the pictures had their say, and what they said."""
+    evidence = gather(
+        model, data, preprocessing=settings.preprocessing, labels=settings.labels, assumed=settings.assumed,
+        progress=progress,
+    )  # fmt: skip
+    if evidence.bgr:
+        _swap_colours(model)
+    settled = dataclasses.replace(
+        settings,
+        preprocessing=evidence.preprocessing,
+        labels=evidence.labels,
+        assumed=tuple(name for name in settings.assumed if name not in evidence.settled),
+        notes=(*settings.notes, *evidence.notes),
+    )
+    return settled, evidence
 
 
 def _knowledge(
@@ -269,27 +316,25 @@ def _report(
     opened: Source,
     renamed: Renamed,
     shaped: Shaped,
-    *,
     knowledge: Knowledge,
-    assumed: tuple[str, ...],
+    settings: _Settings,
     evidence: Evidence | None,
-    notes: tuple[str, ...],
 ) -> ConversionReport:
-    said = [*opened.weights.notes, *renamed.notes, *shaped.notes, *notes]
+    said = [f"prefix {renamed.prefix!r} stripped from the keys"] if renamed.prefix else []
+    said += [*opened.weights.notes, *renamed.notes, *shaped.notes]
     said += [note for facts in knowledge.facts for note in facts.notes]
-    if renamed.prefix:
-        said.insert(0, f"prefix {renamed.prefix!r} stripped from the keys")
+    dropped = dict.fromkeys(renamed.pre_logits, "it belongs to the head that was replaced")
     return ConversionReport(
         source=opened.weights.origin,
         library=renamed.library,
         name=opened.name,
         source_sha256=opened.weights.sha256,
         mapped=_mapped(shaped.tensors, shaped.reshaped, renamed),
-        unused={**renamed.unused, **dict.fromkeys(renamed.pre_logits, "it belongs to the head that was replaced")},
+        unused={**renamed.unused, **dropped},
         prefix=renamed.prefix,
-        notes=(*said, *(evidence.notes if evidence else ())),
-        known=_known(knowledge, assumed),
-        assumed=assumed,
+        notes=(*said, *settings.notes),
+        known=_known(knowledge, settings.assumed),
+        assumed=settings.assumed,
         found=evidence.settled if evidence else (),
         finding=evidence.finding if evidence else None,
         num_parameters=sum(tensor.numel() for tensor in shaped.tensors.values()),
@@ -318,29 +363,23 @@ def _known(knowledge: Knowledge, assumed: tuple[str, ...]) -> dict[str, str]:
 
 
 def _checkpoint(
-    opened: Source,
-    model: VisionTransformer,
-    preprocessing: Preprocessing,
-    labels: tuple[str, ...],
-    report: ConversionReport,
-    knowledge: Knowledge,
+    opened: Source, model: VisionTransformer, settings: _Settings, report: ConversionReport, knowledge: Knowledge
 ) -> Checkpoint:
     own = opened.checkpoint
     converted: dict[str, Any] = {"library": report.library, "source_sha256": report.source_sha256}
     if report.found and report.finding:
         converted["found"] = {"fields": list(report.found), "num_images": report.finding.num_images}
-    try:
-        return Checkpoint(
-            name=report.name,
-            model=model,
-            preprocessing=preprocessing,
-            labels=labels,
-            license=knowledge.value("license"),
-            base_model=knowledge.value("base_model"),
-            evaluation=own.evaluation if own else None,
-            training={**(own.training if own else {}), "converted": converted},
-            assumed=report.assumed,
-            sha256=opened.weights.sha256,
-        )
-    except ValueError as error:
-        raise VitEdgeError("cannot convert", reason=str(error), remedy="report this: it is a bug") from error
+    if own is None:  # ours was warned of when it was read
+        warn_of_assumed(report.assumed, report.source)
+    return Checkpoint(
+        name=report.name,
+        model=model,
+        preprocessing=settings.preprocessing,
+        labels=settings.labels,
+        license=knowledge.value("license"),
+        base_model=knowledge.value("base_model"),
+        evaluation=own.evaluation if own else None,
+        training={**(own.training if own else {}), "converted": converted},
+        assumed=report.assumed,
+        sha256=report.source_sha256,
+    )

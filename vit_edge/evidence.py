@@ -69,16 +69,21 @@ def gather(
     )
     if not finding.better_than_chance:
         return _nothing_found(finding, preprocessing, labels)
+    if finding.contradiction:
+        _log.warning("the pictures contradict what was told: %s", finding.contradiction)
+    return _found(finding, orders[finding.proposed.candidate.label_order][1], labels=labels, assumed=assumed)
+
+
+def _found(
+    finding: Finding, names: tuple[str, ...] | None, *, labels: tuple[str, ...], assumed: Sequence[str]
+) -> Evidence:
     best = finding.proposed.candidate
-    names = orders[best.label_order][1]
     settled = tuple(
         name
         for part, fields in _FIELDS.items()
         for name in fields
         if part not in finding.open and name in assumed and (name != "labels" or names is not None)
     )
-    if finding.contradiction:
-        _log.warning("the pictures contradict what was told: %s", finding.contradiction)
     return Evidence(
         finding=finding,
         preprocessing=finding.preprocessing,

@@ -67,17 +67,6 @@ def _facts_of_transformers(values: Mapping[str, Any], origin: str) -> Facts:
     hidden = values.get("hidden_act", "gelu")
     if hidden not in _ACTIVATIONS:
         raise unusable(origin, f"hidden_act is {hidden!r}; known are {', '.join(_ACTIVATIONS)}", "take another network")
-    shape: dict[str, Any] = {
-        ours: values[theirs]
-        for ours, theirs in (
-            ("width", "hidden_size"),
-            ("depth", "num_hidden_layers"),
-            ("mlp_width", "intermediate_size"),
-        )
-        if theirs in values
-    }
-    if "patch_size" in values:
-        shape["patch_size"] = size_of(values["patch_size"])
     dino = family.startswith("dinov2")
     name = str(values.get("_name_or_path") or "")
     return Facts(
@@ -91,5 +80,20 @@ def _facts_of_transformers(values: Mapping[str, Any], origin: str) -> Facts:
         labels=labels_of(values["id2label"]) if values.get("id2label") else None,
         # A path of the machine that saved it is no name.
         base_model=name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None,
-        shape=shape,
+        shape=_shape_of(values),
     )
+
+
+def _shape_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    shape: dict[str, Any] = {
+        ours: values[theirs]
+        for ours, theirs in (
+            ("width", "hidden_size"),
+            ("depth", "num_hidden_layers"),
+            ("mlp_width", "intermediate_size"),
+        )
+        if theirs in values
+    }
+    if "patch_size" in values:
+        shape["patch_size"] = size_of(values["patch_size"])
+    return shape

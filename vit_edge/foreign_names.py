@@ -157,44 +157,56 @@ def rename(tensors: Mapping[str, Tensor], *, origin: str, own: bool = False) -> 
     library, prefix, left_out = _recognise(tensors, origin)
     stripped = {key.removeprefix(prefix): key for key in tensors if key not in left_out}
     refuse_what_is_no_plain_vit(stripped, origin=origin)
-    parts: dict[str, dict[int, str]] = {}
-    changes: dict[str, str] = {}
-    unused = dict.fromkeys(left_out, "other weights of the same network, not averaged")
-    unexpected: list[str] = []
-    pre_logits: list[str] = []
-    for key, source in stripped.items():
-        rule = _rule_for(key, _RULES[library])
-        reason = next((reason for pattern, reason in _UNUSED if re.fullmatch(pattern, key)), None)
-        if rule is None and reason is not None:
-            unused[source] = reason
-        elif _PRE_LOGITS.fullmatch(key):
-            pre_logits.append(source)
-        elif rule is None or rule[1] in parts.setdefault(rule[0], {}):
-            unexpected.append(source)
-        else:
-            parts[rule[0]][rule[1]] = source
-            changes |= {rule[0]: rule[2]} if rule[2] else {}
-    sources = {name: tuple(found[part] for part in sorted(found)) for name, found in parts.items() if found}
-    incomplete = {
-        name for name, found in parts.items() if changes.get(name, "").startswith("joined") and len(found) < 3
-    }
+    sorted_out = _sort_out(stripped, _RULES[library])
+    sources = {name: tuple(found[part] for part in sorted(found)) for name, found in sorted_out.parts.items()}
+    joined = {name for name, change in sorted_out.changes.items() if change.startswith("joined")}
+    incomplete = [name for name in sorted(joined) if len(sources[name]) < 3]
+    whole = {name: keys for name, keys in sources.items() if name not in incomplete}
+    others = dict.fromkeys(left_out, "other weights of the same network, not averaged")
     return Renamed(
         library="vit-edge" if own else library,
         prefix=prefix,
         tensors={
-            name: _joined([tensors[key] for key in keys], changes.get(name, ""), name, origin)
-            for name, keys in sources.items()
-            if name not in incomplete
+            name: _joined([tensors[key] for key in keys], sorted_out.changes.get(name, ""), name, origin)
+            for name, keys in whole.items()
         },
-        sources={name: keys for name, keys in sources.items() if name not in incomplete},
-        changes={name: change.split()[0] for name, change in changes.items()},
-        unused=unused,
-        unexpected=tuple(unexpected + [key for name in incomplete for key in sources[name]]),
-        pre_logits=tuple(pre_logits),
+        sources=whole,
+        changes={name: change.split()[0] for name, change in sorted_out.changes.items()},
+        unused={**others, **sorted_out.unused},
+        unexpected=(*sorted_out.unexpected, *(key for name in incomplete for key in sources[name])),
+        pre_logits=tuple(sorted_out.pre_logits),
         final_norm="after_pooling" if "fc_norm.weight" in stripped else "before_pooling",
         num_heads=_heads(tensors, sources),
         notes=(f"averaged weights ({prefix}) taken",) if left_out else (),
     )
+
+
+@dataclass(slots=True)
+class _SortedOut:
+    """Which tensors, by the file's names, each of ours is made from; and those that none is."""
+
+    parts: dict[str, dict[int, str]] = field(default_factory=dict)
+    changes: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    pre_logits: list[str] = field(default_factory=list)
+
+
+def _sort_out(keys: Mapping[str, str], rules: tuple[_Rule, ...]) -> _SortedOut:
+    found = _SortedOut()
+    for key, source in keys.items():
+        rule = _rule_for(key, rules)
+        reason = next((reason for pattern, reason in _UNUSED if re.fullmatch(pattern, key)), None)
+        if rule is None and reason is not None:
+            found.unused[source] = reason
+        elif rule is None and _PRE_LOGITS.fullmatch(key):
+            found.pre_logits.append(source)
+        elif rule is None or rule[1] in found.parts.get(rule[0], {}):
+            found.unexpected.append(source)
+        else:
+            found.parts.setdefault(rule[0], {})[rule[1]] = source
+            found.changes |= {rule[0]: rule[2]} if rule[2] else {}
+    return found
 
 
 def _recognise(tensors: Mapping[str, Tensor], origin: str) -> tuple[Library, str, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import pickle
 import pickletools
@@ -30,6 +31,7 @@ _CONTAINERS = (
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _DEEPEST = 4
 _NUM_NAMED = 5
+_log = logging.getLogger(__name__)
 
 
 def unusable(origin: str, reason: str, remedy: str) -> CheckpointRejected:
@@ -123,6 +125,8 @@ def _switch_removed() -> Iterator[tuple[str, ...]]:
     names = (_UNSAFE_SWITCH, "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     note = f"{_UNSAFE_SWITCH} is set; nothing in the file was run all the same"
+    if _UNSAFE_SWITCH in removed:
+        _log.warning("%s", note)
     try:
         yield (note,) if _UNSAFE_SWITCH in removed else ()
     finally:
