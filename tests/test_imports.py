@@ -12,20 +12,13 @@ import pytest
 
 from tests.conftest import ROOT
 
-FIRST = (
-    "vit_config",
-    "recipe",
-    "cpu",
-    "errors",
-    "files",
-    "progress",
-    "image",
-    "onnx_schema",
-    "artifact",
-    "metrics",
-    "data",
-)
-TORCH = ("tensor_file", "vit", "checkpoint", "training", "train")
+FIRST = ("vit_config", "cpu", "errors", "files", "progress", "image", "onnx_schema", "artifact", "metrics", "data")
+TORCH = (
+    "vit", "checkpoint", "train",
+    "convert", "conversion", "detective", "evidence", "facts", "foreign_config", "foreign_names", "foreign_settings",
+    "foreign_shape", "hub", "label_names", "pickled_weights", "positions", "refused_networks", "sources",
+    "timm_networks", "weights_file",
+)  # fmt: skip
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")
 _PACKAGES = (
     ("export", "export"),

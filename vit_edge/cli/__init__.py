@@ -13,6 +13,7 @@ import click
 from vit_edge import __version__
 from vit_edge.cli.benchmark import benchmark
 from vit_edge.cli.classify import classify
+from vit_edge.cli.convert import convert
 from vit_edge.cli.export import export
 from vit_edge.cli.inspect import inspect
 from vit_edge.cli.output import error_fields, print_error_json
@@ -24,7 +25,7 @@ from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = (train, export, quantize, verify, classify, benchmark, inspect, seal)
+_COMMANDS = (train, convert, export, quantize, verify, classify, benchmark, inspect, seal)
 
 
 class _InOrder(click.Group):
