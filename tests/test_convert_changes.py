@@ -14,8 +14,8 @@ from tests.foreign import bare, same_logits, save_timm, state_of, timm_model
 from vit_edge.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vit_edge.convert import convert, open_source, read_source
 from vit_edge.errors import CheckpointRejected
+from vit_edge.foreign.positions import Resampling, resample_positions
 from vit_edge.image import Preprocessing
-from vit_edge.positions import Resampling, resample_positions
 from vit_edge.vit import VisionTransformer, ViTConfig
 
 

@@ -17,8 +17,8 @@ from tests.foreign import CLASSES, bare, same_logits, save_timm, state_of, timm_
 from vit_edge.checkpoint import load_checkpoint
 from vit_edge.convert import convert, open_source, read_source
 from vit_edge.errors import CheckpointRejected, InputError, UsageError
+from vit_edge.foreign.label_names import read_labels
 from vit_edge.image import Preprocessing
-from vit_edge.label_names import read_labels
 
 EVERYTHING = {
     "num_heads", "activation", "layer_norm_eps", "pooling", "preprocessing.mean", "preprocessing.std",

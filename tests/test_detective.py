@@ -14,9 +14,9 @@ from torch import nn
 from tests.foreign import labelled_pictures, random_images
 from vit_edge.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vit_edge.convert import Conversion, convert, read_source
-from vit_edge.detective import MOST_PICTURES, sample
 from vit_edge.errors import DataRejected
-from vit_edge.facts import HALF, IMAGENET
+from vit_edge.foreign.detective import MOST_PICTURES, sample
+from vit_edge.foreign.facts import HALF, IMAGENET
 from vit_edge.image import Preprocessing
 from vit_edge.vit import VisionTransformer, ViTConfig
 

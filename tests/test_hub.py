@@ -117,7 +117,7 @@ def test_without_timm_a_folder_of_timm_still_tells_its_preprocessing(
 ) -> None:
     model = timm_model()
     save_timm(tmp_path / "a", model)
-    monkeypatch.setattr("vit_edge.timm_networks.require", _no_timm)
+    monkeypatch.setattr("vit_edge.foreign.timm_networks.require", _no_timm)
     made = read_source(tmp_path / "a")
     assert set(made.report.assumed) == {"num_heads", "activation", "layer_norm_eps", "labels"}
     assert any('pip install "vit-edge[timm]"' in note for note in made.report.notes)

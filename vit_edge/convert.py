@@ -18,20 +18,20 @@ from torch import Tensor
 
 from vit_edge.artifact import warn_of_assumed
 from vit_edge.checkpoint import Checkpoint, save_checkpoint
-from vit_edge.conversion import Conversion, ConversionReport, TensorMapping
 from vit_edge.errors import InputError, UsageError, printable
-from vit_edge.evidence import Evidence, gather
-from vit_edge.facts import Facts, Knowledge
 from vit_edge.files import may_write
-from vit_edge.foreign_names import Renamed, rename
-from vit_edge.foreign_settings import preprocessing_facts, read_settings
-from vit_edge.foreign_shape import Shaped, defaults, shape
+from vit_edge.foreign.conversion import Conversion, ConversionReport, TensorMapping
+from vit_edge.foreign.evidence import Evidence, gather
+from vit_edge.foreign.facts import Facts, Knowledge
+from vit_edge.foreign.label_names import read_labels
+from vit_edge.foreign.names import Renamed, rename
+from vit_edge.foreign.pickled_weights import unusable
+from vit_edge.foreign.settings import preprocessing_facts, read_settings
+from vit_edge.foreign.shape import Shaped, defaults, shape
+from vit_edge.foreign.sources import Source, open_weights
+from vit_edge.foreign.timm_networks import facts_of_timm_name
 from vit_edge.image import Preprocessing
-from vit_edge.label_names import read_labels
-from vit_edge.pickled_weights import unusable
 from vit_edge.progress import Progress, silent
-from vit_edge.sources import Source, open_weights
-from vit_edge.timm_networks import facts_of_timm_name
 from vit_edge.vit import VisionTransformer
 
 __all__ = ["Conversion", "ConversionReport", "TensorMapping", "convert", "open_source", "read_source"]

@@ -13,8 +13,8 @@ from vit_edge.cli.output import Result, command, file_argument, make_table, mega
 from vit_edge.errors import printable, require
 
 if TYPE_CHECKING:
-    from vit_edge.conversion import ConversionReport
-    from vit_edge.detective import Finding
+    from vit_edge.foreign.conversion import ConversionReport
+    from vit_edge.foreign.detective import Finding
 
 _PATH = click.Path(path_type=Path)
 _NUM_SHOWN = 12

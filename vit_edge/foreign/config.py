@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.errors import printable
-from vit_edge.facts import Facts
-from vit_edge.foreign_settings import preprocessing_facts, read_settings, size_of
-from vit_edge.label_names import labels_of
-from vit_edge.pickled_weights import unusable
-from vit_edge.timm_networks import facts_of_timm_config
+from vit_edge.foreign.facts import Facts
+from vit_edge.foreign.label_names import labels_of
+from vit_edge.foreign.pickled_weights import unusable
+from vit_edge.foreign.settings import preprocessing_facts, read_settings, size_of
+from vit_edge.foreign.timm_networks import facts_of_timm_config
 from vit_edge.vit_config import Activation
 
 __all__ = ["facts_beside"]

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vit_edge.pickled_weights import unusable
-from vit_edge.refused_networks import refuse_what_is_no_plain_vit
+from vit_edge.foreign.pickled_weights import unusable
+from vit_edge.foreign.refused_networks import refuse_what_is_no_plain_vit
 
 __all__ = ["Library", "Renamed", "rename"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vit_edge.checkpoint import Checkpoint
-from vit_edge.detective import Finding
+from vit_edge.foreign.detective import Finding
 
 __all__ = ["Conversion", "ConversionReport", "TensorMapping"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vit_edge.errors import CheckpointRejected, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
-from vit_edge.pickled_weights import read_pickled, state_dict_of, unusable
+from vit_edge.foreign.pickled_weights import read_pickled, state_dict_of, unusable
 
 __all__ = ["WEIGHT_FILES", "Weights", "find_weights", "read_weights"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_edge.data import EVALUATION_SPLITS, LabelledImages, read_labelled
-from vit_edge.detective import Finding, investigate, sample
 from vit_edge.errors import DataRejected, printable
+from vit_edge.foreign.detective import Finding, investigate, sample
 from vit_edge.image import Preprocessing
 from vit_edge.progress import Progress, silent
 from vit_edge.vit import VisionTransformer

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from vit_edge.data import stream_pixels
 from vit_edge.errors import DataRejected, require
-from vit_edge.facts import CLIP, HALF, IMAGENET, Geometry, Triple
+from vit_edge.foreign.facts import CLIP, HALF, IMAGENET, Geometry, Triple
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.progress import Progress, silent
 

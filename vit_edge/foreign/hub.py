@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vit_edge.errors import CheckpointRejected, InputError, VitEdgeError, require
-from vit_edge.facts import Facts, Geometry
-from vit_edge.timm_networks import facts_of_timm_model, facts_of_timm_name, imagenet_names
-from vit_edge.weights_file import WEIGHT_FILES, Weights
+from vit_edge.foreign.facts import Facts, Geometry
+from vit_edge.foreign.timm_networks import facts_of_timm_model, facts_of_timm_name, imagenet_names
+from vit_edge.foreign.weights_file import WEIGHT_FILES, Weights
 
 __all__ = ["HUBS", "Fetched", "fetch"]
 

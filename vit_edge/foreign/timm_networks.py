@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from vit_edge.errors import MissingExtra, UsageError, VitEdgeError, require
-from vit_edge.facts import Facts
-from vit_edge.foreign_settings import preprocessing_facts
-from vit_edge.label_names import labels_of
+from vit_edge.foreign.facts import Facts
+from vit_edge.foreign.label_names import labels_of
+from vit_edge.foreign.settings import preprocessing_facts
 from vit_edge.vit import quick_gelu
 from vit_edge.vit_config import Activation
 

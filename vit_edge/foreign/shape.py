@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_edge.facts import CLIP, HALF, IMAGENET, Facts, Geometry, Knowledge
-from vit_edge.foreign_names import Library, Renamed
-from vit_edge.pickled_weights import unusable
-from vit_edge.positions import Resampling, resample_positions
+from vit_edge.foreign.facts import CLIP, HALF, IMAGENET, Facts, Geometry, Knowledge
+from vit_edge.foreign.names import Library, Renamed
+from vit_edge.foreign.pickled_weights import unusable
+from vit_edge.foreign.positions import Resampling, resample_positions
 from vit_edge.vit_config import ViTConfig
 
 __all__ = ["Shaped", "defaults", "shape"]

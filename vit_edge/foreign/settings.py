@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.errors import InputError, UsageError
-from vit_edge.facts import Facts, Geometry
 from vit_edge.files import read_file
+from vit_edge.foreign.facts import Facts, Geometry
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vit_edge.pickled_weights import unusable
+from vit_edge.foreign.pickled_weights import unusable
 
 __all__ = ["refuse_what_is_no_plain_vit"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.checkpoint import Checkpoint, load_checkpoint
-from vit_edge.facts import Facts, Geometry
-from vit_edge.foreign_config import facts_beside
-from vit_edge.hub import HUBS, fetch
-from vit_edge.weights_file import WEIGHT_FILES, Weights, find_weights, read_weights
+from vit_edge.foreign.config import facts_beside
+from vit_edge.foreign.facts import Facts, Geometry
+from vit_edge.foreign.hub import HUBS, fetch
+from vit_edge.foreign.weights_file import WEIGHT_FILES, Weights, find_weights, read_weights
 
 __all__ = ["Source", "open_weights"]
 
