@@ -345,6 +345,23 @@ def test_the_head_is_kept_for_the_same_classes_and_replaced_for_others(few: Path
     assert replaced.model.head.weight.abs().max() < 1e-6
 
 
+def test_a_checkpoint_is_fine_tuned_at_another_resolution(few: Path, start: Path, tmp_path: Path) -> None:
+    result = train(few, out=tmp_path / "run", recipe=QUICK, options=options(start, image_size=(24, 32)))
+    checkpoint = load_checkpoint(result.checkpoint)
+    assert checkpoint.model.config.grid == (3, 4)
+    assert checkpoint.preprocessing.crop == (24, 32)
+
+
+def test_weights_from_elsewhere_are_trained_without_a_step_between(few: Path, tmp_path: Path) -> None:
+    torch.save({"model": small().model.state_dict()}, tmp_path / "theirs.pth")
+    done = vit_edge(
+        "train", few, "--from", tmp_path / "theirs.pth", "--out", tmp_path / "run", "--epochs", "1", "--threads", "1"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "assumed, not known" in done.stderr
+    assert "num_heads" in load_checkpoint(tmp_path / "run" / "best.safetensors").assumed
+
+
 def test_a_probe_changes_nothing_but_the_head(few: Path, start: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPES["probe"], epochs=1, batch_size=8)
     result = train(few, out=tmp_path / "run", recipe=recipe, options=options(start))

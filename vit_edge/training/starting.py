@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vit_edge.checkpoint import Checkpoint, load_checkpoint
+from vit_edge.checkpoint import Checkpoint
+from vit_edge.convert import open_source
 from vit_edge.errors import UsageError
 from vit_edge.image import Preprocessing
 from vit_edge.training.optimisation import Teacher
@@ -37,7 +38,8 @@ class Start:
             reason = "an architecture and a checkpoint are given"
             raise UsageError("cannot train", reason=reason, remedy="give --arch or --from, not both")
         if source is not None:
-            return cls._of_checkpoint(load_checkpoint(source), image_size)
+            opened = open_source(source, image_size=image_size)
+            return cls(name=opened.name, config=opened.model.config, preprocessing=opened.preprocessing, source=opened)
         try:
             config = variant(arch or DEFAULT_ARCH, num_classes=1)
             config = replace(config, image_size=image_size or config.image_size)
@@ -47,11 +49,6 @@ class Start:
             resize=min(config.image_size), crop=config.image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         )
         return cls(name=arch or DEFAULT_ARCH, config=config, preprocessing=preprocessing)
-
-    @classmethod
-    def _of_checkpoint(cls, source: Checkpoint, image_size: tuple[int, int] | None) -> Start:
-        config = source.model.config
-        return cls(name=source.name, config=config, preprocessing=source.preprocessing, source=source)
 
     def class_names(self, found: tuple[str, ...]) -> tuple[str, ...]:
         """Return the classes of the data in the order of the checkpoint's head, where they are the same ones."""
@@ -91,7 +88,7 @@ def make_teacher(
         raise UsageError("cannot train", reason=reason, remedy=remedy)
     if path is None:
         return None
-    teacher = load_checkpoint(path)
+    teacher = open_source(path)
     if set(teacher.labels) != set(class_names):
         reason = f"it knows {len(teacher.labels)} classes, and not the same ones as the pictures ({len(class_names)})"
         raise UsageError("cannot learn from the teacher", file=path, reason=reason, remedy="fine-tune it first")
