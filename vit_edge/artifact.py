@@ -15,13 +15,18 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from vit_edge.errors import ModelRejected, NotTrusted, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
-from vit_edge.image import Preprocessing
+from vit_edge.image import Pixels, Preprocessing
 from vit_edge.onnx_schema import parse, property_bytes
 
 __all__ = [
     "MANIFEST_KEY",
+    "OUTPUTS",
+    "PIXELS_INPUT",
     "PRODUCER",
     "SCHEMA",
     "SEAL_KEY",
@@ -40,6 +45,12 @@ SCHEMA = 1
 MANIFEST_KEY = "vit_edge.manifest"
 SEAL_KEY = "vit_edge.seal"
 PRODUCER = "vit-edge"
+
+# The contract's input; `--input float32-nchw` gives the other.
+PIXELS_INPUT = {"name": "images", "dtype": "uint8", "layout": "NHWC"}
+# Every output that a graph may have; the golden vectors and the runtime read the logits.
+OUTPUTS = ("logits", "probabilities", "top5", "top5_probabilities", "features", "attention")
+_MOST_BATCH = 1024
 
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
@@ -68,9 +79,10 @@ class Manifest:
     architecture: Mapping[str, Any]
     preprocessing: Preprocessing
     labels: tuple[str, ...]
-    precision: Literal["float32", "int8"]
+    precision: Literal["float32", "float16", "int8"]
     provenance: Mapping[str, Any]
-    input: Mapping[str, Any] = field(default_factory=lambda: {"name": "images", "dtype": "uint8", "layout": "NHWC"})
+    input: Mapping[str, Any] = field(default_factory=lambda: dict(PIXELS_INPUT))
+    outputs: tuple[str, ...] = ("logits",)
     license: str | None = None
     base_model: str | None = None
     quantization: Mapping[str, Any] | None = None
@@ -83,8 +95,15 @@ class Manifest:
         for name, kinds in _KINDS.items():
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"the manifest's {name} is {type(getattr(self, name)).__name__}")
-        if self.precision not in ("float32", "int8"):
+        if self.precision not in ("float32", "float16", "int8"):
             raise ValueError(f"the manifest's precision is {self.precision!r}")
+        layout = {key: self.input.get(key) for key in ("dtype", "layout")}
+        if layout not in ({"dtype": "uint8", "layout": "NHWC"}, {"dtype": "float32", "layout": "NCHW"}):
+            raise ValueError(f"the manifest's input is {dict(self.input)}; neither uint8 NHWC nor float32 NCHW")
+        if self.batch is not None and (not isinstance(self.batch, int) or not 1 <= self.batch <= _MOST_BATCH):
+            raise ValueError(f"the manifest's batch is {self.batch!r}")
+        if self.outputs[:1] != ("logits",) or not set(self.outputs) <= set(OUTPUTS):
+            raise ValueError(f"the manifest's outputs are {self.outputs!r}; the first is 'logits'")
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise ValueError("the manifest's labels are not a list of texts")
         if not all(isinstance(name, str) for name in self.assumed):
@@ -93,11 +112,22 @@ class Manifest:
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
 
+    @property
+    def batch(self) -> int | None:
+        """Return the batch that the graph is fixed at, or None where any batch runs."""
+        batch: int | None = self.input.get("batch")
+        return batch
+
+    def network_input(self, images_NHWC: Pixels) -> Pixels | npt.NDArray[np.float32]:
+        """Return what the graph takes for these pixels: the pixels themselves, or normalised float32 NCHW."""
+        return images_NHWC if self.input["dtype"] == "uint8" else self.preprocessing.normalise(images_NHWC)
+
     def to_json(self) -> str:
         """Return the manifest as JSON with sorted keys: equal manifests give equal text."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
         known["preprocessing"] = self.preprocessing.to_dict()
-        known["labels"], known["assumed"] = list(self.labels), list(self.assumed)
+        for name in ("labels", "assumed", "outputs"):
+            known[name] = list(known[name])
         if not self.assumed:
             del known["assumed"]
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
@@ -123,12 +153,10 @@ class Manifest:
         known = {key: values.pop(key) for key in names & values.keys()}
         try:
             known["preprocessing"] = Preprocessing.from_dict(known["preprocessing"])
-            if not isinstance(known["labels"], list):
-                raise ValueError("the manifest's labels are not a list")
-            known["labels"] = tuple(known["labels"])
-            if not isinstance(known.get("assumed", []), list):
-                raise ValueError("the manifest's list of what was assumed is not a list")
-            known["assumed"] = tuple(known.get("assumed", []))
+            for name in {"labels", "assumed", "outputs"} & known.keys():
+                if not isinstance(known[name], list):
+                    raise ValueError(f"the manifest's {name} are not a list")
+                known[name] = tuple(known[name])
             return cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
