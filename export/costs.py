@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["macs_per_image", "size_by_kind", "without_weights"]
+__all__ = ["Costs", "costs", "without_weights"]
 
 # Shapes and axes: small constants that shape inference reads.
 _SMALL = 1024
@@ -22,6 +23,35 @@ _TYPES: dict[int, tuple[str, int]] = {
     TensorProto.BOOL: ("bool", 1),
     TensorProto.DOUBLE: ("float64", 8),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """What one graph costs: numbers learned, multiply-accumulates for one image, bytes by kind of tensor."""
+
+    parameters: int
+    macs_per_image: int | None
+    size_by_kind: Mapping[str, int]
+
+
+def costs(data: bytes) -> Costs:
+    """Return the costs of a serialized ModelProto.
+
+    Multiply-accumulates are those of all matrix products, attention's too, and convolutions; additions, norms and
+    activations do not count, as is usual. They are None where a shape is not known.
+    """
+    model = onnx.load_model_from_string(data)
+    kinds = _kinds(model.graph)
+    sizes: Counter[str] = Counter()
+    for tensor in model.graph.initializer:
+        dtype, item_bytes = _TYPES.get(tensor.data_type, (TensorProto.DataType.Name(tensor.data_type).lower(), 4))
+        sizes[f"{kinds[tensor.name]} {dtype}"] += math.prod(tensor.dims) * item_bytes
+    learned = (t for t in model.graph.initializer if kinds[t.name] not in ("quantization", "shapes"))
+    return Costs(
+        parameters=sum(math.prod(tensor.dims) for tensor in learned),
+        macs_per_image=_macs_per_image(model),
+        size_by_kind=dict(sizes.most_common()),
+    )
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -42,11 +72,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def macs_per_image(model: onnx.ModelProto) -> int | None:
-    """Return the multiply-accumulates of all matrix products and convolutions for one image; None: shapes unknown.
-
-    Those of attention's products count too; additions, norms and activations do not, as is usual.
-    """
+def _macs_per_image(model: onnx.ModelProto) -> int | None:
     bare = without_weights(model)
     batch = bare.graph.input[0].type.tensor_type.shape.dim[0]
     images = batch.dim_value or 1
@@ -83,21 +109,16 @@ def _dims(value: onnx.ValueInfoProto) -> list[int] | None:
     return [d.dim_value for d in dims] if dims and all(d.HasField("dim_value") for d in dims) else None
 
 
-def size_by_kind(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the bytes of the tensors of each kind, largest first: "weights int8", "biases float32" and so on."""
+def _kinds(graph: onnx.GraphProto) -> dict[str, str]:
+    """Return what each constant is: by the operators that read it."""
     readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
+    for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    sizes: Counter[str] = Counter()
-    for tensor in model.graph.initializer:
-        dtype, item_bytes = _TYPES.get(tensor.data_type, (TensorProto.DataType.Name(tensor.data_type).lower(), 4))
-        sizes[f"{_kind(tensor, readers)} {dtype}"] += math.prod(tensor.dims) * item_bytes
-    return dict(sizes.most_common())
+    return {tensor.name: _kind(tensor, readers.get(tensor.name, ())) for tensor in graph.initializer}
 
 
-def _kind(tensor: onnx.TensorProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> str:
-    reading = readers.get(tensor.name, ())
+def _kind(tensor: onnx.TensorProto, reading: Sequence[onnx.NodeProto]) -> str:
     operators = {node.op_type for node in reading}
     if operators & {"QuantizeLinear", "DequantizeLinear"}:
         return "weights" if any(node.input[0] == tensor.name for node in reading) else "quantization"

@@ -66,22 +66,23 @@ def export_onnx(
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     name: str | None = None,
+    assumed: Sequence[str] = (),
     data: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
     """Write the model file `out` from a checkpoint or any torch image classifier; it is proven before it appears.
 
-    `labels` take the place of those in the checkpoint; a module has no labels, preprocessing or name of its own. Parity
-    also runs on the pictures in `data`. Raises CheckpointRejected, UsageError (also where `out` exists, unless
-    `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other logits than PyTorch, MissingExtra where
-    either is not installed.
+    `labels` take the place of those in the checkpoint; a module has no labels, preprocessing or name of its own, and
+    `assumed` names what of these nobody knew. Parity also runs on the pictures in `data`. Raises CheckpointRejected,
+    UsageError (also where `out` exists, unless `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other
+    logits than PyTorch, MissingExtra where either is not installed.
     """
     _require_engines()
     options = options or ExportOptions()
     if isinstance(source, nn.Module):
         target = may_write(out, force=force)
-        network = from_module(source, preprocessing=preprocessing, labels=labels, name=name)
+        network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
     else:
         network = from_checkpoint(load_checkpoint(source)).with_labels(labels)
         target = may_write(out, force=force, made_from=source)

@@ -82,7 +82,12 @@ def from_checkpoint(checkpoint: Checkpoint) -> Network:
 
 
 def from_module(
-    module: nn.Module, *, preprocessing: Preprocessing | None, labels: Sequence[str] | None, name: str | None = None
+    module: nn.Module,
+    *,
+    preprocessing: Preprocessing | None,
+    labels: Sequence[str] | None,
+    name: str | None = None,
+    assumed: Sequence[str] = (),
 ) -> Network:
     """Return the network of any torch classifier, put into evaluation mode; its forward is run once.
 
@@ -92,10 +97,10 @@ def from_module(
     """
     module.eval()
     name = name or type(module).__name__
-    assumed = []
+    assumed = list(assumed)
     if preprocessing is None:
         preprocessing = Preprocessing(resize=256, crop=(224, 224))
-        assumed += ["preprocessing"]
+        assumed = ["preprocessing", *assumed]
     broken = [key for key, value in module.state_dict().items() if value.is_floating_point() and not _finite(value)]
     if broken:
         reason = f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}"

@@ -12,7 +12,19 @@ import pytest
 
 from tests.conftest import ROOT
 
-FIRST = ("vit_config", "cpu", "errors", "files", "progress", "image", "onnx_schema", "artifact", "metrics", "data")
+FIRST = (
+    "vit_config",
+    "cpu",
+    "errors",
+    "files",
+    "progress",
+    "image",
+    "onnx_schema",
+    "artifact",
+    "metrics",
+    "data",
+    "releases",
+)
 TORCH = ("vit", "checkpoint", "train")
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")
 # Lower may not import higher; the torch group stands beside runtime and sees only the first group and itself.
