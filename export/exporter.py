@@ -105,7 +105,7 @@ def _export(
 
     progress("parity", 2, len(_STAGES))
     manifest = _manifest(network, options)
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest))
+    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
     del graph
     parity = check_parity(
         model,
@@ -120,7 +120,7 @@ def _export(
     progress("writing", 3, len(_STAGES))
     golden = golden_header(seeds, network.preprocessing)
     expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
-    finished = open_model(model.with_manifest(replace(manifest, golden={**golden, "expected": [expected]})))
+    finished = open_model(model.with_manifest(replace(manifest, golden={**golden, "expected": [expected]})), warn=False)
     for engine in _ENGINES:
         load_elsewhere(finished, engine=engine)
     write_atomic(target, finished.data)

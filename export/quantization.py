@@ -106,12 +106,14 @@ def quantize(
         quantization=_record(target, ranges, hashes),
         provenance={**source.manifest.provenance, "float_model_sha256": source.sha256, "onnx": onnx.__version__},
     )
-    finished = _with_golden(open_model(pack(quantized.SerializeToString(deterministic=True), manifest)), source)
+    finished = _with_golden(
+        open_model(pack(quantized.SerializeToString(deterministic=True), manifest), warn=False), source
+    )
     verification = None
     if data is not None:
         verification = verify_models(finished, reference=source, data=data, progress=progress)
         evaluated = replace(finished.manifest, evaluation=_evaluation(verification))
-        finished = open_model(finished.with_manifest(evaluated))
+        finished = open_model(finished.with_manifest(evaluated), warn=False)
     write_atomic(written, finished.data)
     return QuantizationResult(
         model=written,
@@ -196,7 +198,7 @@ def _with_golden(model: ModelFile, source: ModelFile) -> ModelFile:
         expected.append({**entry, "made_on": made_here(engine)})
         engine.close()
     manifest = replace(model.manifest, golden={**golden, "expected": expected})
-    finished = open_model(model.with_manifest(manifest))
+    finished = open_model(model.with_manifest(manifest), warn=False)
     for name in installed_engines():
         load_model(finished, engine=name, options=EngineOptions()).close()
     return finished

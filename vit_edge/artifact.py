@@ -214,10 +214,11 @@ def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]
     return "missing" if ours else "foreign"
 
 
-def open_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
+def open_model(source: str | os.PathLike[str] | bytes, *, warn: bool = True) -> ModelFile:
     """Return a model file, read once, its seal checked before anything in it is used.
 
-    Raises ModelRejected where it is no model file of vit-edge, NotTrusted where its seal is broken or missing.
+    With `warn` the log says what in it was assumed. Raises ModelRejected where it is no model file of vit-edge,
+    NotTrusted where its seal is broken or missing.
     """
     if isinstance(source, bytes):
         name, data = "the bytes given", source
@@ -233,7 +234,8 @@ def open_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
         manifest = Manifest.from_json(properties[MANIFEST_KEY])
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
-    warn_of_assumed(manifest.assumed, name)
+    if warn:
+        warn_of_assumed(manifest.assumed, name)
     return ModelFile(data=data, proto=proto, manifest=manifest, source=name)
 
 
