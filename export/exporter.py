@@ -20,7 +20,10 @@ from vit_edge.errors import MissingExtra
 from vit_edge.export.answering import load_elsewhere
 from vit_edge.export.divergence import describe_first_apart
 from vit_edge.export.finishing import finish
+from vit_edge.export.formats import may_write_format, write_files, write_folder
 from vit_edge.export.golden import choose_seeds, golden_header
+from vit_edge.export.huggingface import folder_of, require_vit
+from vit_edge.export.ir_conversion import convert_to_ir
 from vit_edge.export.network import (
     EXTRAS,
     Network,
@@ -33,12 +36,12 @@ from vit_edge.export.network import (
 from vit_edge.export.options import ExportOptions
 from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, Reference, check_parity, half_tolerance
 from vit_edge.export.tracing import trace
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import sha256_hex, write_atomic
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.progress import Progress, silent
 from vit_edge.releases import highest_versions
-from vit_edge.runtime.engine import Array, installed_engines
-from vit_edge.runtime.golden import expectation, golden_images
+from vit_edge.runtime.engine import Array, Logits, installed_engines
+from vit_edge.runtime.golden import Tolerance, expectation, golden_images
 from vit_edge.vit import VisionTransformer
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -81,27 +84,24 @@ def export_onnx(
     _require_engines()
     options = options or ExportOptions()
     if isinstance(source, nn.Module):
-        target = may_write(out, force=force)
+        target = may_write_format(out, options, force=force)
         network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
     else:
         network = from_checkpoint(load_checkpoint(source)).with_labels(labels)
-        target = may_write(out, force=force, made_from=source)
+        target = may_write_format(out, options, force=force, made_from=source)
     return _export(network, target, options, data, progress)
 
 
 def _export(
     network: Network, target: Path, options: ExportOptions, data: str | os.PathLike[str] | None, progress: Progress
 ) -> ExportResult:
-    height, width = network.preprocessing.crop
-    reference = reference_logits(network.model, network.preprocessing)
+    if options.format == "huggingface":
+        require_vit(network.architecture)
     progress("tracing", 0, len(_STAGES))
     graph = _graph(network, options)
 
     progress("golden vectors", 1, len(_STAGES))
-    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width)
-    images_NHWC = golden_images(seeds, height=height, width=width)
-    expected_BK = reference(images_NHWC)
-    tolerance = FLOAT32_TOLERANCE if options.precision == "fp32" else half_tolerance(expected_BK)
+    golden = _golden(network, options)
 
     progress("parity", 2, len(_STAGES))
     manifest = _manifest(network, options)
@@ -110,22 +110,59 @@ def _export(
     parity = check_parity(
         model,
         _reference(network, options),
-        images_NHWC=images_NHWC,
+        images_NHWC=golden.images_NHWC,
         engines=_ENGINES,
         pictures=_pictures(data, network.preprocessing),
-        tolerance=tolerance,
+        tolerance=golden.tolerance,
         first_apart=lambda engine, image: _explain(model, network, options, engine, image),
     )
 
     progress("writing", 3, len(_STAGES))
-    golden = golden_header(seeds, network.preprocessing)
-    expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
-    finished = open_model(model.with_manifest(replace(manifest, golden={**golden, "expected": [expected]})), warn=False)
+    finished = open_model(model.with_manifest(replace(manifest, golden=golden.fields)), warn=False)
     for engine in _ENGINES:
         load_elsewhere(finished, engine=engine)
-    write_atomic(target, finished.data)
+    sha256, size_bytes = _write(finished, target, options, golden)
     progress("writing", 4, len(_STAGES))
-    return ExportResult(model=target, sha256=finished.sha256, size_bytes=len(finished.data), parity=tuple(parity))
+    return ExportResult(model=target, sha256=sha256, size_bytes=size_bytes, parity=tuple(parity))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Golden:
+    """The golden inputs with PyTorch's logits, and how near others have to come; `fields` is what the manifest says."""
+
+    images_NHWC: Pixels
+    expected_BK: Logits
+    tolerance: Tolerance
+    fields: Mapping[str, object]
+
+
+def _golden(network: Network, options: ExportOptions) -> _Golden:
+    height, width = network.preprocessing.crop
+    reference = reference_logits(network.model, network.preprocessing)
+    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width)
+    images_NHWC = golden_images(seeds, height=height, width=width)
+    expected_BK = reference(images_NHWC)
+    tolerance = FLOAT32_TOLERANCE if options.precision == "fp32" else half_tolerance(expected_BK)
+    expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
+    fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
+    return _Golden(images_NHWC=images_NHWC, expected_BK=expected_BK, tolerance=tolerance, fields=fields)
+
+
+def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Golden) -> tuple[str, int]:
+    """Write the model in its format; return the hash that names it, and its size in bytes."""
+    if options.format == "openvino":
+        xml, weights = convert_to_ir(
+            model, images_NHWC=golden.images_NHWC, expected_BK=golden.expected_BK, tolerance=golden.tolerance
+        )
+        # The `.xml` last: without it the other file is nothing.
+        write_files({target.with_suffix(".bin"): weights, target: xml})
+        return sha256_hex(xml), len(xml) + len(weights)
+    if options.format == "huggingface":
+        files = folder_of(model)
+        write_folder(target, files)
+        return model.sha256, sum(len(data) for data in files.values())
+    write_atomic(target, model.data)
+    return model.sha256, len(model.data)
 
 
 def _graph(network: Network, options: ExportOptions) -> onnx.ModelProto:

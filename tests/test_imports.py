@@ -24,6 +24,7 @@ FIRST = (
     "metrics",
     "data",
     "releases",
+    "ir",
 )
 TORCH = ("vit", "checkpoint", "train")
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")
