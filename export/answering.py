@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_edge.artifact import ModelFile, open_model
 from vit_edge.errors import VerificationFailed, VitEdgeError
-from vit_edge.files import write_atomic
+from vit_edge.export.formats import write_model
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import Array, EngineOptions, answers, make_engine
 from vit_edge.runtime.loading import load_model
@@ -37,7 +37,7 @@ def answer_elsewhere(
     """
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
         folder = Path(name)
-        write_atomic(folder / _MODEL, model.data)
+        write_model(folder / _MODEL, model)
         for number, batch in enumerate(batches):
             np.save(folder / f"{number}.npy", batch)
         _run(folder, {"engine": engine, "batches": len(batches), "outputs": list(outputs)})
@@ -51,7 +51,7 @@ def load_elsewhere(model: ModelFile, *, engine: str) -> None:
     Raises VerificationFailed.
     """
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
-        write_atomic(Path(name) / _MODEL, model.data)
+        write_model(Path(name) / _MODEL, model)
         _run(Path(name), {"engine": engine, "batches": 0, "outputs": []})
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_edge.artifact import ModelFile, open_model, pack
-from vit_edge.errors import VerificationFailed
+from vit_edge.errors import VitEdgeError
 from vit_edge.export.answering import answer_elsewhere
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import Array
@@ -40,7 +40,7 @@ def describe_first_apart(
             apart = first_apart(_tensors_of(model, other, tensors, image_NHWC), found, tensors)
             if apart:
                 return f", first apart from {other} at {apart}"
-    except (VerificationFailed, RuntimeError, ValueError):  # it explains a failure, and must not become another
+    except (VitEdgeError, RuntimeError, ValueError):  # it explains a failure, and must not become another
         return ""
     return ", the same as the traced form in every tensor: that form is not the network" if modules else ""
 
@@ -69,7 +69,9 @@ def _tensors_of(model: ModelFile, engine: str, names: Sequence[str], image_NHWC:
     del graph.metadata_props[:]
     present = {value.name for value in graph.graph.output}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    opened = open_model(pack(graph.SerializeToString(), replace(model.manifest, golden=None)), warn=False)
+    opened = open_model(
+        pack(graph.SerializeToString(), replace(model.manifest, golden=None)), weights=model.weights, warn=False
+    )
     found = answer_elsewhere(opened, engine=engine, batches=[image_NHWC], outputs=names)
     return found[0]
 

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 import vit_edge
-from vit_edge.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack
+from vit_edge.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack, weights_entry
 from vit_edge.checkpoint import load_checkpoint
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import MissingExtra
 from vit_edge.export.answering import load_elsewhere
 from vit_edge.export.divergence import describe_first_apart
+from vit_edge.export.external import move_weights_out
 from vit_edge.export.finishing import finish
-from vit_edge.export.formats import may_write_format, write_files, write_folder
+from vit_edge.export.formats import may_write_format, write_files, write_folder, write_model
 from vit_edge.export.golden import choose_seeds, golden_header
 from vit_edge.export.huggingface import folder_of, require_vit
 from vit_edge.export.ir_conversion import convert_to_ir
@@ -36,7 +37,7 @@ from vit_edge.export.network import (
 from vit_edge.export.options import ExportOptions
 from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, Reference, check_parity, half_tolerance
 from vit_edge.export.tracing import trace
-from vit_edge.files import sha256_hex, write_atomic
+from vit_edge.files import sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.progress import Progress, silent
 from vit_edge.releases import highest_versions
@@ -104,8 +105,11 @@ def _export(
     golden = _golden(network, options)
 
     progress("parity", 2, len(_STAGES))
-    manifest = _manifest(network, options)
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
+    file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
+    weights = move_weights_out(graph.graph, file=file)
+    entry = weights_entry(file, weights) if weights is not None else None
+    manifest = replace(_manifest(network, options), weights=entry)
+    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), weights=weights, warn=False)
     del graph
     parity = check_parity(
         model,
@@ -118,7 +122,8 @@ def _export(
     )
 
     progress("writing", 3, len(_STAGES))
-    finished = open_model(model.with_manifest(replace(manifest, golden=golden.fields)), warn=False)
+    manifest = replace(manifest, golden=golden.fields)
+    finished = open_model(model.with_manifest(manifest), weights=weights, warn=False)
     for engine in _ENGINES:
         load_elsewhere(finished, engine=engine)
     sha256, size_bytes = _write(finished, target, options, golden)
@@ -161,8 +166,8 @@ def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Gold
         files = folder_of(model)
         write_folder(target, files)
         return model.sha256, sum(len(data) for data in files.values())
-    write_atomic(target, model.data)
-    return model.sha256, len(model.data)
+    write_model(target, model)
+    return model.sha256, len(model.data) + len(model.weights or b"")
 
 
 def _graph(network: Network, options: ExportOptions) -> onnx.ModelProto:

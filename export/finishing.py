@@ -20,7 +20,7 @@ def finish(graph: onnx.ModelProto, options: ExportOptions) -> onnx.ModelProto:
     """Return the traced `graph` as `options` ask for it."""
     _add_answers(graph.graph, options)
     if options.precision == "fp16":
-        graph = to_half(graph)
+        to_half(graph.graph)
     if options.format == "huggingface":
         _rename_input(graph.graph, "pixel_values")
     if options.batch is not None:

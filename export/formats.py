@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from vit_edge.artifact import ModelFile
 from vit_edge.errors import UsageError
 from vit_edge.export.options import ExportOptions
 from vit_edge.files import may_write, write_atomic
 
-__all__ = ["may_write_format", "write_files", "write_folder"]
+__all__ = ["may_write_format", "write_files", "write_folder", "write_model"]
 
 
 def may_write_format(
@@ -31,7 +32,16 @@ def may_write_format(
             remedy = "choose another name, or add --force to replace a folder that holds onnx/model.onnx"
             raise UsageError("will not overwrite", file=target, reason="the folder exists", remedy=remedy)
         return target
+    if options.format == "onnx":  # a network over 2 GiB needs a second file
+        may_write(target.with_name(f"{target.name}.data"), force=force, made_from=made_from)
     return may_write(target, force=force, made_from=made_from)
+
+
+def write_model(path: Path, model: ModelFile) -> None:
+    """Write a model file and, of a network over 2 GiB, first the weights beside it under the name that it knows."""
+    entry = model.manifest.weights
+    beside = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
+    write_files({**beside, path: model.data})
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:

@@ -20,14 +20,11 @@ __all__ = ["to_half"]
 _KEPT_FLOAT32 = ("LayerNormalization", "Softmax")
 
 
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of `model` that computes in float16; its input and its outputs keep their types.
+def to_half(graph: onnx.GraphProto) -> None:
+    """Let `graph` compute in float16; its input and its outputs keep their types.
 
     Raises VerificationFailed where a weight is too large for float16.
     """
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    graph = changed.graph
     kept = {name for node in graph.node if node.op_type in _KEPT_FLOAT32 for name in node.input}
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     for tensor in graph.initializer:
@@ -36,9 +33,9 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     outputs = {v.name for v in graph.output if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     nodes = [*_inputs(graph), *(new for node in graph.node for new in _converted(node, floats, outputs))]
     nodes += [_cast(f"{name}.half", name, TensorProto.FLOAT) for name in sorted(outputs)]
+    converted = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
-    graph.node.extend(nodes)
-    return changed
+    graph.node.extend(converted)
 
 
 def _inputs(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

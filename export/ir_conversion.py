@@ -15,7 +15,7 @@ import onnx
 
 from vit_edge.artifact import ModelFile, open_model
 from vit_edge.errors import VerificationFailed
-from vit_edge.files import write_atomic
+from vit_edge.export.formats import write_model
 from vit_edge.image import Pixels
 from vit_edge.ir import NO_SEAL, seal_ir
 from vit_edge.runtime.engine import Logits
@@ -23,7 +23,7 @@ from vit_edge.runtime.golden import Tolerance, differences
 
 __all__ = ["convert_to_ir", "main"]
 
-_MODEL, _XML, _BIN = "model.onnx", "model.xml", "model.bin"
+_MODEL, _BARE, _XML, _BIN = "model.onnx", "bare.onnx", "model.xml", "model.bin"
 _IMAGES, _LOGITS = "images.npy", "logits.npy"
 _TIMEOUT_S = 3600
 
@@ -37,7 +37,7 @@ def convert_to_ir(
     """
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
         folder = Path(name)
-        write_atomic(folder / _MODEL, model.data)
+        write_model(folder / _MODEL, model)
         np.save(folder / _IMAGES, model.manifest.network_input(images_NHWC))
         command = [sys.executable, "-m", "vit_edge.export.ir_conversion", name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -58,8 +58,10 @@ def main(name: str) -> int:
     model = open_model(folder / _MODEL, warn=False)
     graph = onnx.load_model_from_string(model.data)
     del graph.metadata_props[:]
+    # By path: weights that lie beside the file are found from there.
+    (folder / _BARE).write_bytes(graph.SerializeToString(deterministic=True))
     core = openvino.Core()
-    converted = core.read_model(graph.SerializeToString(deterministic=True))
+    converted = core.read_model(folder / _BARE)
     converted.set_rt_info(model.manifest.to_json(), ["vit_edge", "manifest"])
     converted.set_rt_info(NO_SEAL, ["vit_edge", "seal"])
     # Its default halves the weights to float16.

@@ -79,6 +79,9 @@ def quantize(
         raise UsageError(
             "cannot quantize", file=model, reason=reason, remedy="give the file that `vit-edge export` wrote"
         )
+    if source.weights is not None:
+        reason = "its weights lie beside it, being over 2 GiB; quantization works within one file"
+        raise UsageError("cannot quantize", file=model, reason=reason, remedy="take a smaller network")
     # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
     load_model(source, options=EngineOptions()).close()
     paths = find_images(calibration)

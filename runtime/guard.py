@@ -5,15 +5,17 @@ Such lists refuse the hangs, memory bombs and crashes that engines and checkers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from vit_edge.artifact import ModelFile
 from vit_edge.errors import ModelRejected
-from vit_edge.onnx_schema import FLOAT, UINT8
+from vit_edge.onnx_schema import FLOAT, FLOAT16, UINT8
 
 __all__ = ["check_graph"]
 
+_ITEM_BYTES = {FLOAT: 4, FLOAT16: 2}
 _MAX_NODES = 5_000
 _MAX_RANK = 8
 _MAX_IR, _MAX_OPSET = 13, 26
@@ -97,12 +99,25 @@ def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
             if attribute.HasField("t"):
                 yield from _tensor_problems(attribute.t, f"a constant of node {node.name!r}")
     for tensor in graph.initializer:
-        yield from _tensor_problems(tensor, f"tensor {tensor.name!r}")
+        beside = model.weights is not None and _lies_beside(tensor, model)
+        yield from _tensor_problems(tensor, f"tensor {tensor.name!r}", beside=beside)
     yield from _interface_problems(graph, model)
 
 
-def _tensor_problems(tensor: Any, name: str) -> Iterator[str]:
-    if tensor.data_location or tensor.external_data:
+def _lies_beside(tensor: Any, model: ModelFile) -> bool:
+    """Return whether the tensor is a part of the verified weights beside the file, as long as its shape says."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if entries.keys() != {"location", "offset", "length"} or not model.weights or not model.manifest.weights:
+        return False
+    if not (entries["offset"].isdecimal() and entries["length"].isdecimal()):
+        return False
+    first, length = int(entries["offset"]), int(entries["length"])
+    fits = length == math.prod(tensor.dims) * _ITEM_BYTES.get(tensor.data_type, 0)
+    return fits and entries["location"] == model.manifest.weights["file"] and first + length <= len(model.weights)
+
+
+def _tensor_problems(tensor: Any, name: str, *, beside: bool = False) -> Iterator[str]:
+    if not beside and (tensor.data_location or tensor.external_data):
         yield f"{name} lies in another file"
     if len(tensor.dims) > _MAX_RANK or any(not 0 <= size < 2**31 for size in tensor.dims):
         yield f"{name} has the shape {list(tensor.dims)}"

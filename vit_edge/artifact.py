@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
@@ -39,6 +41,7 @@ __all__ = [
     "seal_state",
     "unsealed",
     "warn_of_assumed",
+    "weights_entry",
 ]
 
 SCHEMA = 1
@@ -54,8 +57,8 @@ _MOST_BATCH = 1024
 
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
-# One protobuf message holds at most 2 GiB.
-_MAX_BYTES = 2**31 - 1
+# One protobuf message holds at most 2 GiB; larger networks have one file of weights beside it.
+_MAX_BYTES, _MAX_WEIGHTS_BYTES = 2**31 - 1, 2**40
 _log = logging.getLogger(__name__)
 _OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -68,6 +71,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "quantization": _OPTIONAL_OBJECT,
     "evaluation": _OPTIONAL_OBJECT,
     "golden": _OPTIONAL_OBJECT,
+    "weights": _OPTIONAL_OBJECT,
 }
 
 
@@ -88,6 +92,7 @@ class Manifest:
     quantization: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any] | None = None  # the file beside it, of a network over 2 GiB
     assumed: tuple[str, ...] = ()  # what nobody told and was filled in by default
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
@@ -108,6 +113,8 @@ class Manifest:
             raise ValueError("the manifest's labels are not a list of texts")
         if not all(isinstance(name, str) for name in self.assumed):
             raise ValueError("the manifest's list of what was assumed is not a list of texts")
+        if self.weights is not None and not _is_plain_name(self.weights.get("file")):
+            raise ValueError(f"the manifest's weights lie in {self.weights.get('file')!r}, not in a file beside it")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
@@ -128,8 +135,9 @@ class Manifest:
         known["preprocessing"] = self.preprocessing.to_dict()
         for name in ("labels", "assumed", "outputs"):
             known[name] = list(known[name])
-        if not self.assumed:
-            del known["assumed"]
+        for name in ("assumed", "weights"):
+            if not known[name]:
+                del known[name]
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -170,6 +178,7 @@ class ModelFile:
     proto: Any
     manifest: Manifest
     source: str
+    weights: bytes | None = None  # of the file beside it, for a network over 2 GiB
 
     @property
     def sha256(self) -> str:
@@ -190,7 +199,7 @@ def pack(graph: bytes, manifest: Manifest) -> bytes:
     data = seal(graph + property_bytes(MANIFEST_KEY, manifest.to_json()))
     if len(data) > _MAX_BYTES:
         reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {_MAX_BYTES:,}"
-        raise ModelRejected("cannot make the model file", reason=reason, remedy="take a smaller network")
+        raise ModelRejected("cannot make the model file", reason=reason, remedy="put its weights beside it")
     return data
 
 
@@ -214,11 +223,12 @@ def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]
     return "missing" if ours else "foreign"
 
 
-def open_model(source: str | os.PathLike[str] | bytes, *, warn: bool = True) -> ModelFile:
+def open_model(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None, warn: bool = True) -> ModelFile:
     """Return a model file, read once, its seal checked before anything in it is used.
 
-    With `warn` the log says what in it was assumed. Raises ModelRejected where it is no model file of vit-edge,
-    NotTrusted where its seal is broken or missing.
+    The weights of a network over 2 GiB are read from beside the file, or given with its bytes; the seal covers them by
+    their hash. With `warn` the log says what in the file was assumed. Raises ModelRejected where it is no model file of
+    vit-edge, NotTrusted where its seal is broken or missing.
     """
     if isinstance(source, bytes):
         name, data = "the bytes given", source
@@ -234,9 +244,37 @@ def open_model(source: str | os.PathLike[str] | bytes, *, warn: bool = True) -> 
         manifest = Manifest.from_json(properties[MANIFEST_KEY])
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
+    if manifest.weights is not None:
+        if weights is None and not isinstance(source, bytes):
+            weights = _read_weights(Path(source).parent / manifest.weights["file"])
+        _check_weights(manifest.weights, weights, name)
     if warn:
         warn_of_assumed(manifest.assumed, name)
-    return ModelFile(data=data, proto=proto, manifest=manifest, source=name)
+    return ModelFile(data=data, proto=proto, manifest=manifest, source=name, weights=weights)
+
+
+def weights_entry(file: str, weights: bytes) -> dict[str, Any]:
+    """Return what the manifest says of the file beside the model file that holds its weights."""
+    return {"file": file, "sha256": sha256_hex(weights), "size_bytes": len(weights)}
+
+
+def _read_weights(path: Path) -> bytes:
+    """Return the bytes of the weights; a link is followed, as hub caches have them: the hash decides, not the place."""
+    return read_file(path, what="weights beside the model file", max_bytes=_MAX_WEIGHTS_BYTES, error=ModelRejected)
+
+
+def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str) -> None:
+    if weights is None:
+        reason = f"its weights lie in {entry['file']!r}, which was not given"
+        raise _rejected(name, reason, "open it by its path, with that file beside it")
+    if entry != weights_entry(entry["file"], weights):
+        reason = f"{entry['file']} beside it is not the one that was sealed: it was changed, damaged or exchanged"
+        raise NotTrusted("will not load the model file", file=name, reason=reason, remedy="copy both files again")
+
+
+def _is_plain_name(name: object) -> bool:
+    """Return whether this names a file in the same folder on every system."""
+    return isinstance(name, str) and re.fullmatch(r"[^/\\:*\x00-\x1f]{1,255}", name) is not None and name[0] != "."
 
 
 def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> None:
@@ -265,7 +303,9 @@ def reseal(path: str | os.PathLike[str]) -> ModelFile:
         )
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)
-    return open_model(seal(proto.SerializeToString(deterministic=True)))
+    manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    beside = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
+    return open_model(seal(proto.SerializeToString(deterministic=True)), weights=beside)
 
 
 def _check_seal(data: bytes, name: str) -> None:
