@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -32,6 +35,7 @@ __all__ = [
     "chosen_engines",
     "installed_engines",
     "make_engine",
+    "private_copy",
     "refuse_null",
 ]
 
@@ -123,6 +127,19 @@ def make_engine(name: str, model: ModelFile, options: EngineOptions) -> Engine:
     make: type[Engine] = importlib.import_module(module).ENGINE
     engine: Engine = make(model, options)  # type: ignore[call-arg]  # a protocol does not list __init__
     return engine
+
+
+@contextmanager
+def private_copy(model: ModelFile) -> Iterator[Path]:
+    """Yield the path of a copy of the verified bytes, weights beside it, in a folder that only this user can read.
+
+    For engines that take weights beside a file from a path only: given bytes they look in the current folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+        (Path(name) / "model.onnx").write_bytes(model.data)
+        if model.manifest.weights and model.weights is not None:
+            (Path(name) / model.manifest.weights["file"]).write_bytes(model.weights)
+        yield Path(name) / "model.onnx"
 
 
 def answer(engine: Engine, manifest: Manifest, images_NHWC: Pixels) -> Logits:

@@ -10,7 +10,7 @@ import onnxruntime
 from vit_edge.artifact import ModelFile
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.image import Pixels
-from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer
+from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
 
 __all__ = ["ENGINE", "OnnxRuntimeEngine"]
 
@@ -38,10 +38,7 @@ class OnnxRuntimeEngine:
         # Idle threads that spin take a core from the application (onnxruntime#8313).
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            _add_weights(settings, model)
-            self._session: Any = onnxruntime.InferenceSession(
-                model.data, settings, providers=[_PROVIDER], disabled_optimizers=_DISABLED_OPTIMIZERS
-            )
+            self._session: Any = _load(model, settings)
         except Exception as error:  # its exceptions share no base but this
             raise _failed("load", error) from error
         if self._session.get_providers() != [_PROVIDER]:
@@ -66,13 +63,20 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
-def _add_weights(settings: Any, model: ModelFile) -> None:
-    """Give the weights that lie beside the file as the bytes that were verified: by path it would read them again."""
-    if model.weights is not None:
-        if not hasattr(settings, "add_external_initializers_from_files_in_memory"):
-            raise RuntimeError("it takes no weights from memory; a newer one does")
-        name = model.manifest.weights["file"] if model.manifest.weights else ""
-        settings.add_external_initializers_from_files_in_memory([name], [model.weights], [len(model.weights)])
+def _load(model: ModelFile, settings: Any) -> Any:
+    """Return a session over the verified bytes; weights that lie beside the file are given as bytes too.
+
+    Releases before 1.24 take such weights from a path only.
+    """
+    chosen = {"providers": [_PROVIDER], "disabled_optimizers": _DISABLED_OPTIMIZERS}
+    if model.weights is None or model.manifest.weights is None:
+        return onnxruntime.InferenceSession(model.data, settings, **chosen)
+    if hasattr(settings, "add_external_initializers_from_files_in_memory"):
+        name, weights = model.manifest.weights["file"], model.weights
+        settings.add_external_initializers_from_files_in_memory([name], [weights], [len(weights)])
+        return onnxruntime.InferenceSession(model.data, settings, **chosen)
+    with private_copy(model) as path:
+        return onnxruntime.InferenceSession(path, settings, **chosen)
 
 
 def _failed(verb: str, error: Exception) -> ModelRejected:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import openvino
 from vit_edge.artifact import ModelFile
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.image import Pixels
-from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer
+from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
 
 __all__ = ["ENGINE", "OpenVinoEngine"]
 
@@ -74,16 +72,11 @@ class OpenVinoEngine:
 
 
 def _compile(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:
-    """Compile from the verified bytes; weights beside the file go through a private copy of both.
-
-    OpenVINO takes them from a path only, and from the current folder where it is given bytes.
-    """
-    if model.weights is None or model.manifest.weights is None:
+    """Compile from the verified bytes."""
+    if model.weights is None:
         return core.compile_model(core.read_model(model.data), "CPU", settings)
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:  # readable by this user only
-        (Path(name) / "model.onnx").write_bytes(model.data)
-        (Path(name) / model.manifest.weights["file"]).write_bytes(model.weights)
-        return core.compile_model(core.read_model(Path(name) / "model.onnx"), "CPU", settings)
+    with private_copy(model) as path:
+        return core.compile_model(core.read_model(path), "CPU", settings)
 
 
 def _failed(verb: str, error: Exception) -> ModelRejected:
