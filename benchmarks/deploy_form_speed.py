@@ -1,4 +1,4 @@
-"""How much faster is the deploy form than the same network traced as it is? Both in one run, in turn, batch 1.
+"""Measure how much faster the deploy form is than the same network traced as it is: in one run, in turn, batch 1.
 
     python benchmarks/deploy_form_speed.py CHECKPOINT [--rounds 20] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""How long does an export take, and how much memory does its largest process need?
+"""Measure how long an export takes, and how much memory its largest process needs.
 
     python benchmarks/export_cost.py [--arch vit_base_patch16_224]
 

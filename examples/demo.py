@@ -155,7 +155,7 @@ def show_next(seconds: float) -> None:
         "# Your own classes: PICTURES/train/<class>/*.jpg and PICTURES/test/<class>/*.jpg",
         "# at 32x32 pixels; for larger pictures, and hours of training, add --arch vit_tiny_patch16_224",
         f"{program} train PICTURES/ --out run/",
-        f"{program} export run/checkpoint.safetensors -o model.onnx",
+        f"{program} export run/best.safetensors -o model.onnx",
         f"{program} quantize model.onnx --calibration PICTURES/train -o model.int8.onnx",
         f"{program} verify model.int8.onnx --reference model.onnx --data PICTURES/test --max-drop 4",
     ):

@@ -14,7 +14,8 @@ from torch import nn
 
 import vit_edge
 from vit_edge.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack, weights_entry
-from vit_edge.checkpoint import load_checkpoint
+from vit_edge.checkpoint import Checkpoint
+from vit_edge.convert import open_source
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import MissingExtra
 from vit_edge.export.answering import load_elsewhere
@@ -63,7 +64,7 @@ class ExportResult:
 
 
 def export_onnx(
-    source: str | os.PathLike[str] | nn.Module,
+    source: str | os.PathLike[str] | Checkpoint | nn.Module,
     *,
     out: str | os.PathLike[str],
     options: ExportOptions | None = None,
@@ -75,21 +76,22 @@ def export_onnx(
     force: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
-    """Write the model file `out` from a checkpoint or any torch image classifier; it is proven before it appears.
+    """Write the model file `out`, proven before it appears, from what `convert` reads or any torch image classifier.
 
-    `labels` take the place of those in the checkpoint; a module has no labels, preprocessing or name of its own, and
+    `labels` take the place of those in a checkpoint; a module has no labels, preprocessing or name of its own, and
     `assumed` names what of these nobody knew. Parity also runs on the pictures in `data`. Raises CheckpointRejected,
     UsageError (also where `out` exists, unless `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other
     logits than PyTorch, MissingExtra where either is not installed.
     """
     _require_engines()
     options = options or ExportOptions()
+    is_file = isinstance(source, str | os.PathLike) and Path(source).is_file()
+    target = may_write_format(out, options, force=force, made_from=source if is_file else None)  # type: ignore[arg-type]
     if isinstance(source, nn.Module):
-        target = may_write_format(out, options, force=force)
         network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
     else:
-        network = from_checkpoint(load_checkpoint(source)).with_labels(labels)
-        target = may_write_format(out, options, force=force, made_from=source)
+        checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
+        network = from_checkpoint(checkpoint).with_labels(labels)
     return _export(network, target, options, data, progress)
 
 

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
-import pickle
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from torch import Tensor, nn
+from torch import nn
 
-from vit_edge.errors import CheckpointRejected, UsageError
-from vit_edge.files import read_file
+from vit_edge.errors import CheckpointRejected, UsageError, printable
+from vit_edge.foreign.facts import IMAGENET, Facts, Geometry
+from vit_edge.foreign.hub import HUBS
+from vit_edge.foreign.settings import preprocessing_facts, read_settings
+from vit_edge.foreign.weights_file import read_weights
+from vit_edge.image import Preprocessing
 
-__all__ = ["is_factory", "make_network"]
+__all__ = ["factory_preprocessing", "is_factory", "make_network"]
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
-_MAX_BYTES = 2**40
 _NUM_NAMED = 5
-# What training scripts put around a state dict.
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+# What most classifiers are trained and judged with, where nobody says otherwise.
+_SIDE, _CROP_FRACTION = 224, 0.875
 
 
 def is_factory(source: str) -> bool:
-    """Return whether `source` reads as `package.module:factory` and no file has that name."""
-    return _FACTORY.fullmatch(source) is not None and not Path(source).exists()
+    """Return whether `source` reads as `package.module:factory`, is no hub's name (`timm:NAME`) and no file."""
+    is_hub = source.partition(":")[0] in HUBS
+    return _FACTORY.fullmatch(source) is not None and not is_hub and not Path(source).exists()
 
 
 def make_network(source: str, *, weights: str | os.PathLike[str] | None = None) -> nn.Module:
-    """Return what the factory gives without arguments, with `weights` loaded: safetensors, or tensors of torch.save.
+    """Return what the factory gives without arguments, with `weights` loaded from any file that `convert` reads.
 
     This runs the code of the module named, found as Python finds it from the current folder. Raises UsageError where
     there is no such factory, CheckpointRejected where the weights do not fit exactly.
@@ -57,6 +55,34 @@ def make_network(source: str, *, weights: str | os.PathLike[str] | None = None) 
     return network
 
 
+def factory_preprocessing(
+    path: str | os.PathLike[str] | None, *, image_size: tuple[int, int] | None = None
+) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Return the settings in a file (as `vit-edge convert` takes them) for a network, and what of them is assumed.
+
+    Raises InputError or UsageError.
+    """
+    origin = "nobody" if path is None else printable(path)
+    told = Facts(origin=origin) if path is None else preprocessing_facts(read_settings(path), origin=origin)
+    geometry = told.geometry or Geometry(fraction=_CROP_FRACTION)
+    size = image_size or told.input_size or told.image_size or geometry.crop
+    values = {"crop": size, "resize": told.geometry}
+    values |= {name: getattr(told, name) for name in ("interpolation", "mean", "std")}
+    size = size or (_SIDE, _SIDE)
+    try:
+        preprocessing = Preprocessing(
+            resize=geometry.resize_for(size),
+            crop=size,
+            interpolation=told.interpolation or "bicubic",  # type: ignore[arg-type]  # checked there
+            mean=told.mean or IMAGENET[0],
+            std=told.std or IMAGENET[1],
+        )
+    except ValueError as error:
+        remedy = "correct the file of --preprocessing, or --image-size"
+        raise UsageError("cannot use the preprocessing", file=path, reason=str(error), remedy=remedy) from error
+    return preprocessing, tuple(f"preprocessing.{name}" for name, value in values.items() if value is None)
+
+
 def _called(factory: Any, source: str) -> object:
     try:
         made: object = factory()
@@ -67,7 +93,7 @@ def _called(factory: Any, source: str) -> object:
 
 
 def _load(network: nn.Module, path: str | os.PathLike[str]) -> None:
-    tensors = _read(path)
+    tensors = read_weights(path).tensors
     expected = network.state_dict()
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())][:_NUM_NAMED]
     problems += [f"{name} is not expected" for name in sorted(tensors.keys() - expected.keys())][:_NUM_NAMED]
@@ -80,25 +106,6 @@ def _load(network: nn.Module, path: str | os.PathLike[str]) -> None:
         reason = f"its weights do not fit the network: {'; '.join(problems)}"
         raise _rejected(path, reason, "take the weights of this very architecture")
     network.load_state_dict(tensors)
-
-
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
-    data = read_file(path, what="weights", max_bytes=_MAX_BYTES, error=CheckpointRejected)
-    try:
-        if data[:2] in (b"PK", b"\x80\x02"):
-            # Tensors only: a pickle that would run code is refused.
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        else:
-            found = load_safetensors(data)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        reason = f"its weights cannot be read ({' '.join(str(error).split())[:200]})"
-        raise _rejected(path, reason, "save them as safetensors where they were made") from error
-    for name in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise _rejected(path, "it holds no state dict", "save module.state_dict()")
-    return found
 
 
 def _unusable(source: str, reason: str, remedy: str) -> UsageError:

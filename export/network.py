@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,6 @@ from vit_edge.checkpoint import Checkpoint
 from vit_edge.errors import CheckpointRejected, UsageError
 from vit_edge.export.deploy import DeployedViT
 from vit_edge.export.options import ExportOptions
-from vit_edge.files import read_file
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.runtime.engine import Array, Logits
 from vit_edge.vit import VisionTransformer
@@ -27,7 +25,6 @@ __all__ = [
     "PlainNetwork",
     "from_checkpoint",
     "from_module",
-    "read_labels",
     "reference_extras",
     "reference_logits",
     "traced_form",
@@ -36,7 +33,6 @@ __all__ = [
 # Outputs that come from inside the network; the others are computed from its logits.
 EXTRAS = ("features", "attention")
 _NUM_NAMED = 5
-_MAX_LABEL_BYTES = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,16 +197,6 @@ def _attention_to_patches(model: VisionTransformer, x_BTD: Tensor) -> Tensor:
     asking = weights_BNTT[:, :, prefix:] if config.pooling == "mean" else weights_BNTT[:, :, :1]
     attention: Tensor = asking[..., prefix:].mean(dim=2).reshape(-1, config.num_heads, *config.grid)
     return attention
-
-
-def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Return the labels in a text file, one a line; raises InputError, or UsageError where it is not UTF-8."""
-    data = read_file(path, what="labels", max_bytes=_MAX_LABEL_BYTES)
-    try:
-        return tuple(line.strip() for line in data.decode("utf-8").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        remedy = "save it as UTF-8, one label a line"
-        raise UsageError("cannot read the labels", file=path, reason="it is not UTF-8 text", remedy=remedy) from error
 
 
 def _num_classes(module: nn.Module, preprocessing: Preprocessing, name: str) -> int:

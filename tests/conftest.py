@@ -26,7 +26,7 @@ class Workspace:
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "run" / "checkpoint.safetensors"
+        return self.folder / "run" / "best.safetensors"
 
     @property
     def float_model(self) -> Path:

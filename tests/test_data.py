@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_edge.data import find_images, pixel_hashes, read_labelled, refuse_overlap, set_hash, stream_pixels
+from vit_edge.data import (
+    find_images,
+    pixel_hashes,
+    read_labelled,
+    read_splits,
+    refuse_overlap,
+    set_hash,
+    stream,
+    stream_pixels,
+)
 from vit_edge.errors import DataRejected
 from vit_edge.image import Preprocessing
 
@@ -136,3 +145,63 @@ def test_overlap_is_found_by_pixels_not_by_name(tmp_path: Path) -> None:
 
 def test_the_hash_of_a_set_does_not_depend_on_order() -> None:
     assert set_hash(["a", "b"]) == set_hash(["b", "a"]) != set_hash(["a", "c"])
+
+
+def class_folders(root: Path, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            picture(root / name / f"{number}.png", sum(map(ord, name)) + number)
+
+
+def test_a_tenth_of_every_class_is_held_out_the_same_way_each_time(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 20, "b": 3, "c": 1})
+    one, two = (read_splits(tmp_path, validation_fraction=0.1, seed=5) for _ in range(2))
+    assert one == two
+    assert one.validation is not None
+    assert one.test is None
+    held = [one.validation.class_names[label] for label in one.validation.labels]
+    assert held == ["a", "a", "b"]  # never the last one of a class
+    assert not set(one.train.paths) & set(one.validation.paths)
+    assert one.train.num_images == 21
+    other = read_splits(tmp_path, validation_fraction=0.1, seed=6)
+    assert other.validation is not None
+    assert other.validation.paths != one.validation.paths
+
+
+def test_splits_that_are_given_are_taken(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        class_folders(tmp_path / split, {"a": 2, "b": 1})
+    splits = read_splits(tmp_path, validation_fraction=0.5, seed=0)
+    assert splits.validation is not None
+    assert splits.test is not None
+    assert {path.parents[1].name for path in splits.validation.paths} == {"val"}
+    assert splits.train.num_images == 3
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataRejected, match="without train"):
+        read_splits(tmp_path, validation_fraction=0.5, seed=0)
+
+
+def test_threads_read_in_order_and_count_what_is_broken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path, {"a": 120})
+    (tmp_path / "a" / "7.png").write_bytes(b"no picture")
+    paths = find_images(tmp_path)
+    for threads in (1, 4):
+        found = [paths[i].name for i, _ in stream(paths, PREPROCESSING.pixels, threads=threads)]
+        assert found == [path.name for path in paths if path.name != "7.png"]
+    assert "1 of 120 pictures were skipped" in caplog.text
+
+
+@pytest.mark.parametrize(("file", "column"), [("labels.csv", "file"), ("metadata.csv", "file_name")])
+@pytest.mark.parametrize("divided", [True, False])
+def test_label_files_are_split_as_folders_are(tmp_path: Path, file: str, column: str, divided: bool) -> None:
+    for split in ("train", "test") if divided else (".",):
+        folder = tmp_path / split
+        class_folders(folder / "pictures", {"a": 10, "b": 10})
+        rows = [f"pictures/{name}/{number}.png,{name}\n" for name in "ab" for number in range(10)]
+        (folder / file).write_text(f"{column},label\n" + "".join(rows))
+    splits = read_splits(tmp_path, validation_fraction=0.2, seed=0)
+    assert splits.validation is not None
+    assert (splits.train.num_images, splits.validation.num_images) == (16, 4)
+    assert (splits.test is not None) == divided
+    assert splits.train.class_names == ("a", "b")

@@ -179,8 +179,8 @@ def test_labels_are_replaced_and_their_number_is_checked(checkpoint: Path, tmp_p
     assert open_model(tmp_path / "m.onnx").manifest.labels[6] == "class 6"
     names.write_text("one\ntwo\n", encoding="utf-8")
     done = vit_edge("export", checkpoint, "-o", tmp_path / "n.onnx", "--labels", names)
-    assert done.returncode == 2
-    assert "2 labels for 7 classes" in done.stderr
+    assert done.returncode == 3
+    assert "it holds 2 names, the network has 7 classes" in done.stderr
 
 
 def test_parity_runs_on_pictures_too_and_shows_a_table(checkpoint: Path, tmp_path: Path) -> None:

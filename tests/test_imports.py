@@ -26,8 +26,15 @@ FIRST = (
     "releases",
     "ir",
 )
-TORCH = ("vit", "checkpoint", "train")
+TORCH = ("tensor_file", "vit", "checkpoint", "foreign", "convert", "training", "train")
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")
+_PACKAGES = (
+    ("export", "export"),
+    ("runtime", "runtime"),
+    ("vit_edge/cli", "cli"),
+    ("vit_edge/foreign", "foreign"),
+    ("vit_edge/training", "training"),
+)
 # Lower may not import higher; the torch group stands beside runtime and sees only the first group and itself.
 RANK = {**dict.fromkeys(FIRST, 0), "runtime": 1, "export": 2, "cli": 3, "__main__": 4, "__init__": 0}
 
@@ -35,7 +42,7 @@ RANK = {**dict.fromkeys(FIRST, 0), "runtime": 1, "export": 2, "cli": 3, "__main_
 def _modules() -> Iterator[tuple[str, Path]]:
     for path in sorted((ROOT / "vit_edge").glob("*.py")):
         yield path.stem, path
-    for folder, group in (("export", "export"), ("runtime", "runtime"), ("vit_edge/cli", "cli")):
+    for folder, group in _PACKAGES:
         for path in sorted((ROOT / folder).glob("*.py")):
             yield group, path
 

@@ -84,13 +84,15 @@ def folder(tmp_path: Path) -> Path:
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
     torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pt")
     (tmp_path / "names.txt").write_text("circle\nsquare\nstar\n")
+    (tmp_path / "short.txt").write_text("circle\nsquare\n")
+    (tmp_path / "fed.toml").write_text("resize = 36\ncrop = 32\nmean = [0.5, 0.5, 0.5]\nstd = 0.5\n")
     return tmp_path
 
 
 @pytest.mark.parametrize("weights", ["weights.safetensors", "weights.pt"])
 def test_the_command_takes_a_factory_with_weights_and_labels(folder: Path, weights: str) -> None:
-    options = ("--labels", "names.txt", "--image-size", "32", "--resize", "36", "--mean", "0.5,0.5,0.5", "--json")
-    done = vit_edge("export", "shapes:small", "--weights", weights, *options, "--std", "0.5,0.5,0.5", cwd=folder)
+    options = ("--labels", "names.txt", "--preprocessing", "fed.toml", "--json")
+    done = vit_edge("export", "shapes:small", "--weights", weights, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     warnings = json.loads(done.stdout)["warnings"]
     assert len(warnings) == 1
@@ -123,10 +125,13 @@ def make_network_in(folder: Path, weights: Path) -> nn.Module:
         ("shapes:large", 2, "has no attribute 'large'"),
         ("shapes:needs_an_argument", 2, "give a factory that needs no arguments"),
         ("shapes:number", 2, "give a factory that needs no arguments"),
-        ("shapes:small --weights names.txt", 3, "its weights cannot be read"),
-        ("shapes:small --mean 1,2", 2, "not three numbers"),
-        ("shapes:small --labels weights.pt", 2, "not UTF-8"),
-        ("names.txt --image-size 32", 2, "--image-size is for package.module:factory"),
+        ("shapes:small --weights names.txt", 3, "names.txt"),
+        ("shapes:small --preprocessing names.txt", 3, "neither JSON nor TOML"),
+        ("shapes:small --labels weights.pt", 3, "cannot use the labels"),
+        ("shapes:small --labels short.txt", 2, "2 labels for 3 classes"),
+        ("shapes:small --like timm:resnet18", 2, "--like is for weights from elsewhere"),
+        ("weights.pt --weights weights.pt", 2, "--weights is for package.module:factory"),
+        ("shapes:small --image-size wide", 2, "write pixels as 224 or 192x256"),
         ("shapes:small --batch some", 2, "neither a number"),
     ],
 )

@@ -1,13 +1,10 @@
-"""A checkpoint: safetensors with the configuration in its header, and nothing that could run code.
+"""A checkpoint: safetensors with what the weights alone cannot tell in its header.
 
-One JSON value under `vit_edge.checkpoint` holds what the weights alone cannot tell, and a SHA-256 over it and every
-tensor: a flipped bit is found before the weights are used.
+A SHA-256 covers header and tensors: a flipped bit is found before the weights are used.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,21 +12,16 @@ from types import NoneType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from vit_edge.artifact import warn_of_assumed
-from vit_edge.errors import CheckpointRejected, printable
-from vit_edge.files import kind_of, read_file, sha256_hex, write_atomic
 from vit_edge.image import Preprocessing
+from vit_edge.tensor_file import read_tensors, rejected, write_tensors
 from vit_edge.vit import VisionTransformer, ViTConfig
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _KEY = "vit_edge.checkpoint"
-_SCHEMA = 1
-_MAX_BYTES = 2**40
 _NUM_NAMED = 5
 
 
@@ -67,9 +59,7 @@ class Checkpoint:
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically; the same checkpoint gives the same bytes."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
-    header = {
-        "schema": _SCHEMA,
+    header: dict[str, Any] = {
         "name": checkpoint.name,
         "config": checkpoint.model.config.to_dict(),
         "preprocessing": checkpoint.preprocessing.to_dict(),
@@ -78,23 +68,14 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "base_model": checkpoint.base_model,
         "evaluation": checkpoint.evaluation,
         "training": dict(checkpoint.training),
+        "assumed": list(checkpoint.assumed),
     }
-    if checkpoint.assumed:
-        header["assumed"] = list(checkpoint.assumed)
-    header["sha256"] = _digest(header, tensors)
-    # One key only: safetensors writes several in an order that changes from run to run.
-    write_atomic(path, save(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)}))
+    write_tensors(path, key=_KEY, header=header, tensors=checkpoint.model.state_dict())
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint at `path`, verified; raises CheckpointRejected."""
-    header, tensors, file_sha256 = _read(path)
-    if header.get("schema") != _SCHEMA:
-        reason = f"it has schema {header.get('schema')!r}; this vit-edge reads {_SCHEMA}"
-        raise _rejected(path, reason, "install the vit-edge that wrote it")
-    if header.pop("sha256", None) != _digest(header, tensors):
-        reason = "its SHA-256 is not the one it was saved with: it was changed or damaged"
-        raise _rejected(path, reason, "take an earlier copy")
+    header, tensors, file_sha256 = read_tensors(path, key=_KEY)
     try:
         config = ViTConfig(**header["config"])
         checkpoint = Checkpoint(
@@ -110,34 +91,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             sha256=file_sha256,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _rejected(path, f"its header does not fit ({error})", "save it again") from error
+        raise rejected(path, f"its header does not fit ({error})", "save it again") from error
     warn_of_assumed(checkpoint.assumed, path)
     return checkpoint
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    data = read_file(path, what="checkpoint", max_bytes=_MAX_BYTES, error=CheckpointRejected)
-    kind = kind_of(data)
-    if kind is not None:
-        raise _rejected(path, kind[0], kind[1])
-    try:
-        tensors = load(data)
-        # The library has checked the header by now; it gives the metadata only of a file, read a second time.
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        reason = f"it is not a whole safetensors file ({error})"
-        raise _rejected(path, reason, "copy it again, or save the weights as safetensors where it was made") from error
-    text = metadata.get(_KEY)
-    if text is None:
-        reason = "it is safetensors, but not a checkpoint of vit-edge: it has no configuration in it"
-        raise _rejected(path, reason, "train one with `vit-edge train`")
-    try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise _rejected(path, f"its header cannot be read ({error})", "take an earlier copy") from error
-    return header, tensors, sha256_hex(data)
 
 
 def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> VisionTransformer:
@@ -154,10 +110,10 @@ def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.Path
     ][:_NUM_NAMED]
     if problems:
         reason = f"its weights do not fit its configuration: {'; '.join(problems)}"
-        raise _rejected(path, reason, "take the checkpoint and its configuration from one source")
+        raise rejected(path, reason, "take the checkpoint and its configuration from one source")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise _rejected(path, f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}", "train it again")
+        raise rejected(path, f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}", "train it again")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -166,16 +122,3 @@ def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list):
         raise TypeError("labels, or what was assumed, are not a list")
     return tuple(values)
-
-
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _rejected(path: str | os.PathLike[str], reason: str, remedy: str) -> CheckpointRejected:
-    return CheckpointRejected("cannot use the checkpoint", file=printable(path), reason=reason, remedy=remedy)

@@ -6,18 +6,39 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 from vit_edge.errors import DataRejected, ImageRejected, printable
 from vit_edge.files import read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
 
-__all__ = ["LabelledImages", "find_images", "pixel_hashes", "read_labelled", "stream_pixels"]
+__all__ = [
+    "LabelledImages",
+    "Splits",
+    "find_images",
+    "hold_out",
+    "pixel_hashes",
+    "read_labelled",
+    "read_splits",
+    "refuse_overlap",
+    "set_hash",
+    "stream",
+    "stream_pixels",
+]
+
+Read = TypeVar("Read")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-EVALUATION_SPLITS = ("test", "validation", "valid", "val")
+_VALIDATION_SPLITS = ("validation", "valid", "val")
+EVALUATION_SPLITS = ("test", *_VALIDATION_SPLITS)
 _SPLITS = ("train", *EVALUATION_SPLITS)
 # file name -> column of the picture's path; both have a column "label"
 _LABEL_FILES = {"labels.csv": "file", "metadata.csv": "file_name"}
@@ -40,6 +61,23 @@ class LabelledImages:
     def num_images(self) -> int:
         """Return how many pictures there are."""
         return len(self.paths)
+
+    def take(self, positions: Sequence[int]) -> LabelledImages:
+        """Return the pictures at these positions, under the same class names."""
+        return LabelledImages(
+            paths=tuple(self.paths[i] for i in positions),
+            labels=tuple(self.labels[i] for i in positions),
+            class_names=self.class_names,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Splits:
+    """Pictures to learn from, to choose the best epoch by, and to judge by once; the last two where there are any."""
+
+    train: LabelledImages
+    validation: LabelledImages | None
+    test: LabelledImages | None
 
 
 def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -68,16 +106,14 @@ def read_labelled(
     *,
     splits: Sequence[str] = (),
     class_names: Sequence[str] | None = None,
-    divided: bool = False,
 ) -> LabelledImages:
     """Return the labelled pictures of `folder`; raises DataRejected.
 
     The folder holds `<class>/<picture>`, or `labels.csv` (file,label), or `metadata.csv` (file_name,label). Where it is
-    divided into train, test, validation, valid or val, the first of `splits` that is there is taken; with `divided` it
-    has to be. With `class_names`
+    divided into train, test, validation, valid or val, the first of `splits` that is there is taken. With `class_names`
     (a model's labels) every class must be one of them; where not one is, all must be indices.
     """
-    root = _split_folder(_existing_folder(folder), splits, divided=divided)
+    root = _split_folder(_existing_folder(folder), splits)
     for name, column in _LABEL_FILES.items():
         if (root / name).is_file():
             pairs = _read_label_file(root / name, column)
@@ -92,21 +128,71 @@ def read_labelled(
     )
 
 
+def read_splits(
+    folder: str | os.PathLike[str], *, validation_fraction: float, seed: int, class_names: Sequence[str] | None = None
+) -> Splits:
+    """Return what `folder` gives to train on; raises DataRejected.
+
+    Divided folders give their splits; without a validation split of its own, and in a folder that is not divided,
+    `validation_fraction` of the training pictures is held out, the same share of every class.
+    """
+    root = _existing_folder(folder)
+    present = _present_splits(root)
+    if present and "train" not in present:
+        raise _rejected(root, f"it is divided into {', '.join(present)}, without train", "put the others into train/")
+    train = read_labelled(root, splits=("train",), class_names=class_names)
+
+    def given(names: Sequence[str]) -> LabelledImages | None:
+        if not set(names) & set(present):
+            return None
+        return read_labelled(root, splits=names, class_names=train.class_names)
+
+    validation, test = given(_VALIDATION_SPLITS), given(("test",))
+    if validation is None and validation_fraction > 0:
+        train, validation = hold_out(train, fraction=validation_fraction, seed=seed)
+    return Splits(train=train, validation=validation, test=test)
+
+
+def hold_out(images: LabelledImages, *, fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Return (kept, held out): `fraction` of every class, one picture at least and never its last one."""
+    random = np.random.default_rng(seed)
+    labels = np.asarray(images.labels)
+    held: set[int] = set()
+    for label in sorted(set(images.labels)):
+        members = random.permutation(np.flatnonzero(labels == label))
+        held.update(int(i) for i in members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    kept = [i for i in range(images.num_images) if i not in held]
+    return images.take(kept), images.take(sorted(held))
+
+
 def stream_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[tuple[int, Pixels]]:
     """Yield (position in `paths`, pixels) of one picture after another.
 
     Pictures that cannot be used are skipped and named in the log; raises DataRejected when they are over 1 %.
     """
+    yield from stream(paths, preprocessing.pixels)
+
+
+def stream(paths: Sequence[Path], read: Callable[[Path], Read], *, threads: int = 1) -> Iterator[tuple[int, Read]]:
+    """Yield (position in `paths`, what `read` makes of the file) in order, read by `threads` at once.
+
+    Pictures that `read` rejects are skipped and named in the log; raises DataRejected when they are over 1 %.
+    """
     rejected: list[ImageRejected] = []
-    for position, path in enumerate(paths):
+
+    def attempt(path: Path) -> Read | ImageRejected:
         try:
-            pixels = preprocessing.pixels(path)
+            return read(path)
         except ImageRejected as error:
-            rejected.append(error)
-            if len(rejected) > max(_MAX_REJECTED * len(paths), _NUM_NAMED):
-                break
+            return error
+
+    for position, found in enumerate(_ahead(attempt, paths, threads)):
+        if not isinstance(found, ImageRejected):
+            yield position, found
             continue
-        yield position, pixels
+        rejected.append(found)
+        if len(rejected) > max(_MAX_REJECTED * len(paths), _NUM_NAMED):
+            break
     if not rejected:
         return
     named = "; ".join(f"{e.file}: {e.reason}" for e in rejected[:_NUM_NAMED])
@@ -114,6 +200,22 @@ def stream_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterat
         reason = f"{len(rejected)} or more of {len(paths)} pictures cannot be used, over 1 %: {named}"
         raise DataRejected("cannot use the pictures", reason=reason, remedy="mend or remove them")
     _log.warning("%d of %d pictures were skipped: %s", len(rejected), len(paths), named)
+
+
+def _ahead(
+    read: Callable[[Path], Read | ImageRejected], paths: Sequence[Path], threads: int
+) -> Iterator[Read | ImageRejected]:
+    """Yield `read(path)` in order, never more than a few files ahead: a million pictures must not pile up."""
+    if threads == 1:
+        yield from map(read, paths)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        remaining = iter(paths)
+        running = deque(pool.submit(read, path) for path in islice(remaining, 4 * threads))
+        while running:
+            done = running.popleft().result()
+            running.extend(pool.submit(read, path) for path in islice(remaining, 1))
+            yield done
 
 
 def pixel_hashes(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[str, Path]:
@@ -126,11 +228,11 @@ def set_hash(hashes: Sequence[str]) -> str:
     return sha256_hex("\n".join(sorted(hashes)).encode())
 
 
-def refuse_overlap(calibration: Sequence[str], judging: dict[str, Path]) -> None:
+def refuse_overlap(tuning: Sequence[str], judging: Mapping[str, Path], *, used_for: str = "calibration") -> None:
     """Raise DataRejected where a picture that tuned the model would also judge it; both by pixel hash."""
-    shared = sorted(printable(judging[h]) for h in set(calibration) & judging.keys())
+    shared = sorted(printable(judging[h]) for h in set(tuning) & judging.keys())
     if shared:
-        reason = f"{len(shared)} of the pictures that judge were used for calibration: {', '.join(shared[:_NUM_NAMED])}"
+        reason = f"{len(shared)} of the pictures that judge were used for {used_for}: {', '.join(shared[:_NUM_NAMED])}"
         remedy = "judge on other pictures: those that tuned a model flatter it"
         raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)
 
@@ -143,11 +245,15 @@ def _existing_folder(folder: str | os.PathLike[str]) -> Path:
     return root
 
 
-def _split_folder(root: Path, splits: Sequence[str], *, divided: bool) -> Path:
-    present = [name for name in _SPLITS if (root / name).is_dir()]
-    if divided and not present and find_images(root):
-        raise _rejected(root, "it is not divided into train and test", "put the pictures into train/ and test/")
-    if not present or any((root / name).is_file() for name in _LABEL_FILES):
+def _present_splits(root: Path) -> list[str]:
+    if any((root / name).is_file() for name in _LABEL_FILES):
+        return []
+    return [name for name in _SPLITS if (root / name).is_dir()]
+
+
+def _split_folder(root: Path, splits: Sequence[str]) -> Path:
+    present = _present_splits(root)
+    if not present:
         return root
     for name in splits:
         if name in present:

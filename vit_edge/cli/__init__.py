@@ -13,6 +13,7 @@ import click
 from vit_edge import __version__
 from vit_edge.cli.benchmark import benchmark
 from vit_edge.cli.classify import classify
+from vit_edge.cli.convert import convert
 from vit_edge.cli.export import export
 from vit_edge.cli.inspect import inspect
 from vit_edge.cli.output import error_fields, print_error_json
@@ -24,7 +25,7 @@ from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = (train, export, quantize, verify, classify, benchmark, inspect, seal)
+_COMMANDS = (train, convert, export, quantize, verify, classify, benchmark, inspect, seal)
 
 
 class _InOrder(click.Group):
@@ -47,7 +48,7 @@ def cli() -> None:
     \b
     A typical way through:
       vit-edge train pictures/ --out run/
-      vit-edge export run/checkpoint.safetensors -o model.onnx
+      vit-edge export run/best.safetensors -o model.onnx
       vit-edge quantize model.onnx --calibration pictures/train -o model.int8.onnx
       vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test
       vit-edge classify model.int8.onnx picture.jpg

@@ -39,8 +39,10 @@ __all__ = [
     "file_argument",
     "make_table",
     "megabytes",
+    "parse_size",
     "print_error_json",
     "progress_bar",
+    "read_value",
     "threads_option",
 ]
 
@@ -137,6 +139,24 @@ def threads_option() -> Callable[[Any], Any]:
     return click.option(
         "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads  [default: the CPUs the container grants]."
     )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) from "N" or "HxW"; raises UsageError."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UsageError("cannot use the size", reason=f"it is {text!r}", remedy="write pixels as 224 or 192x256")
+    return int(sides[0]), int(sides[-1])
+
+
+def read_value(text: str) -> Any:
+    """Return what a value on the command line means: a TOML value, "none" for nothing, else the text itself."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:

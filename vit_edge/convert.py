@@ -1,0 +1,385 @@
+"""Weights from elsewhere into one of our checkpoints: recognised, mapped, held against what was told, and reported.
+
+Whose word counts, first to last: --preprocessing and --labels; the configuration beside the weights; --like; what the
+library's code fixes; defaults, which are assumed and warned of. Nothing is loaded partially.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_edge.artifact import warn_of_assumed
+from vit_edge.checkpoint import Checkpoint, save_checkpoint
+from vit_edge.errors import InputError, UsageError, printable
+from vit_edge.files import may_write
+from vit_edge.foreign.conversion import Conversion, ConversionReport, TensorMapping
+from vit_edge.foreign.evidence import Evidence, gather
+from vit_edge.foreign.facts import Facts, Knowledge
+from vit_edge.foreign.label_names import read_labels
+from vit_edge.foreign.names import Renamed, rename
+from vit_edge.foreign.pickled_weights import unusable
+from vit_edge.foreign.settings import preprocessing_facts, read_settings
+from vit_edge.foreign.shape import Shaped, defaults, shape
+from vit_edge.foreign.sources import Source, open_weights
+from vit_edge.foreign.timm_networks import facts_of_timm_name
+from vit_edge.image import Preprocessing
+from vit_edge.progress import Progress, silent
+from vit_edge.vit import VisionTransformer
+
+__all__ = ["Conversion", "ConversionReport", "TensorMapping", "convert", "open_source", "read_source"]
+
+_NUM_NAMED = 5
+_PREPROCESSING = ("mean", "std", "interpolation", "geometry")
+# A part of a tensor's name -> the field of ViTConfig that decides whether it is there, and its shape.
+_FIELDS = (
+    ("blocks.", "depth"), ("head", "num_classes"), ("pos_embed", "image_size"), ("patch_embed", "patch_size"),
+    ("norm_pre", "pre_norm"), ("norm", "final_norm"), ("token", "class_token"),
+)  # fmt: skip
+_FIELDS_IN_BLOCK = (("mlp", "mlp_width"), ("qkv", "qkv_bias"), ("ls", "layer_scale"), ("", "width"))
+
+
+def convert(
+    source: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    like: str | None = None,
+    preprocessing: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> ConversionReport:
+    """Write SOURCE as a checkpoint to `out` and return the report; the options are those of `read_source`.
+
+    An existing file is replaced with `force` only, and never the source itself.
+    """
+    made_from = source if Path(source).is_file() else None
+    target = may_write(out, force=force, made_from=made_from)
+    made = read_source(
+        source, like=like, preprocessing=preprocessing, labels=labels, data=data, image_size=image_size,
+        num_classes=num_classes, progress=progress,
+    )  # fmt: skip
+    save_checkpoint(target, made.checkpoint)
+    return dataclasses.replace(made.report, checkpoint=target, size_bytes=target.stat().st_size)
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    like: str | None = None,
+    preprocessing: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """Return SOURCE as a checkpoint in memory: our own file as it is, anything else converted; raises VitEdgeError."""
+    return read_source(
+        source, like=like, preprocessing=preprocessing, labels=labels, data=data, image_size=image_size,
+        num_classes=num_classes, progress=progress,
+    ).checkpoint  # fmt: skip
+
+
+def read_source(
+    source: str | os.PathLike[str],
+    *,
+    like: str | None = None,
+    preprocessing: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    progress: Progress = silent,
+) -> Conversion:
+    """Return SOURCE converted in memory, with the report; raises VitEdgeError.
+
+    SOURCE is a file, a folder, `timm:NAME`, `hf:REPO` or `torchvision:NAME`. `like` is `timm:NAME`, whose heads,
+    activation, eps and preprocessing fill what is not told otherwise. `preprocessing` and `labels` are files (`labels`
+    also a folder of class folders) whose word counts most. `data` are labelled pictures that settle what is assumed.
+    `image_size` (height, width) resamples the positions; `num_classes` replaces the head by zeros.
+    """
+    progress("converting", 0, 3)
+    opened = open_weights(source)
+    renamed = _renamed(opened)
+    progress("converting", 1, 3)
+    knowledge = _knowledge(opened, renamed, like=like, preprocessing=preprocessing, labels=labels)
+    shaped, model = _built(opened, renamed, knowledge, image_size=image_size, num_classes=num_classes)
+    progress("converting", 2, 3)
+    settings, evidence = _settings(knowledge, shaped, labels), None
+    if data is not None:
+        settings, evidence = _settled(model, settings, data, progress)
+    report = _report(opened, renamed, shaped, knowledge, settings, evidence)
+    asked = any(option is not None for option in (like, preprocessing, labels, data, image_size, num_classes))
+    checkpoint = opened.checkpoint if not asked else None
+    made = Conversion(checkpoint=checkpoint or _checkpoint(opened, model, settings, report, knowledge), report=report)
+    progress("converting", 3, 3)
+    return made
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Settings:
+    """How a network is fed and what its classes are called, what of that and of its shape is assumed, what is said."""
+
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    assumed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _renamed(opened: Source) -> Renamed:
+    own = opened.checkpoint
+    renamed = rename(opened.weights.tensors, origin=opened.weights.origin, own=own is not None)
+    return renamed if own is None else dataclasses.replace(renamed, final_norm=own.model.config.final_norm)
+
+
+def _built(
+    opened: Source,
+    renamed: Renamed,
+    knowledge: Knowledge,
+    *,
+    image_size: tuple[int, int] | None,
+    num_classes: int | None,
+) -> tuple[Shaped, VisionTransformer]:
+    """Return the tensors in the network's order, and the network with them in it."""
+    origin, own = opened.weights.origin, opened.checkpoint
+    shaped = shape(renamed, knowledge=knowledge, origin=origin, image_size=image_size, num_classes=num_classes)
+    if own is not None:  # what only training looks at
+        kept = {name: getattr(own.model.config, name) for name in ("dropout", "stochastic_depth")}
+        shaped = dataclasses.replace(shaped, config=dataclasses.replace(shaped.config, **kept))
+    model = _assembled(shaped, renamed, origin)
+    return dataclasses.replace(shaped, tensors={name: shaped.tensors[name] for name in model.state_dict()}), model
+
+
+def _settings(knowledge: Knowledge, shaped: Shaped, given: str | os.PathLike[str] | None) -> _Settings:
+    preprocessing, assumed, notes = _preprocessing(knowledge, shaped.config.image_size)
+    labels, unnamed, more_notes = _labels(knowledge, shaped, given)
+    return _Settings(
+        preprocessing=preprocessing,
+        labels=labels,
+        assumed=(*shaped.assumed, *assumed, *unnamed),
+        notes=(*notes, *more_notes),
+    )
+
+
+def _settled(
+    model: VisionTransformer, settings: _Settings, data: str | os.PathLike[str], progress: Progress
+) -> tuple[_Settings, Evidence]:
+    """Return the settings after the pictures had their say, and what they said."""
+    evidence = gather(
+        model, data, preprocessing=settings.preprocessing, labels=settings.labels, assumed=settings.assumed,
+        progress=progress,
+    )  # fmt: skip
+    if evidence.bgr:
+        _swap_colours(model)
+    settled = dataclasses.replace(
+        settings,
+        preprocessing=evidence.preprocessing,
+        labels=evidence.labels,
+        assumed=tuple(name for name in settings.assumed if name not in evidence.settled),
+        notes=(*settings.notes, *evidence.notes),
+    )
+    return settled, evidence
+
+
+def _knowledge(
+    opened: Source,
+    renamed: Renamed,
+    *,
+    like: str | None,
+    preprocessing: str | os.PathLike[str] | None,
+    labels: str | os.PathLike[str] | None,
+) -> Knowledge:
+    told: list[Facts] = []
+    if preprocessing is not None:
+        facts = preprocessing_facts(read_settings(preprocessing), origin=printable(preprocessing))
+        told.append(dataclasses.replace(facts, origin="--preprocessing", image_size=None, input_size=None))
+    if labels is not None:
+        told.append(Facts(origin="--labels", labels=read_labels(labels)))
+    told += [facts for facts in opened.facts if not facts.assumed]
+    if like is not None:
+        told.append(_alike(like, opened))
+    assumed = [facts for facts in opened.facts if facts.assumed]
+    return Knowledge(facts=(*told, *assumed, *defaults(renamed)))
+
+
+def _alike(like: str, opened: Source) -> Facts:
+    library, _, name = like.partition(":")
+    if library != "timm" or not name:
+        raise UsageError(
+            "cannot use --like", reason=f"it is {like!r}", remedy="write timm:NAME, such as timm:deit_tiny_patch16_224"
+        )
+    facts = facts_of_timm_name(name, origin=f"--like {like}")
+    # Heads go with the width. Depth, patches and size the tensors tell; names and licence are those of the weights.
+    shape_told = {"width": facts.shape["width"]}
+    return dataclasses.replace(
+        facts, name=None, image_size=None, labels=None, license=None, base_model=None, shape=shape_told
+    )  # fmt: skip
+
+
+def _assembled(shaped: Shaped, renamed: Renamed, origin: str) -> VisionTransformer:
+    """Return the network with its weights; raises CheckpointRejected that names what is wrong, five of each kind."""
+    with torch.device("meta"):  # shapes only: a configuration that lies must not allocate
+        model = VisionTransformer(shaped.config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = shaped.tensors
+    missing = [f"{name} ({_field_of(name)})" for name in expected if name not in tensors]
+    unexpected = [*renamed.unexpected, *(f"{name} ({_field_of(name)})" for name in tensors if name not in expected)]
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)}, not {size} ({_field_of(name)})"
+        for name, size in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != size
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:_NUM_NAMED])}{' ...' if len(names) > _NUM_NAMED else ''}"
+        for kind, names in kinds
+        if names
+    ]
+    if problems:
+        reason = f"its tensors are not those of one plain Vision Transformer: {'; '.join(problems)}"
+        raise unusable(origin, reason, "take the whole state dict of one network, and its own configuration")
+    model.load_state_dict(dict(tensors), assign=True)
+    return model.eval()
+
+
+def _field_of(name: str) -> str:
+    if name.startswith("blocks."):
+        inner = name.split(".", 2)[2]
+        return next(
+            (field for part, field in _FIELDS_IN_BLOCK if inner.startswith(part) or f".{part}" in inner), "depth"
+        )
+    return next((field for part, field in _FIELDS if part in name), "width")
+
+
+def _preprocessing(
+    knowledge: Knowledge, image_size: tuple[int, int]
+) -> tuple[Preprocessing, tuple[str, ...], tuple[str, ...]]:
+    """Return the settings for the network's size, what of them is assumed, and what is to be said."""
+    geometry = knowledge.value("geometry")
+    try:
+        settings = Preprocessing(
+            resize=geometry.resize_for(image_size),
+            crop=image_size,
+            interpolation=knowledge.value("interpolation"),
+            mean=knowledge.value("mean"),
+            std=knowledge.value("std"),
+        )
+    except ValueError as error:
+        remedy = "tell how pictures are prepared with --preprocessing"
+        raise UsageError("cannot use the preprocessing", reason=str(error), remedy=remedy) from error
+    assumed = [name for name in _PREPROCESSING if not knowledge.told(name)]
+    # Short side and crop of a network that is not square: libraries differ, and none wrote it down.
+    if image_size[0] != image_size[1] and isinstance(settings.resize, int) and geometry.crop != image_size:
+        assumed = list(dict.fromkeys([*assumed, "geometry"]))
+    notes = []
+    if geometry.crop not in (None, image_size):
+        told = f"the preprocessing told is for {geometry.crop[0]}x{geometry.crop[1]}"
+        notes.append(f"{told}; kept in proportion for {image_size[0]}x{image_size[1]}")
+    return settings, tuple(f"preprocessing.{name.replace('geometry', 'resize')}" for name in assumed), tuple(notes)
+
+
+def _labels(
+    knowledge: Knowledge, shaped: Shaped, given: str | os.PathLike[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the classes, "labels" where they are assumed, and what is to be said."""
+    num_classes, names = shaped.config.num_classes, knowledge.value("labels")
+    numbers = tuple(map(str, range(num_classes)))
+    if names is None:
+        return numbers, ("labels",), ()
+    if len(names) == num_classes and (not shaped.new_head or given is not None):
+        return names, () if knowledge.told("labels") else ("labels",), ()
+    if given is not None:
+        reason = f"it holds {len(names)} names, the network has {num_classes} classes (num_classes)"
+        raise InputError("cannot use the labels", file=given, reason=reason, remedy="give one name for each class")
+    why = "the head is new" if shaped.new_head else f"they are {len(names)} for {num_classes} classes"
+    return numbers, ("labels",), (f"the labels that were told are not taken: {why}",)
+
+
+def _swap_colours(model: VisionTransformer) -> None:
+    """Turn a network for BGR into the same function of RGB, exactly: only the order of its input weights changes."""
+    weight = model.patch_embed.proj.weight
+    model.patch_embed.proj.weight = torch.nn.Parameter(weight.detach().flip(1).contiguous())
+
+
+def _report(
+    opened: Source,
+    renamed: Renamed,
+    shaped: Shaped,
+    knowledge: Knowledge,
+    settings: _Settings,
+    evidence: Evidence | None,
+) -> ConversionReport:
+    said = [f"prefix {renamed.prefix!r} stripped from the keys"] if renamed.prefix else []
+    said += [*opened.weights.notes, *renamed.notes, *shaped.notes]
+    said += [note for facts in knowledge.facts for note in facts.notes]
+    dropped = dict.fromkeys(renamed.pre_logits, "it belongs to the head that was replaced")
+    return ConversionReport(
+        source=opened.weights.origin,
+        library=renamed.library,
+        name=opened.name,
+        source_sha256=opened.weights.sha256,
+        mapped=_mapped(shaped.tensors, shaped.reshaped, renamed),
+        unused={**renamed.unused, **dropped},
+        prefix=renamed.prefix,
+        notes=(*said, *settings.notes),
+        known=_known(knowledge, settings.assumed),
+        assumed=settings.assumed,
+        found=evidence.settled if evidence else (),
+        finding=evidence.finding if evidence else None,
+        num_parameters=sum(tensor.numel() for tensor in shaped.tensors.values()),
+    )
+
+
+def _mapped(tensors: Mapping[str, Tensor], reshaped: Mapping[str, str], renamed: Renamed) -> tuple[TensorMapping, ...]:
+    mapped = []
+    for name, tensor in tensors.items():
+        new = reshaped.get(name, "").startswith(("new", "zeros"))
+        sources = () if new else renamed.sources.get(name, renamed.sources.get("dist_token", ()))
+        change = "; ".join(filter(None, (renamed.changes.get(name, "") if not new else "", reshaped.get(name, ""))))
+        mapped.append(TensorMapping(target=name, sources=sources, shape=tuple(tensor.shape), change=change))
+    return tuple(mapped)
+
+
+def _known(knowledge: Knowledge, assumed: tuple[str, ...]) -> dict[str, str]:
+    names = ("num_heads", "activation", "layer_norm_eps", "pooling", *_PREPROCESSING, "labels", "license")
+    known = {}
+    for name in names:
+        teller = knowledge.teller(name)
+        dotted = f"preprocessing.{name.replace('geometry', 'resize')}" if name in _PREPROCESSING else name
+        if teller is not None and not teller.assumed and dotted not in assumed:
+            known[dotted] = teller.origin
+    return known
+
+
+def _checkpoint(
+    opened: Source, model: VisionTransformer, settings: _Settings, report: ConversionReport, knowledge: Knowledge
+) -> Checkpoint:
+    own = opened.checkpoint
+    converted: dict[str, Any] = {"library": report.library, "source_sha256": report.source_sha256}
+    if report.found and report.finding:
+        converted["found"] = {"fields": list(report.found), "num_images": report.finding.num_images}
+    if own is None:  # ours was warned of when it was read
+        warn_of_assumed(report.assumed, report.source)
+    return Checkpoint(
+        name=report.name,
+        model=model,
+        preprocessing=settings.preprocessing,
+        labels=settings.labels,
+        license=knowledge.value("license"),
+        base_model=knowledge.value("base_model"),
+        evaluation=own.evaluation if own else None,
+        training={**(own.training if own else {}), "converted": converted},
+        assumed=report.assumed,
+        sha256=report.source_sha256,
+    )

@@ -1,0 +1,110 @@
+"""What is told of a network beside its tensors, by whom, and whose word counts; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vit_edge.image import Preprocessing
+from vit_edge.vit_config import Activation, Pooling
+
+__all__ = ["CLIP", "HALF", "IMAGENET", "Facts", "Geometry", "Knowledge", "Triple"]
+
+Triple = tuple[float, float, float]
+
+# (mean, std): torchvision's and DeiT's; Google's; CLIP's (arXiv:2103.00020, its published code).
+IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """How a picture is brought to the network's size: resized in pixels for one `crop`, or by the crop's fraction.
+
+    Without a crop, `resize` is right for every size. With `fraction`, the picture is resized to the crop divided by it,
+    rounded down as timm does. `squash` gives up the aspect ratio. Another size of network keeps the proportion.
+    """
+
+    resize: int | tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    fraction: float = 1.0
+    squash: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resize is None and self.crop is not None:
+            raise ValueError(f"crop {self.crop} needs resize beside it")
+        if not 0.05 <= self.fraction <= 1.0:
+            raise ValueError(f"the crop is {self.fraction} of the resized picture; it must lie between 0.05 and 1")
+
+    def resize_for(self, image_size: tuple[int, int]) -> int | tuple[int, int]:
+        """Return `Preprocessing.resize` for a network of this input size."""
+        if self.resize is not None:
+            if self.crop in (None, image_size):
+                return self.resize
+            assert self.crop is not None
+            if isinstance(self.resize, int):
+                return max(image_size) * self.resize // max(self.crop)
+            height, width = (new * old // cut for new, old, cut in zip(image_size, self.resize, self.crop, strict=True))
+            return height, width
+        height, width = (math.floor(side / self.fraction) for side in image_size)
+        return (height, width) if self.squash else max(height, width)
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> Geometry:
+        """Return the geometry of settings that are complete."""
+        return cls(resize=preprocessing.resize, crop=preprocessing.crop)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What one teller says; a field is None where it says nothing.
+
+    `image_size` is what the position embeddings were made for, `input_size` what the network is used at where that
+    differs. `shape` has widths and counts by the field of ViTConfig, to be held against the tensors. With `assumed`,
+    nobody told: the values are usable and every command warns of them.
+    """
+
+    origin: str
+    assumed: bool = False
+    name: str | None = None
+    image_size: tuple[int, int] | None = None
+    input_size: tuple[int, int] | None = None
+    num_heads: int | None = None
+    activation: Activation | None = None
+    layer_norm_eps: float | None = None
+    pooling: Pooling | None = None
+    position_slots: Literal["all", "patches"] | None = None
+    layer_scale: float | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    interpolation: str | None = None
+    geometry: Geometry | None = None
+    labels: tuple[str, ...] | None = None
+    license: str | None = None
+    base_model: str | None = None
+    shape: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knowledge:
+    """Everything that was told, those whose word counts most first; the last may be assumptions."""
+
+    facts: tuple[Facts, ...]
+
+    def teller(self, name: str) -> Facts | None:
+        """Return the first that says something about the field."""
+        return next((facts for facts in self.facts if getattr(facts, name) is not None), None)
+
+    def value(self, name: str) -> Any:
+        """Return what counts for the field, or None where nobody says anything."""
+        teller = self.teller(name)
+        return None if teller is None else getattr(teller, name)
+
+    def told(self, name: str) -> bool:
+        """Return whether somebody who knows told the field."""
+        teller = self.teller(name)
+        return teller is not None and not teller.assumed

@@ -1,0 +1,3 @@
+"""The parts of training; `vit_edge.train` is the way in."""
+
+__all__: list[str] = []

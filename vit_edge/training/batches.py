@@ -1,0 +1,205 @@
+"""Batches for training and evaluation, each a pure function of the seed and its number.
+
+Every random choice is drawn from a seed made of the run's seed, what is chosen, the epoch and the picture's place in
+it. So a run can stop at any batch and go on as if it had not, and one process sees the same pictures as many.
+Pictures are uint8 [3, height, width], or float32 of the same range where pairs were mixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from vit_edge.cpu import usable_threads
+from vit_edge.data import LabelledImages, stream
+from vit_edge.image import Pixels, Preprocessing, decode, pixel_hash
+from vit_edge.progress import Progress
+from vit_edge.training.recipe import Recipe
+
+__all__ = ["Augmentation", "Pictures", "TrainingBatches", "evaluation_batches", "load_pictures", "seed_of"]
+
+# Decoded pictures are kept in memory while they fit into this; after that each is decoded whenever it is needed.
+_KEPT_BYTES = 2 * 2**30
+_ORDER, _PICTURE, _PAIR = 0, 1, 2
+EVALUATION_BATCH = 64
+
+
+def seed_of(*parts: int) -> int:
+    """Return a seed for torch made of non-negative numbers; other numbers, another seed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The usable pictures of a split: hashes of what evaluation sees of them, and their pixels while they fit."""
+
+    images: LabelledImages
+    preprocessing: Preprocessing
+    cropped: bool  # whether `pixels` are those of evaluation, or the whole picture
+    hashes: tuple[str, ...]
+    kept: tuple[Pixels | None, ...]
+
+    def pixels(self, position: int) -> Tensor:
+        """Return uint8 [3, height, width] of one picture."""
+        kept = self.kept[position]
+        if kept is None:
+            kept = _read(self.images.paths[position], self.preprocessing, cropped=self.cropped)[1]
+        return torch.from_numpy(kept).permute(2, 0, 1)
+
+    def by_hash(self) -> dict[str, Path]:
+        """Return the path of each picture by its hash."""
+        return dict(zip(self.hashes, self.images.paths, strict=True))
+
+    def without(self, hashes: Sequence[str]) -> Pictures:
+        """Return the pictures whose hash is not among these."""
+        left_out = set(hashes)
+        places = [i for i, digest in enumerate(self.hashes) if digest not in left_out]
+        return Pictures(
+            images=self.images.take(places),
+            preprocessing=self.preprocessing,
+            cropped=self.cropped,
+            hashes=tuple(self.hashes[i] for i in places),
+            kept=tuple(self.kept[i] for i in places),
+        )
+
+
+def load_pictures(
+    images: LabelledImages, preprocessing: Preprocessing, *, cropped: bool, stage: str, progress: Progress
+) -> Pictures:
+    """Decode every picture once; unusable ones are named and left out, raises DataRejected where they are over 1 %."""
+    places, hashes, kept, size_bytes = list[int](), list[str](), list[Pixels | None](), 0
+    reading = stream(
+        images.paths, lambda path: _read(path, preprocessing, cropped=cropped), threads=usable_threads()
+    )  # fmt: skip
+    for position, (digest, pixels) in reading:
+        size_bytes += pixels.nbytes
+        places.append(position)
+        hashes.append(digest)
+        kept.append(pixels if size_bytes <= _KEPT_BYTES else None)
+        progress(stage, position + 1, images.num_images)
+    return Pictures(images.take(places), preprocessing, cropped, tuple(hashes), tuple(kept))
+
+
+def _read(path: Path, preprocessing: Preprocessing, *, cropped: bool) -> tuple[str, Pixels]:
+    image = decode(path)
+    seen = preprocessing.pixels(image)
+    return pixel_hash(seen), seen if cropped else np.array(image)
+
+
+class Augmentation:
+    """A random change of one picture, by the recipe; the same seed gives the same change."""
+
+    def __init__(self, recipe: Recipe, preprocessing: Preprocessing) -> None:
+        self._transform = v2.Compose([*_transforms(recipe, preprocessing), v2.Identity()])
+
+    def __call__(self, pixels_CYX: Tensor, *, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        changed_CYX: Tensor = self._transform(pixels_CYX)
+        return changed_CYX
+
+
+def _transforms(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[Any]:
+    if recipe.crop_area is not None:
+        interpolation = InterpolationMode(preprocessing.interpolation)
+        area = (recipe.crop_area, 1.0)
+        yield v2.RandomResizedCrop(preprocessing.crop, scale=area, interpolation=interpolation, antialias=True)
+    if recipe.flip_probability:
+        yield v2.RandomHorizontalFlip(recipe.flip_probability)
+    grey = [round(255 * mean) for mean in preprocessing.mean]
+    if recipe.rand_augment_operations:
+        yield v2.RandAugment(recipe.rand_augment_operations, recipe.rand_augment_magnitude, fill=grey)
+    if recipe.rotate_degrees or recipe.shift_fraction or recipe.scale_fraction:
+        yield v2.RandomAffine(
+            degrees=recipe.rotate_degrees,
+            translate=(recipe.shift_fraction, recipe.shift_fraction),
+            scale=(1 - recipe.scale_fraction, 1 + recipe.scale_fraction),
+            interpolation=InterpolationMode.BILINEAR,
+        )
+    if recipe.random_erasing_probability:
+        yield v2.RandomErasing(recipe.random_erasing_probability, value=grey)
+
+
+class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Item `step` is what one process trains on in that step: pictures, and labels [b] or mixed targets [b, classes].
+
+    The pictures of a batch are cut into `world_size` runs of whole pairs, so that mixed pairs are the same ones however
+    many processes there are; a process may get none of a short last batch.
+    """
+
+    def __init__(
+        self, pictures: Pictures, recipe: Recipe, *, num_classes: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.pictures, self.recipe, self.num_classes = pictures, recipe, num_classes
+        self.rank, self.world_size = rank, world_size
+        self._augment = Augmentation(recipe, pictures.preprocessing)
+        mixers = [(v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha)]
+        self._mixers = [kind(alpha=alpha, num_classes=max(2, num_classes)) for kind, alpha in mixers if alpha]
+        self._ordered: tuple[int, list[int]] = (-1, [])
+        self.steps_per_epoch = math.ceil(pictures.images.num_images / recipe.batch_size)
+
+    def __len__(self) -> int:
+        return self.recipe.epochs * self.steps_per_epoch
+
+    def size(self, step: int) -> int:
+        """Return how many pictures the whole batch of a step has, over all processes."""
+        first = step % self.steps_per_epoch * self.recipe.batch_size
+        return min(self.recipe.batch_size, self.pictures.images.num_images - first)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, number = divmod(step, self.steps_per_epoch)
+        pairs = math.ceil(self.size(step) / 2)
+        first, last = (2 * (pairs * rank // self.world_size) for rank in (self.rank, self.rank + 1))
+        offset = number * self.recipe.batch_size
+        places = range(offset + first, offset + min(last, self.size(step)))
+        positions = self._order(epoch)[places.start : places.stop]
+        labels = torch.tensor([self.pictures.images.labels[i] for i in positions], dtype=torch.int64)
+        images = [
+            self._augment(self.pictures.pixels(i), seed=seed_of(self.recipe.seed, _PICTURE, epoch, place))
+            for i, place in zip(positions, places, strict=True)
+        ]
+        if not images:
+            return torch.zeros(0, 3, *self.pictures.preprocessing.crop), labels
+        batch = torch.stack(images)
+        return self._mixed(batch, labels, epoch, places) if self._mixers else (batch, labels)
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._ordered[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, _ORDER, epoch))
+            order = torch.randperm(self.pictures.images.num_images, generator=generator)
+            self._ordered = (epoch, order.tolist())
+        return self._ordered[1]
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, places: range) -> tuple[Tensor, Tensor]:
+        targets = torch.nn.functional.one_hot(labels, max(2, self.num_classes)).float()
+        images = images.float()
+        for i in range(0, len(labels) - 1, 2):
+            torch.manual_seed(seed_of(self.recipe.seed, _PAIR, epoch, places[i]))
+            mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
+            images[i : i + 2], targets[i : i + 2] = mixer(images[i : i + 2], labels[i : i + 2])
+        return images, targets[:, : self.num_classes]
+
+    def from_step(self, step: int, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of every step from `step` on, made ahead by `workers` processes."""
+        # Seeds belong to the pictures, not to the loader: what it draws for its workers is never used.
+        loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+            self, batch_size=None, sampler=range(step, len(self)), num_workers=workers
+        )
+        yield from loader
+
+
+def evaluation_batches(pictures: Pictures, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield uint8 pictures [b, 3, height, width] and labels [b] of every `world_size`-th picture, from `rank` on."""
+    mine = range(rank, pictures.images.num_images, world_size)
+    for first in range(0, len(mine), EVALUATION_BATCH):
+        positions = mine[first : first + EVALUATION_BATCH]
+        labels = torch.tensor([pictures.images.labels[i] for i in positions])
+        yield torch.stack([pictures.pixels(i) for i in positions]), labels
