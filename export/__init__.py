@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vit_edge.export.exporter import ExportResult, export_onnx
+    from vit_edge.export.options import ExportOptions
     from vit_edge.export.quantization import QuantizationResult, quantize
     from vit_edge.export.verification import Verification, verify
 
-__all__ = ["ExportResult", "QuantizationResult", "Verification", "export_onnx", "quantize", "verify"]
+__all__ = ["ExportOptions", "ExportResult", "QuantizationResult", "Verification", "export_onnx", "quantize", "verify"]
 
 _MODULES = {
+    "ExportOptions": "options",
     "ExportResult": "exporter",
     "QuantizationResult": "quantization",
     "Verification": "verification",

@@ -11,6 +11,8 @@ Registers stand first here: attention does not know the order of its tokens, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,24 +53,29 @@ class Normalisation(nn.Module):
 
 
 class PatchProduct(nn.Module):
-    """Map uint8 pixels [batch, height, width, 3] to tokens with their positions: one product, one addition."""
+    """Map images to tokens with their positions: one product, one addition.
 
-    def __init__(self, model: VisionTransformer, preprocessing: Preprocessing) -> None:
+    Images are uint8 pixels [batch, height, width, 3], or, without `pixels`, normalised float32 [batch, 3, height,
+    width].
+    """
+
+    def __init__(self, model: VisionTransformer, preprocessing: Preprocessing, *, pixels: bool) -> None:
         super().__init__()
-        self.config = model.config
-        weight_DCYX = model.patch_embed.proj.weight.double()
-        mean_C, std_C = (torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std))
-        # (x/255 - mean)/std convolved with W is x convolved with W/(255 std), less W summed against mean/std.
-        folded_DCYX = weight_DCYX / (255 * std_C).view(1, 3, 1, 1)
-        shift_D = (weight_DCYX * (mean_C / std_C).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
-        weight_ID = folded_DCYX.permute(2, 3, 1, 0).reshape(-1, model.config.width)
+        self.config, self.pixels = model.config, pixels
+        weight_DCYX, bias_D = model.patch_embed.proj.weight.double(), _bias(model.patch_embed.proj)
+        if pixels:
+            # (x/255 - mean)/std convolved with W is x convolved with W/(255 std), less W summed against mean/std.
+            mean_C, std_C = (torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std))
+            bias_D = bias_D - (weight_DCYX * (mean_C / std_C).view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
+            weight_DCYX = weight_DCYX / (255 * std_C).view(1, 3, 1, 1)
+        weight_ID = weight_DCYX.permute(2, 3, 1, 0).reshape(-1, model.config.width)
         self.weight = nn.Parameter(weight_ID.float().contiguous(), requires_grad=False)
-        positions_TD = _constant_tokens(model, _bias(model.patch_embed.proj) - shift_D)
-        self.positions = nn.Parameter(positions_TD.float(), requires_grad=False)
+        self.positions = nn.Parameter(_constant_tokens(model, bias_D).float(), requires_grad=False)
 
-    def forward(self, images_BYXC: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         (height, width), (patch_y, patch_x) = self.config.image_size, self.config.patch_size
         columns, values = width // patch_x, patch_x * 3
+        images_BYXC = images if self.pixels else images.permute(0, 2, 3, 1)
         # Rows of patches join the batch: rank 4 is what the strictest accelerators take.
         rows = images_BYXC.reshape(-1, patch_y, columns, values).transpose(1, 2)
         patches_BTI = rows.reshape(-1, (height // patch_y) * columns, patch_y * values)
@@ -93,10 +100,9 @@ class DeployedAttention(nn.Module):
         scale = torch.ones(3 * config.width, dtype=torch.float64)
         scale[: config.width] = config.head_dim**-0.5
         weight_ID, bias_D = weight_ID * scale, bias_D * scale
-        tokens = config.num_prefix_tokens + config.num_patches
         self.num_asking = asking.stop - asking.start
-        self.all_ask = self.num_asking == tokens
-        self.own_query = 2 * self.num_asking < tokens
+        self.all_ask = self.num_asking == _num_tokens(config)
+        self.own_query = 2 * self.num_asking < _num_tokens(config)
         if self.own_query:
             self.query = Product(weight_ID[:, : config.width], bias_D[: config.width])
             self.key_value = Product(weight_ID[:, config.width :], bias_D[config.width :])
@@ -104,12 +110,12 @@ class DeployedAttention(nn.Module):
             self.qkv = Product(weight_ID, bias_D)
         self.proj = Product(*_scaled(block.attn.proj, block.ls1))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens asking, and the weights [B, N, asking, T] that mixed the values."""
         q_BNTH, k_BNTH, v_BNTH = self._queries_keys_values(x_BTD)
         weights_BNTT = torch.softmax(torch.matmul(q_BNTH, k_BNTH.transpose(2, 3)), dim=-1)
         mixed_BTNH = torch.matmul(weights_BNTT, v_BNTH).transpose(1, 2)
-        out_BTD: Tensor = self.proj(mixed_BTNH.reshape(-1, self.num_asking, self.width))
-        return out_BTD
+        return self.proj(mixed_BTNH.reshape(-1, self.num_asking, self.width)), weights_BNTT
 
     def _queries_keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.own_query:
@@ -138,41 +144,59 @@ class DeployedBlock(nn.Module):
         weight_ID, bias_D = _scaled(block.mlp.fc2, block.ls2)
         self.fc2 = Product(weight_ID / quick, bias_D)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens asking, and how they attended to all tokens."""
         residual_BTD = x_BTD if self.attention.all_ask else x_BTD[:, self.attention.asking]
-        x_BTD = residual_BTD + self.attention(self.norm1(x_BTD))
-        out_BTD: Tensor = x_BTD + self.fc2(self.activation(self.fc1(self.norm2(x_BTD))))
-        return out_BTD
+        mixed_BTD, weights_BNTT = self.attention(self.norm1(x_BTD))
+        x_BTD = residual_BTD + mixed_BTD
+        return x_BTD + self.fc2(self.activation(self.fc1(self.norm2(x_BTD)))), weights_BNTT
 
 
 class DeployedViT(nn.Module):
-    """Map uint8 images [batch, height, width, 3], RGB, to float32 logits [batch, classes]."""
+    """Map uint8 images [batch, height, width, 3], RGB, to float32 logits [batch, classes], and `extras` after them.
 
-    def __init__(self, model: VisionTransformer, preprocessing: Preprocessing) -> None:
+    Extras are "features", what the head reads, and "attention" [batch, heads, rows, columns]: that of the last block to
+    each patch, from the class token, or the mean over the patches where they are what is pooled. Without `pixels` the
+    images are normalised float32 [batch, 3, height, width].
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        preprocessing: Preprocessing,
+        *,
+        pixels: bool = True,
+        extras: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.config = config = model.config
-        self.patches = PatchProduct(model, preprocessing)
+        self.config, self.extras = model.config, tuple(extras)
+        self.patches = PatchProduct(model, preprocessing, pixels=pixels)
         # CLIP's norm is read by the residual sum too: its scale and shift have no product to go into.
         self.norm_pre = model.norm_pre
-        everything = slice(0, config.num_prefix_tokens + config.num_patches)
-        last = config.depth - 1
-        self.block = nn.ModuleList(
-            DeployedBlock(block, config, asking=_pooled(config) if number == last else everything)
-            for number, block in enumerate(model.blocks)
-        )
-        self.norm = Normalisation(config)
-        self.head = Product(*_heads(model))
+        asking = [slice(0, _num_tokens(model.config))] * (model.config.depth - 1) + [_pooled(model.config)]
+        blocks = zip(model.blocks, asking, strict=True)
+        self.block = nn.ModuleList(DeployedBlock(block, model.config, asking=tokens) for block, tokens in blocks)
+        # Features are for others to read: their norm keeps its scale and shift.
+        self.norm = model.norm if "features" in self.extras else Normalisation(model.config)
+        self.head = Product(*_heads(model, after_norm="features" not in self.extras))
 
-    def forward(self, images_BYXC: Tensor) -> Tensor:
-        x_BTD = self.norm_pre(self.patches(images_BYXC))
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        x_BTD = self.norm_pre(self.patches(images))
         for block in self.block:
-            x_BTD = block(x_BTD)
+            x_BTD, weights_BNTT = block(x_BTD)
         if self.config.final_norm == "before_pooling":
             pooled_BD = self._pool(self.norm(x_BTD))
         else:
             pooled_BD = self.norm(self._pool(x_BTD))
         logits_BK: Tensor = self.head(pooled_BD)
-        return logits_BK
+        extras = {"features": lambda: pooled_BD, "attention": lambda: self._attention(weights_BNTT)}
+        return (logits_BK, *(extras[name]() for name in self.extras)) if self.extras else logits_BK
+
+    def _attention(self, weights_BNTT: Tensor) -> Tensor:
+        rows, columns = self.config.grid
+        to_patches_BNTT = weights_BNTT[..., self.config.num_prefix_tokens :]
+        from_one_BNT = to_patches_BNTT.mean(dim=2) if self.config.pooling == "mean" else to_patches_BNTT[:, :, :1]
+        return from_one_BNT.reshape(-1, self.config.num_heads, rows, columns)
 
     def _pool(self, x_BTD: Tensor) -> Tensor:
         """Return what the head reads from the tokens that the last block gave, [batch, width] or twice that wide."""
@@ -185,10 +209,14 @@ class DeployedViT(nn.Module):
 
 def _pooled(config: ViTConfig) -> slice:
     """Return which tokens pooling reads, in this form's order: registers, class, distillation, patches."""
-    tokens = config.num_prefix_tokens + config.num_patches
     if config.pooling == "class":
         return slice(config.num_registers, config.num_prefix_tokens)
-    return slice(config.num_prefix_tokens if config.pooling == "mean" else config.num_registers, tokens)
+    first = config.num_prefix_tokens if config.pooling == "mean" else config.num_registers
+    return slice(first, _num_tokens(config))
+
+
+def _num_tokens(config: ViTConfig) -> int:
+    return config.num_prefix_tokens + config.num_patches
 
 
 def _constant_tokens(model: VisionTransformer, patch_bias_D: Tensor) -> Tensor:
@@ -207,13 +235,12 @@ def _constant_tokens(model: VisionTransformer, patch_bias_D: Tensor) -> Tensor:
     return torch.cat([prefix_TD[first_register:], prefix_TD[:first_register], patches_TD])
 
 
-def _heads(model: VisionTransformer) -> tuple[Tensor, Tensor]:
-    """Return weight [in, out] and bias of the head after the final norm; a distilled network's two heads as one."""
-    config = model.config
-    if config.distilled:
-        folded = [_after_norm(head, model.norm) for head in (model.head, model.head_dist)]
-        return torch.cat([weight_IO for weight_IO, _ in folded]) / 2, (folded[0][1] + folded[1][1]) / 2
-    return _after_norm(model.head, model.norm)
+def _heads(model: VisionTransformer, *, after_norm: bool) -> tuple[Tensor, Tensor]:
+    """Return weight [in, out] and bias of the head, the final norm folded in; two heads become one."""
+    heads = (model.head, model.head_dist) if model.config.distilled else (model.head,)
+    folded = [_after_norm(head, model.norm) if after_norm else (head.weight.double().T, _bias(head)) for head in heads]
+    weight_IO, bias_O = torch.cat([weight for weight, _ in folded]), torch.stack([bias for _, bias in folded])
+    return weight_IO / len(heads), bias_O.mean(dim=0)
 
 
 def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

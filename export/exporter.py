@@ -1,34 +1,56 @@
-"""Export a checkpoint to a model file: deploy form, traced, proven against PyTorch, then written."""
+"""Export a network to a model file: deploy form, traced, proven against PyTorch, then written."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
+from torch import nn
 
 import vit_edge
-from vit_edge.artifact import PRODUCER, Manifest, ModelFile, open_model, pack
-from vit_edge.checkpoint import Checkpoint, load_checkpoint
+from vit_edge.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack, weights_entry
+from vit_edge.checkpoint import Checkpoint
+from vit_edge.convert import open_source
+from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import MissingExtra
-from vit_edge.export.deploy import DeployedViT
+from vit_edge.export.answering import load_elsewhere
+from vit_edge.export.divergence import describe_first_apart
+from vit_edge.export.external import move_weights_out
+from vit_edge.export.finishing import finish
+from vit_edge.export.formats import may_write_format, write_files, write_folder, write_model
 from vit_edge.export.golden import choose_seeds, golden_header
-from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, check_parity, reference_logits
+from vit_edge.export.huggingface import folder_of, require_vit
+from vit_edge.export.ir_conversion import convert_to_ir
+from vit_edge.export.network import (
+    EXTRAS,
+    Network,
+    from_checkpoint,
+    from_module,
+    reference_extras,
+    reference_logits,
+    traced_form,
+)
+from vit_edge.export.options import ExportOptions
+from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, Reference, check_parity, half_tolerance
 from vit_edge.export.tracing import trace
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import sha256_hex
+from vit_edge.image import Pixels, Preprocessing
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.engine import EngineOptions, installed_engines
-from vit_edge.runtime.golden import expectation, golden_images
-from vit_edge.runtime.loading import load_model
+from vit_edge.releases import highest_versions
+from vit_edge.runtime.engine import Array, Logits, installed_engines
+from vit_edge.runtime.golden import Tolerance, expectation, golden_images
+from vit_edge.vit import VisionTransformer
 
 __all__ = ["ExportResult", "export_onnx"]
 
 _ENGINES = ("onnxruntime", "openvino")
 _STAGES = ("tracing", "golden vectors", "parity", "writing")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,70 +64,176 @@ class ExportResult:
 
 
 def export_onnx(
-    source: str | os.PathLike[str], *, out: str | os.PathLike[str], force: bool = False, progress: Progress = silent
+    source: str | os.PathLike[str] | Checkpoint | nn.Module,
+    *,
+    out: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    name: str | None = None,
+    assumed: Sequence[str] = (),
+    data: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress = silent,
 ) -> ExportResult:
-    """Write the model file `out` from the checkpoint `source`; nothing appears under its name before it is proven.
+    """Write the model file `out`, proven before it appears, from what `convert` reads or any torch image classifier.
 
-    Raises CheckpointRejected, UsageError where `out` exists (unless `force`), VerificationFailed where ONNX Runtime or
-    OpenVINO gives other logits than PyTorch, MissingExtra where either is not installed.
+    `labels` take the place of those in a checkpoint; a module has no labels, preprocessing or name of its own, and
+    `assumed` names what of these nobody knew. Parity also runs on the pictures in `data`. Raises CheckpointRejected,
+    UsageError (also where `out` exists, unless `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other
+    logits than PyTorch, MissingExtra where either is not installed.
     """
     _require_engines()
-    checkpoint = load_checkpoint(source)
-    target = may_write(out, force=force, made_from=source)
-    height, width = checkpoint.model.config.image_size
-    reference = reference_logits(checkpoint.model, checkpoint.preprocessing)
+    options = options or ExportOptions()
+    is_file = isinstance(source, str | os.PathLike) and Path(source).is_file()
+    target = may_write_format(out, options, force=force, made_from=source if is_file else None)  # type: ignore[arg-type]
+    if isinstance(source, nn.Module):
+        network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
+    else:
+        checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
+        network = from_checkpoint(checkpoint).with_labels(labels)
+    return _export(network, target, options, data, progress)
 
+
+def _export(
+    network: Network, target: Path, options: ExportOptions, data: str | os.PathLike[str] | None, progress: Progress
+) -> ExportResult:
+    if options.format == "huggingface":
+        require_vit(network.architecture)
     progress("tracing", 0, len(_STAGES))
-    with torch.no_grad():
-        graph = trace(DeployedViT(checkpoint.model, checkpoint.preprocessing), height=height, width=width)
-    graph.producer_name, graph.producer_version = PRODUCER, vit_edge.__version__
+    graph = _graph(network, options)
 
     progress("golden vectors", 1, len(_STAGES))
-    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width)
-    images_NHWC = golden_images(seeds, height=height, width=width)
+    golden = _golden(network, options)
 
     progress("parity", 2, len(_STAGES))
-    manifest = _manifest(checkpoint)
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest))
-    parity = check_parity(model, reference, images_NHWC=images_NHWC, engines=_ENGINES)
+    file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
+    weights = move_weights_out(graph.graph, file=file)
+    entry = weights_entry(file, weights) if weights is not None else None
+    manifest = replace(_manifest(network, options), weights=entry)
+    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), weights=weights, warn=False)
+    del graph
+    parity = check_parity(
+        model,
+        _reference(network, options),
+        images_NHWC=golden.images_NHWC,
+        engines=_ENGINES,
+        pictures=_pictures(data, network.preprocessing),
+        tolerance=golden.tolerance,
+        first_apart=lambda engine, image: _explain(model, network, options, engine, image),
+    )
 
     progress("writing", 3, len(_STAGES))
-    golden = golden_header(seeds, checkpoint.preprocessing)
-    expected = expectation(reference(images_NHWC), engines=_ENGINES, tolerance=FLOAT32_TOLERANCE)
-    data = model.with_manifest(replace(manifest, golden={**golden, "expected": [expected]}))
-    finished = _checked(data)
-    write_atomic(target, data)
+    manifest = replace(manifest, golden=golden.fields)
+    finished = open_model(model.with_manifest(manifest), weights=weights, warn=False)
+    for engine in _ENGINES:
+        load_elsewhere(finished, engine=engine)
+    sha256, size_bytes = _write(finished, target, options, golden)
     progress("writing", 4, len(_STAGES))
-    return ExportResult(model=target, sha256=finished.sha256, size_bytes=len(data), parity=tuple(parity))
+    return ExportResult(model=target, sha256=sha256, size_bytes=size_bytes, parity=tuple(parity))
 
 
-def _manifest(checkpoint: Checkpoint) -> Manifest:
-    architecture: Mapping[str, Any] = {"family": "vit", **checkpoint.model.config.to_dict()}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Golden:
+    """The golden inputs with PyTorch's logits, and how near others have to come; `fields` is what the manifest says."""
+
+    images_NHWC: Pixels
+    expected_BK: Logits
+    tolerance: Tolerance
+    fields: Mapping[str, object]
+
+
+def _golden(network: Network, options: ExportOptions) -> _Golden:
+    height, width = network.preprocessing.crop
+    reference = reference_logits(network.model, network.preprocessing)
+    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width)
+    images_NHWC = golden_images(seeds, height=height, width=width)
+    expected_BK = reference(images_NHWC)
+    tolerance = FLOAT32_TOLERANCE if options.precision == "fp32" else half_tolerance(expected_BK)
+    expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
+    fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
+    return _Golden(images_NHWC=images_NHWC, expected_BK=expected_BK, tolerance=tolerance, fields=fields)
+
+
+def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Golden) -> tuple[str, int]:
+    """Write the model in its format; return the hash that names it, and its size in bytes."""
+    if options.format == "openvino":
+        xml, weights = convert_to_ir(
+            model, images_NHWC=golden.images_NHWC, expected_BK=golden.expected_BK, tolerance=golden.tolerance
+        )
+        # The `.xml` last: without it the other file is nothing.
+        write_files({target.with_suffix(".bin"): weights, target: xml})
+        return sha256_hex(xml), len(xml) + len(weights)
+    if options.format == "huggingface":
+        files = folder_of(model)
+        write_folder(target, files)
+        return model.sha256, sum(len(data) for data in files.values())
+    write_model(target, model)
+    return model.sha256, len(model.data) + len(model.weights or b"")
+
+
+def _graph(network: Network, options: ExportOptions) -> onnx.ModelProto:
+    """Return the finished graph, without a manifest."""
+    height, width = network.preprocessing.crop
+    graph = trace(
+        traced_form(network, options),
+        height=height,
+        width=width,
+        pixels=options.input == "uint8-nhwc",
+        outputs=["logits", *(name for name in EXTRAS if name in options.outputs)],
+        highest_opset=highest_versions(options.min_onnxruntime)[0],
+    )
+    return finish(graph, options)
+
+
+def _reference(network: Network, options: ExportOptions) -> Reference:
+    logits = reference_logits(network.model, network.preprocessing)
+    if not isinstance(network.model, VisionTransformer) or not set(EXTRAS) & set(options.outputs):
+        return lambda images_NHWC: {"logits": logits(images_NHWC)}
+    extras = reference_extras(network.model, network.preprocessing)
+    return lambda images_NHWC: {"logits": logits(images_NHWC), **extras(images_NHWC)}
+
+
+def _explain(model: ModelFile, network: Network, options: ExportOptions, engine: str, image_NHWC: Pixels) -> str:
+    if options.precision != "fp32" or options.batch is not None:
+        return ""  # rounding everywhere, or a graph that takes no single image
+    others = [other for other in _ENGINES if other != engine]
+    traced = traced_form(network, options)
+    return describe_first_apart(model, traced, engine=engine, others=others, image_NHWC=image_NHWC)
+
+
+def _pictures(data: str | os.PathLike[str] | None, preprocessing: Preprocessing) -> list[Array]:
+    if data is None:
+        return []
+    return [pixels for _, pixels in stream_pixels(find_images(data), preprocessing)]
+
+
+def _manifest(network: Network, options: ExportOptions) -> Manifest:
+    is_float32 = options.input == "float32-nchw"
+    layout: Mapping[str, object] = {"dtype": "float32", "layout": "NCHW"} if is_float32 else {}
+    batch = {} if options.batch is None else {"batch": options.batch}
+    name = {"name": "pixel_values"} if options.format == "huggingface" else {}
+    is_deploy_form = isinstance(network.model, VisionTransformer) and options.deploy_form
     return Manifest(
-        name=checkpoint.name,
-        architecture=architecture,
-        preprocessing=checkpoint.preprocessing,
-        labels=checkpoint.labels,
-        precision="float32",
-        license=checkpoint.license,
-        base_model=checkpoint.base_model,
-        evaluation=checkpoint.evaluation,
-        assumed=checkpoint.assumed,
+        name=network.name,
+        architecture=network.architecture,
+        preprocessing=network.preprocessing,
+        labels=network.labels,
+        precision="float32" if options.precision == "fp32" else "float16",
+        input={**PIXELS_INPUT, **name, **layout, **batch},
+        outputs=options.output_names,
+        license=network.license,
+        base_model=network.base_model,
+        evaluation=network.evaluation,
+        assumed=network.assumed,
         provenance={
-            "checkpoint_sha256": checkpoint.sha256,
+            **network.provenance,
+            "form": "deploy" if is_deploy_form else "plain",
             "vit_edge": vit_edge.__version__,
             "torch": torch.__version__,
             "onnx": onnx.__version__,
         },
     )
-
-
-def _checked(data: bytes) -> ModelFile:
-    """Return the finished file opened again, its golden vectors run in every engine as a user's load would."""
-    model = open_model(data)
-    for engine in _ENGINES:
-        load_model(model, engine=engine, options=EngineOptions()).close()
-    return model
 
 
 def _require_engines() -> None:

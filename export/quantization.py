@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from vit_edge.artifact import ModelFile, open_model, pack
+from vit_edge.artifact import Manifest, ModelFile, open_model, pack
 from vit_edge.data import EVALUATION_SPLITS, find_images, pixel_hashes, read_labelled, refuse_overlap, stream_pixels
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export.calibration import Range, observe_channels, observe_ranges
@@ -22,7 +22,7 @@ from vit_edge.export.verification import Verification, verify_models
 from vit_edge.files import may_write, write_atomic
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.engine import EngineOptions, installed_engines, make_engine
+from vit_edge.runtime.engine import Array, EngineOptions, installed_engines, make_engine
 from vit_edge.runtime.golden import Tolerance, expectation, golden_images, made_here
 from vit_edge.runtime.loading import load_model
 
@@ -79,6 +79,9 @@ def quantize(
         raise UsageError(
             "cannot quantize", file=model, reason=reason, remedy="give the file that `vit-edge export` wrote"
         )
+    if source.weights is not None:
+        reason = "its weights lie beside it, being over 2 GiB; quantization works within one file"
+        raise UsageError("cannot quantize", file=model, reason=reason, remedy="take a smaller network")
     # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
     load_model(source, options=EngineOptions()).close()
     paths = find_images(calibration)
@@ -90,11 +93,12 @@ def quantize(
     preprocessing = source.manifest.preprocessing
     hashes: list[str] = []
     pictures = _noted(_pictures("aligning norms", paths, preprocessing, progress), hashes, judging)
-    graph = reparameterise(graph, observe_channels(graph, find_norms(graph), pictures))
+    graph = reparameterise(graph, observe_channels(graph, find_norms(graph), _fed(pictures, source.manifest)))
     _check_calibration(hashes, calibration)
     products = find_products(graph)
     tensors = list(dict.fromkeys(p.input for p in products if not p.takes_pixels))
-    ranges = observe_ranges(graph, tensors, _pictures("calibrating", paths, preprocessing, progress))
+    pictures = _pictures("calibrating", paths, preprocessing, progress)
+    ranges = observe_ranges(graph, tensors, _fed(pictures, source.manifest))
 
     quantized = insert_qdq(graph, ranges, weight_bits=TARGETS[target])
     manifest = replace(
@@ -105,12 +109,14 @@ def quantize(
         quantization=_record(target, ranges, hashes),
         provenance={**source.manifest.provenance, "float_model_sha256": source.sha256, "onnx": onnx.__version__},
     )
-    finished = _with_golden(open_model(pack(quantized.SerializeToString(deterministic=True), manifest)), source)
+    finished = _with_golden(
+        open_model(pack(quantized.SerializeToString(deterministic=True), manifest), warn=False), source
+    )
     verification = None
     if data is not None:
         verification = verify_models(finished, reference=source, data=data, progress=progress)
         evaluated = replace(finished.manifest, evaluation=_evaluation(verification))
-        finished = open_model(finished.with_manifest(evaluated))
+        finished = open_model(finished.with_manifest(evaluated), warn=False)
     write_atomic(written, finished.data)
     return QuantizationResult(
         model=written,
@@ -136,6 +142,12 @@ def _pictures(stage: str, paths: Sequence[Path], preprocessing: Preprocessing, p
         progress(stage, position, len(paths))
         yield pixels
     progress(stage, len(paths), len(paths))
+
+
+def _fed(pictures: Iterable[Pixels], manifest: Manifest) -> Iterator[Array]:
+    """Yield what the graph takes for each picture: its pixels, or those normalised."""
+    for pixels in pictures:
+        yield manifest.network_input(pixels[None])[0]
 
 
 def _noted(pictures: Iterable[Pixels], hashes: list[str], judging: dict[str, Path]) -> Iterator[Pixels]:
@@ -184,12 +196,12 @@ def _with_golden(model: ModelFile, source: ModelFile) -> ModelFile:
     images_NHWC = golden_images(golden.get("seeds", ()), height=height, width=width)
     expected = []
     for name in installed_engines():
-        engine = make_engine(name, model.data, EngineOptions())
+        engine = make_engine(name, model, EngineOptions())
         entry = expectation(engine.run(images_NHWC), engines=[name], tolerance=_GOLDEN_TOLERANCE)
         expected.append({**entry, "made_on": made_here(engine)})
         engine.close()
     manifest = replace(model.manifest, golden={**golden, "expected": expected})
-    finished = open_model(model.with_manifest(manifest))
+    finished = open_model(model.with_manifest(manifest), warn=False)
     for name in installed_engines():
         load_model(finished, engine=name, options=EngineOptions()).close()
     return finished

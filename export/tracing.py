@@ -4,54 +4,131 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import onnx
+import onnxscript
 import torch
+from onnxscript import optimizer
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from vit_edge.errors import VerificationFailed
+from vit_edge.export.costs import without_weights
 
 __all__ = ["IR_VERSION", "OPSET", "trace"]
 
-# Opset 20 has GELU as one operator (five in 18), and ONNX Runtime 1.17 reads it with IR 8: the exporter
-# stamps IR 10 on every file, whether its graph needs it or not.
-OPSET, IR_VERSION = 20, 8
+# Opset 20 has GELU as one operator (five in 18); 18 is the lowest that the exporter writes. It stamps IR 10 on every
+# file, whether its graph needs it or not, and ONNX Runtime 1.17 reads 9 at most: nothing here needs more than 8.
+OPSET, _LOWEST_OPSET, IR_VERSION = 20, 18, 8
 # Traced with a batch that is not among those that parity runs.
 _TRACED_BATCH = 5
+# Values of a constant that is computed once: larger ones would only make the file larger.
+_MOST_FOLDED = 2**22
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# The network that `PlainNetwork` puts behind its pixels, and what the exporter calls that itself.
+_WRAPPED, _OUTERMOST = "network.", "_empty_nn_module_stack"
 
 
-def trace(module: nn.Module, *, height: int, width: int) -> onnx.ModelProto:
+def trace(
+    module: nn.Module,
+    *,
+    height: int,
+    width: int,
+    pixels: bool = True,
+    outputs: Sequence[str] = ("logits",),
+    highest_opset: int = OPSET,
+) -> onnx.ModelProto:
     """Return the ONNX graph of `module`: images uint8 [batch, height, width, 3] to logits [batch, classes].
 
-    Raises VerificationFailed where the module cannot be traced with a dynamic batch.
+    Without `pixels` images are float32 [batch, 3, height, width]. The opset is the lowest that the graph needs. Raises
+    VerificationFailed where the module cannot be traced with a dynamic batch.
     """
-    example = torch.zeros(_TRACED_BATCH, height, width, 3, dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _PoolingAsMean():
         warnings.simplefilter("ignore")  # the exporter's own deprecations: nothing that a user could act on
         try:
             program = torch.onnx.export(
                 module.eval(),
-                (example,),
+                (_example(height, width, pixels),),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
                 input_names=["images"],
-                output_names=["logits"],
-                opset_version=OPSET,
+                output_names=list(outputs),
+                opset_version=OPSET if highest_opset >= OPSET else _LOWEST_OPSET,
                 verbose=False,
             )
         except Exception as error:  # the exporter's exceptions share no base but this
-            raise _cannot_trace(" ".join(str(error).split())[:400]) from error
+            raise _cannot_trace(_readable(error)) from error
     assert program is not None
+    _fold_constants(program.model)
     model: onnx.ModelProto = program.model_proto
     _check_batch_is_free(model.graph)
     _rename(model.graph)
     _strip(model)
     model.ir_version = IR_VERSION
+    _lower_opset(model)
     return model
+
+
+class _PoolingAsMean(TorchFunctionMode):
+    """Average pooling to one pixel as the mean it is: the exporter makes a gather over computed indices of it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.adaptive_avg_pool2d:
+            images, size = (*args, *(kwargs or {}).values())
+            if size in (1, (1, 1), [1, 1]):
+                return images.mean((2, 3), keepdim=True)
+        return func(*args, **(kwargs or {}))
+
+
+def _fold_constants(model: onnxscript.ir.Model) -> None:
+    """Compute whatever depends on no input, such as the masks of shifted windows: the exporter leaves some of it in."""
+    optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=_MOST_FOLDED,
+        output_size_limit=_MOST_FOLDED,
+        should_fold=lambda _node: True,
+    )
+    optimizer.remove_unused_nodes(model)
+
+
+def _example(height: int, width: int, pixels: bool) -> torch.Tensor:
+    if pixels:
+        return torch.zeros(_TRACED_BATCH, height, width, 3, dtype=torch.uint8)
+    return torch.zeros(_TRACED_BATCH, 3, height, width)
+
+
+def _readable(error: Exception) -> str:
+    """Return what the exporter says went wrong, without its report of every strategy tried and its colours."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error.__cause__ or error)).split())
+    return text[:400]
+
+
+def _lower_opset(model: onnx.ModelProto) -> None:
+    """Stamp the lowest opset at which every operator of the graph is what it is now.
+
+    An operator may have a newer version only because it takes more types there (Reshape 19: float8); the checker
+    knows. Two versions that differ in what they compute are in none of the operators that classifiers use.
+    """
+    bare = without_weights(model)
+    stamped = model.opset_import[0].version
+    for opset in range(_LOWEST_OPSET, stamped):
+        bare.opset_import[0].version = opset
+        try:
+            onnx.checker.check_model(bare, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+            continue
+        model.opset_import[0].version = opset
+        return
 
 
 def _check_batch_is_free(graph: onnx.GraphProto) -> None:
@@ -81,6 +158,8 @@ def _rename(graph: onnx.GraphProto) -> None:
         for position, output in enumerate(node.output):
             if output not in fixed:
                 renamed[output] = node.name if len(node.output) == 1 else f"{node.name}.{position}"
+    for tensor in graph.initializer:
+        renamed[tensor.name] = tensor.name = tensor.name.removeprefix(_WRAPPED)
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
@@ -90,7 +169,7 @@ def _rename(graph: onnx.GraphProto) -> None:
 def _node_name(node: onnx.NodeProto, scope: str, constants: set[str], taken: Counter[str]) -> str:
     weight = next((name for name in node.input if name in constants and name.endswith(".weight")), None)
     if node.op_type in ("MatMul", "Gemm", "Conv") and weight is not None:
-        name = weight.removesuffix(".weight")
+        name = weight.removesuffix(".weight").removeprefix(_WRAPPED)
     else:
         name = ".".join(part for part in (scope, node.op_type.lower()) if part)
     taken[name] += 1
@@ -101,7 +180,8 @@ def _scope(node: onnx.NodeProto) -> str:
     """Return the path of the module a node was traced in, as the exporter noted it."""
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
     scopes = ast.literal_eval(text)
-    return str(scopes[-2]) if len(scopes) >= 2 else ""
+    scope = f"{scopes[-2]}." if len(scopes) >= 2 else ""
+    return "" if scope.startswith(_OUTERMOST) else scope.removeprefix(_WRAPPED).removesuffix(".")
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from vit_edge.artifact import Manifest, ModelFile
 from vit_edge.cpu import MOST_THREADS, usable_threads
 from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
 from vit_edge.image import Pixels
@@ -18,16 +25,21 @@ from vit_edge.metrics import Logits
 
 __all__ = [
     "ENGINES",
+    "Array",
     "Engine",
     "EngineName",
     "EngineOptions",
     "Logits",
+    "answer",
+    "answers",
     "chosen_engines",
     "installed_engines",
     "make_engine",
+    "private_copy",
     "refuse_null",
 ]
 
+Array: TypeAlias = npt.NDArray[Any]
 EngineName: TypeAlias = Literal["onnxruntime", "openvino", "null"]
 
 # name -> (our module, the package it needs, the extra that installs it); the order is that of "auto"
@@ -72,6 +84,10 @@ class Engine(Protocol):
         """Return logits float32 [batch, classes], owned by the caller, from uint8 [batch, height, width, 3]."""
         ...
 
+    def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
+        """Return the outputs `names` for what the graph takes itself, owned by the caller."""
+        ...
+
     def close(self) -> None:
         """Free the model; the second call does nothing."""
         ...
@@ -98,7 +114,7 @@ def refuse_null(name: str) -> None:
         raise EngineUnavailable("cannot answer", reason="the null engine computes nothing", remedy=remedy)
 
 
-def make_engine(name: str, model: bytes, options: EngineOptions) -> Engine:
+def make_engine(name: str, model: ModelFile, options: EngineOptions) -> Engine:
     """Return the engine `name` with `model` loaded; raises EngineUnavailable, MissingExtra or ModelRejected."""
     if name not in ENGINES:
         known = ", ".join(engine for engine, (_, package, _) in ENGINES.items() if package)
@@ -111,3 +127,37 @@ def make_engine(name: str, model: bytes, options: EngineOptions) -> Engine:
     make: type[Engine] = importlib.import_module(module).ENGINE
     engine: Engine = make(model, options)  # type: ignore[call-arg]  # a protocol does not list __init__
     return engine
+
+
+@contextmanager
+def private_copy(model: ModelFile) -> Iterator[Path]:
+    """Yield the path of a copy of the verified bytes, weights beside it, in a folder that only this user can read.
+
+    For engines that take weights beside a file from a path only: given bytes they look in the current folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+        (Path(name) / "model.onnx").write_bytes(model.data)
+        if model.manifest.weights and model.weights is not None:
+            (Path(name) / model.manifest.weights["file"]).write_bytes(model.weights)
+        yield Path(name) / "model.onnx"
+
+
+def answer(engine: Engine, manifest: Manifest, images_NHWC: Pixels) -> Logits:
+    """Return the logits of uint8 images, as `answers` does."""
+    return np.asarray(answers(engine, manifest, images_NHWC, ["logits"])[0], dtype=np.float32)
+
+
+def answers(engine: Engine, manifest: Manifest, images_NHWC: Pixels, names: Sequence[str]) -> list[Array]:
+    """Return the outputs `names` for uint8 images: normalised first, or in parts of a fixed batch, as the graph asks.
+
+    The last part of a fixed batch is filled up with black images, whose answers are dropped.
+    """
+    size = manifest.batch
+    if size is None:
+        return engine.tensors(manifest.network_input(images_NHWC), names)
+    parts = []
+    for start in range(0, max(len(images_NHWC), 1), size):
+        part = images_NHWC[start : start + size]
+        filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
+        parts.append([found[: len(part)] for found in engine.tensors(manifest.network_input(filled), names)])
+    return [np.concatenate(found) for found in zip(*parts, strict=True)]

@@ -5,15 +5,17 @@ Such lists refuse the hangs, memory bombs and crashes that engines and checkers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from vit_edge.artifact import ModelFile
 from vit_edge.errors import ModelRejected
-from vit_edge.onnx_schema import FLOAT, UINT8
+from vit_edge.onnx_schema import FLOAT, FLOAT16, UINT8
 
 __all__ = ["check_graph"]
 
+_ITEM_BYTES = {FLOAT: 4, FLOAT16: 2}
 _MAX_NODES = 5_000
 _MAX_RANK = 8
 _MAX_IR, _MAX_OPSET = 13, 26
@@ -55,10 +57,13 @@ _OPERATORS = frozenset(
         "Squeeze",
         "Sub",
         "Tanh",
+        "TopK",
         "Transpose",
         "Unsqueeze",
     ]
 )
+# A network traced as it is (`--no-deploy-form`) asks for its batch; nothing else does.
+_PLAIN_OPERATORS = frozenset(["Expand", "Shape"])
 
 
 def check_graph(model: ModelFile) -> None:
@@ -79,12 +84,14 @@ def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
         yield "it holds functions, training steps or sparse weights"
     if len(graph.node) > _MAX_NODES:
         yield f"it has {len(graph.node):,} nodes; at most {_MAX_NODES:,} are read"
+    is_plain = model.manifest.provenance.get("form") == "plain"
+    allowed = _OPERATORS | _PLAIN_OPERATORS if is_plain else _OPERATORS
     known = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
     for node in graph.node:
         if not known >= {name for name in node.input if name}:
             yield f"node {node.name!r} reads what no node before it makes"
         known |= set(node.output)
-        if node.domain not in _DOMAINS or node.op_type not in _OPERATORS:
+        if node.domain not in _DOMAINS or node.op_type not in allowed:
             yield f"node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which is not allowed"
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
@@ -92,12 +99,25 @@ def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
             if attribute.HasField("t"):
                 yield from _tensor_problems(attribute.t, f"a constant of node {node.name!r}")
     for tensor in graph.initializer:
-        yield from _tensor_problems(tensor, f"tensor {tensor.name!r}")
+        beside = model.weights is not None and _lies_beside(tensor, model)
+        yield from _tensor_problems(tensor, f"tensor {tensor.name!r}", beside=beside)
     yield from _interface_problems(graph, model)
 
 
-def _tensor_problems(tensor: Any, name: str) -> Iterator[str]:
-    if tensor.data_location or tensor.external_data:
+def _lies_beside(tensor: Any, model: ModelFile) -> bool:
+    """Return whether the tensor is a part of the verified weights beside the file, as long as its shape says."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if entries.keys() != {"location", "offset", "length"} or not model.weights or not model.manifest.weights:
+        return False
+    if not (entries["offset"].isdecimal() and entries["length"].isdecimal()):
+        return False
+    first, length = int(entries["offset"]), int(entries["length"])
+    fits = length == math.prod(tensor.dims) * _ITEM_BYTES.get(tensor.data_type, 0)
+    return fits and entries["location"] == model.manifest.weights["file"] and first + length <= len(model.weights)
+
+
+def _tensor_problems(tensor: Any, name: str, *, beside: bool = False) -> Iterator[str]:
+    if not beside and (tensor.data_location or tensor.external_data):
         yield f"{name} lies in another file"
     if len(tensor.dims) > _MAX_RANK or any(not 0 <= size < 2**31 for size in tensor.dims):
         yield f"{name} has the shape {list(tensor.dims)}"
@@ -105,19 +125,25 @@ def _tensor_problems(tensor: Any, name: str) -> Iterator[str]:
 
 def _interface_problems(graph: Any, model: ModelFile) -> Iterator[str]:
     manifest = model.manifest
-    if len(graph.input) != 1 or len(graph.output) != 1:
-        yield f"it has {len(graph.input)} inputs and {len(graph.output)} outputs, not one of each"
+    names = tuple(value.name for value in graph.output)
+    if len(graph.input) != 1 or names != manifest.outputs:
+        yield f"it has {len(graph.input)} inputs and the outputs {', '.join(names)}; the manifest says otherwise"
         return
     name, dtype, shape = _signature(graph.input[0])
-    if not shape or len(graph.output[0].type.tensor_type.shape.dim) == 0:
-        yield "its input or output has no shape"
+    if not shape or any(len(value.type.tensor_type.shape.dim) == 0 for value in graph.output):
+        yield "its input or an output has no shape"
         return
-    if not isinstance(shape[0], str):
+    if manifest.batch is None and not isinstance(shape[0], str):
         yield f"its batch is fixed at {shape[0]}"
-    if (name, dtype, shape[1:]) != ("images", UINT8, [*manifest.preprocessing.crop, 3]):
-        yield f"its input {name!r} has shape {shape}; the manifest says uint8 images of {manifest.preprocessing.crop}"
+    elif manifest.batch is not None and shape[0] != manifest.batch:
+        yield f"its batch is {shape[0]}; the manifest says {manifest.batch}"
+    rows_columns = list(manifest.preprocessing.crop)
+    is_uint8 = manifest.input["dtype"] == "uint8"
+    expected = (UINT8, [*rows_columns, 3]) if is_uint8 else (FLOAT, [3, *rows_columns])
+    if name != manifest.input.get("name") or (dtype, shape[1:]) != expected:
+        yield f"its input {name!r} has shape {shape}; the manifest says {manifest.input} of {rows_columns}"
     name, dtype, shape = _signature(graph.output[0])
-    if (name, dtype, shape[1:]) != ("logits", FLOAT, [len(manifest.labels)]):
+    if (dtype, shape[1:]) != (FLOAT, [len(manifest.labels)]):
         yield f"its output {name!r} has shape {shape}; the manifest has {len(manifest.labels)} labels"
 
 

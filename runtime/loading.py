@@ -52,7 +52,7 @@ def load_model(
         raise UsageError("cannot load", reason=f"verify is {verify!r}", remedy="choose 'full' or 'hash'")
     check_graph(model)
     try:
-        loaded = make_engine(chosen_engines()[0] if engine == "auto" else engine, model.data, options)
+        loaded = make_engine(chosen_engines()[0] if engine == "auto" else engine, model, options)
         _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
         if verify == "full" and loaded.name != _COMPUTES_NOTHING:
             _check(model, loaded)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from vit_edge.artifact import ModelFile
 from vit_edge.image import Pixels
-from vit_edge.onnx_schema import parse
-from vit_edge.runtime.engine import EngineOptions, Logits
+from vit_edge.runtime.engine import Array, EngineOptions, Logits
 
 __all__ = ["ENGINE", "NullEngine"]
 
@@ -20,12 +22,16 @@ class NullEngine:
     float_precision = "none"
     threads = 1
 
-    def __init__(self, model: bytes, _options: EngineOptions) -> None:
-        self._num_classes = parse(model).graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    def __init__(self, model: ModelFile, _options: EngineOptions) -> None:
+        self._num_classes = len(model.manifest.labels)
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return zeros [batch, classes]."""
         return np.zeros((len(images_NHWC), self._num_classes), dtype=np.float32)
+
+    def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
+        """Return zeros [batch, classes] for every name."""
+        return [np.zeros((len(images), self._num_classes), dtype=np.float32) for _ in names]
 
     def close(self) -> None:
         """Do nothing."""

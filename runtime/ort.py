@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnxruntime
 
+from vit_edge.artifact import ModelFile
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.image import Pixels
-from vit_edge.runtime.engine import EngineOptions, Logits
+from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
 
 __all__ = ["ENGINE", "OnnxRuntimeEngine"]
 
@@ -26,7 +27,8 @@ class OnnxRuntimeEngine:
     device = "cpu"
     float_precision = "f32"
 
-    def __init__(self, model: bytes, options: EngineOptions) -> None:
+    def __init__(self, model: ModelFile, options: EngineOptions) -> None:
+        self._manifest = model.manifest
         self.version: str = onnxruntime.__version__
         self.threads = options.num_threads
         settings = onnxruntime.SessionOptions()
@@ -36,9 +38,7 @@ class OnnxRuntimeEngine:
         # Idle threads that spin take a core from the application (onnxruntime#8313).
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session: Any = onnxruntime.InferenceSession(
-                model, settings, providers=[_PROVIDER], disabled_optimizers=_DISABLED_OPTIMIZERS
-            )
+            self._session: Any = _load(model, settings)
         except Exception as error:  # its exceptions share no base but this
             raise _failed("load", error) from error
         if self._session.get_providers() != [_PROVIDER]:
@@ -46,16 +46,37 @@ class OnnxRuntimeEngine:
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes]."""
+        return answer(self, self._manifest, images_NHWC)
+
+    def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
+        """Return the outputs `names`."""
         if self._session is None:
             raise UsageError("cannot run", reason="the engine is closed", remedy="load the model again")
         try:
-            return np.asarray(self._session.run(["logits"], {"images": images_NHWC})[0], dtype=np.float32)
+            found: list[Array] = self._session.run(list(names), {self._manifest.input["name"]: images})
         except Exception as error:  # its exceptions share no base but this
             raise _failed("run", error) from error
+        return found
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+def _load(model: ModelFile, settings: Any) -> Any:
+    """Return a session over the verified bytes; weights that lie beside the file are given as bytes too.
+
+    Releases before 1.24 take such weights from a path only.
+    """
+    chosen = {"providers": [_PROVIDER], "disabled_optimizers": _DISABLED_OPTIMIZERS}
+    if model.weights is None or model.manifest.weights is None:
+        return onnxruntime.InferenceSession(model.data, settings, **chosen)
+    if hasattr(settings, "add_external_initializers_from_files_in_memory"):
+        name, weights = model.manifest.weights["file"], model.weights
+        settings.add_external_initializers_from_files_in_memory([name], [weights], [len(weights)])
+        return onnxruntime.InferenceSession(model.data, settings, **chosen)
+    with private_copy(model) as path:
+        return onnxruntime.InferenceSession(path, settings, **chosen)
 
 
 def _failed(verb: str, error: Exception) -> ModelRejected:

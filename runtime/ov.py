@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import openvino
 
+from vit_edge.artifact import ModelFile
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.image import Pixels
-from vit_edge.runtime.engine import EngineOptions, Logits
+from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
 
 __all__ = ["ENGINE", "OpenVinoEngine"]
 
@@ -24,7 +26,8 @@ class OpenVinoEngine:
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, model: bytes, options: EngineOptions) -> None:
+    def __init__(self, model: ModelFile, options: EngineOptions) -> None:
+        self._manifest = model.manifest
         self.version: str = openvino.__version__.split("-")[0]
         self._lock = threading.Lock()
         settings = {
@@ -35,10 +38,9 @@ class OpenVinoEngine:
             "PERFORMANCE_HINT": "LATENCY",
         }
         try:
-            core = openvino.Core()
             # The batch stays dynamic: with a fixed one OpenVINO takes other kernels, and an INT8 network gives other
             # logits (DeiT-tiny: 24.8 dB apart) than those that were verified.
-            self._compiled: Any = core.compile_model(core.read_model(model), "CPU", settings)
+            self._compiled: Any = _compile(openvino.Core(), model, settings)
         except Exception as error:  # its exceptions share no base but this
             raise _failed("load", error) from error
         self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
@@ -49,19 +51,32 @@ class OpenVinoEngine:
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes]."""
+        return answer(self, self._manifest, images_NHWC)
+
+    def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
+        """Return the outputs `names`."""
+        inputs = {self._manifest.input["name"]: images}
         with self._lock:
             if self._request is None:
                 raise UsageError("cannot run", reason="the engine is closed", remedy="load the model again")
             try:
-                results = self._request.infer({"images": images_NHWC}, share_inputs=False, share_outputs=False)
+                results = self._request.infer(inputs, share_inputs=False, share_outputs=False)
             except Exception as error:  # its exceptions share no base but this
                 raise _failed("run", error) from error
-            return np.array(results["logits"], dtype=np.float32)
+            return [np.array(results[name]) for name in names]
 
     def close(self) -> None:
         """Free the request and the compiled model."""
         with self._lock:
             self._request = self._compiled = None
+
+
+def _compile(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:
+    """Compile from the verified bytes."""
+    if model.weights is None:
+        return core.compile_model(core.read_model(model.data), "CPU", settings)
+    with private_copy(model) as path:
+        return core.compile_model(core.read_model(path), "CPU", settings)
 
 
 def _failed(verb: str, error: Exception) -> ModelRejected:

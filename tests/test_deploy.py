@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
+from tests.networks import FAMILIES, random_network, small_config
 from vit_edge.export.deploy import DeployedViT
 from vit_edge.image import Preprocessing
 from vit_edge.vit import VisionTransformer, ViTConfig
-
-# Every family that the core knows, as small as it can be; named by what sets it apart.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "class_token": {},
-    "mean_without_class_token": {"pooling": "mean", "class_token": False},
-    "mean_beside_class_token": {"pooling": "mean", "final_norm": "after_pooling"},
-    "deit_distilled": {"distilled": True},
-    "deit3": {"layer_scale": 0.1, "position_slots": "patches"},
-    "registers": {"num_registers": 4, "position_slots": "patches", "layer_scale": 0.1},
-    "dinov2_linear": {"pooling": "class_mean", "num_registers": 2, "layer_scale": 0.1},
-    "clip": {"pre_norm": True, "patch_bias": False, "activation": "quick_gelu", "final_norm": "after_pooling"},
-    "siglip_like": {"pooling": "mean", "class_token": False, "activation": "gelu_tanh"},
-    "no_qkv_bias": {"qkv_bias": False},
-}
-
-
-def small_config(**changes: Any) -> ViTConfig:
-    """Return a network of 2 blocks over 3 x 2 patches."""
-    fields = {
-        "image_size": (24, 16), "patch_size": (8, 8), "width": 24, "depth": 2, "num_heads": 2, "mlp_width": 40,
-        "num_classes": 5,
-    }  # fmt: skip
-    return ViTConfig(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-def random_network(config: ViTConfig, *, seed: int) -> VisionTransformer:
-    """Return a network in which nothing is zero or one, so that a fold left out shows."""
-    torch.manual_seed(seed)
-    model = VisionTransformer(config).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @st.composite

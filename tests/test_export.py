@@ -21,7 +21,8 @@ from vit_edge.artifact import MANIFEST_KEY, open_model, reseal, seal
 from vit_edge.checkpoint import load_checkpoint, save_checkpoint
 from vit_edge.errors import GoldenMismatch, VerificationFailed
 from vit_edge.export import export_onnx
-from vit_edge.export.parity import BATCHES, check_parity, reference_logits
+from vit_edge.export.network import reference_logits
+from vit_edge.export.parity import BATCHES, Reference, check_parity
 from vit_edge.export.tracing import trace
 from vit_edge.image import Preprocessing
 from vit_edge.runtime import load
@@ -181,6 +182,11 @@ def test_a_network_that_freezes_the_batch_is_refused(frozen: type[nn.Module]) ->
         trace(frozen(), height=8, width=8)
 
 
+def _reference(model: nn.Module, preprocessing: Preprocessing) -> Reference:
+    logits = reference_logits(model, preprocessing)
+    return lambda images: {"logits": logits(images)}
+
+
 def test_a_file_that_freezes_the_batch_is_refused_by_parity(workspace: Workspace) -> None:
     def freeze(graph: onnx.GraphProto) -> None:
         node = next(node for node in graph.node if node.name == "norm.reshape")
@@ -188,7 +194,7 @@ def test_a_file_that_freezes_the_batch_is_refused_by_parity(workspace: Workspace
         shape.CopyFrom(numpy_helper.from_array(np.array([3, 192], dtype=np.int64), shape.name))
 
     checkpoint = load_checkpoint(workspace.checkpoint)
-    reference = reference_logits(checkpoint.model, checkpoint.preprocessing)
+    reference = _reference(checkpoint.model, checkpoint.preprocessing)
     model = open_model(_edited(workspace.float_model, freeze))
     images = golden_images(range(8), height=32, width=32)
     for engine in ENGINES:
@@ -203,7 +209,7 @@ def test_another_graph_is_refused_by_parity(workspace: Workspace) -> None:
     with pytest.raises(VerificationFailed, match="not the network"):
         check_parity(
             open_model(workspace.float_model),
-            reference_logits(checkpoint.model, other),
+            _reference(checkpoint.model, other),
             images_NHWC=images,
             engines=ENGINES,
         )

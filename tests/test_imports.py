@@ -12,7 +12,20 @@ import pytest
 
 from tests.conftest import ROOT
 
-FIRST = ("vit_config", "cpu", "errors", "files", "progress", "image", "onnx_schema", "artifact", "metrics", "data")
+FIRST = (
+    "vit_config",
+    "cpu",
+    "errors",
+    "files",
+    "progress",
+    "image",
+    "onnx_schema",
+    "artifact",
+    "metrics",
+    "data",
+    "releases",
+    "ir",
+)
 TORCH = ("tensor_file", "vit", "checkpoint", "foreign", "convert", "training", "train")
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")
 _PACKAGES = (

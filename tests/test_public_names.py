@@ -11,7 +11,15 @@ import vit_edge
 
 SURFACE = {
     "vit_edge": ["__version__"],
-    "vit_edge.export": ["ExportResult", "QuantizationResult", "Verification", "export_onnx", "quantize", "verify"],
+    "vit_edge.export": [
+        "ExportOptions",
+        "ExportResult",
+        "QuantizationResult",
+        "Verification",
+        "export_onnx",
+        "quantize",
+        "verify",
+    ],
     "vit_edge.runtime": [
         "Answer",
         "Classifier",

@@ -10,18 +10,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from vit_edge.errors import ModelRejected, NotTrusted, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
-from vit_edge.image import Preprocessing
+from vit_edge.image import Pixels, Preprocessing
 from vit_edge.onnx_schema import parse, property_bytes
 
 __all__ = [
     "MANIFEST_KEY",
+    "OUTPUTS",
+    "PIXELS_INPUT",
     "PRODUCER",
     "SCHEMA",
     "SEAL_KEY",
@@ -34,6 +41,7 @@ __all__ = [
     "seal_state",
     "unsealed",
     "warn_of_assumed",
+    "weights_entry",
 ]
 
 SCHEMA = 1
@@ -41,10 +49,16 @@ MANIFEST_KEY = "vit_edge.manifest"
 SEAL_KEY = "vit_edge.seal"
 PRODUCER = "vit-edge"
 
+# The contract's input; `--input float32-nchw` gives the other.
+PIXELS_INPUT = {"name": "images", "dtype": "uint8", "layout": "NHWC"}
+# Every output that a graph may have; the golden vectors and the runtime read the logits.
+OUTPUTS = ("logits", "probabilities", "top5", "top5_probabilities", "features", "attention")
+_MOST_BATCH = 1024
+
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
-# One protobuf message holds at most 2 GiB.
-_MAX_BYTES = 2**31 - 1
+# One protobuf message holds at most 2 GiB; larger networks have one file of weights beside it.
+_MAX_BYTES, _MAX_WEIGHTS_BYTES = 2**31 - 1, 2**40
 _log = logging.getLogger(__name__)
 _OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -57,6 +71,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "quantization": _OPTIONAL_OBJECT,
     "evaluation": _OPTIONAL_OBJECT,
     "golden": _OPTIONAL_OBJECT,
+    "weights": _OPTIONAL_OBJECT,
 }
 
 
@@ -68,14 +83,16 @@ class Manifest:
     architecture: Mapping[str, Any]
     preprocessing: Preprocessing
     labels: tuple[str, ...]
-    precision: Literal["float32", "int8"]
+    precision: Literal["float32", "float16", "int8"]
     provenance: Mapping[str, Any]
-    input: Mapping[str, Any] = field(default_factory=lambda: {"name": "images", "dtype": "uint8", "layout": "NHWC"})
+    input: Mapping[str, Any] = field(default_factory=lambda: dict(PIXELS_INPUT))
+    outputs: tuple[str, ...] = ("logits",)
     license: str | None = None
     base_model: str | None = None
     quantization: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any] | None = None  # the file beside it, of a network over 2 GiB
     assumed: tuple[str, ...] = ()  # what nobody told and was filled in by default
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
@@ -83,23 +100,44 @@ class Manifest:
         for name, kinds in _KINDS.items():
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"the manifest's {name} is {type(getattr(self, name)).__name__}")
-        if self.precision not in ("float32", "int8"):
+        if self.precision not in ("float32", "float16", "int8"):
             raise ValueError(f"the manifest's precision is {self.precision!r}")
+        layout = {key: self.input.get(key) for key in ("dtype", "layout")}
+        if layout not in ({"dtype": "uint8", "layout": "NHWC"}, {"dtype": "float32", "layout": "NCHW"}):
+            raise ValueError(f"the manifest's input is {dict(self.input)}; neither uint8 NHWC nor float32 NCHW")
+        if self.batch is not None and (not isinstance(self.batch, int) or not 1 <= self.batch <= _MOST_BATCH):
+            raise ValueError(f"the manifest's batch is {self.batch!r}")
+        if self.outputs[:1] != ("logits",) or not set(self.outputs) <= set(OUTPUTS):
+            raise ValueError(f"the manifest's outputs are {self.outputs!r}; the first is 'logits'")
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise ValueError("the manifest's labels are not a list of texts")
         if not all(isinstance(name, str) for name in self.assumed):
             raise ValueError("the manifest's list of what was assumed is not a list of texts")
+        if self.weights is not None and not _is_plain_name(self.weights.get("file")):
+            raise ValueError(f"the manifest's weights lie in {self.weights.get('file')!r}, not in a file beside it")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
+
+    @property
+    def batch(self) -> int | None:
+        """Return the batch that the graph is fixed at, or None where any batch runs."""
+        batch: int | None = self.input.get("batch")
+        return batch
+
+    def network_input(self, images_NHWC: Pixels) -> Pixels | npt.NDArray[np.float32]:
+        """Return what the graph takes for these pixels: the pixels themselves, or normalised float32 NCHW."""
+        return images_NHWC if self.input["dtype"] == "uint8" else self.preprocessing.normalise(images_NHWC)
 
     def to_json(self) -> str:
         """Return the manifest as JSON with sorted keys: equal manifests give equal text."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
         known["preprocessing"] = self.preprocessing.to_dict()
-        known["labels"], known["assumed"] = list(self.labels), list(self.assumed)
-        if not self.assumed:
-            del known["assumed"]
+        for name in ("labels", "assumed", "outputs"):
+            known[name] = list(known[name])
+        for name in ("assumed", "weights"):
+            if not known[name]:
+                del known[name]
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -123,12 +161,10 @@ class Manifest:
         known = {key: values.pop(key) for key in names & values.keys()}
         try:
             known["preprocessing"] = Preprocessing.from_dict(known["preprocessing"])
-            if not isinstance(known["labels"], list):
-                raise ValueError("the manifest's labels are not a list")
-            known["labels"] = tuple(known["labels"])
-            if not isinstance(known.get("assumed", []), list):
-                raise ValueError("the manifest's list of what was assumed is not a list")
-            known["assumed"] = tuple(known.get("assumed", []))
+            for name in {"labels", "assumed", "outputs"} & known.keys():
+                if not isinstance(known[name], list):
+                    raise ValueError(f"the manifest's {name} are not a list")
+                known[name] = tuple(known[name])
             return cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
@@ -142,6 +178,7 @@ class ModelFile:
     proto: Any
     manifest: Manifest
     source: str
+    weights: bytes | None = None  # of the file beside it, for a network over 2 GiB
 
     @property
     def sha256(self) -> str:
@@ -162,7 +199,7 @@ def pack(graph: bytes, manifest: Manifest) -> bytes:
     data = seal(graph + property_bytes(MANIFEST_KEY, manifest.to_json()))
     if len(data) > _MAX_BYTES:
         reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {_MAX_BYTES:,}"
-        raise ModelRejected("cannot make the model file", reason=reason, remedy="take a smaller network")
+        raise ModelRejected("cannot make the model file", reason=reason, remedy="put its weights beside it")
     return data
 
 
@@ -186,10 +223,12 @@ def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]
     return "missing" if ours else "foreign"
 
 
-def open_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
+def open_model(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None, warn: bool = True) -> ModelFile:
     """Return a model file, read once, its seal checked before anything in it is used.
 
-    Raises ModelRejected where it is no model file of vit-edge, NotTrusted where its seal is broken or missing.
+    The weights of a network over 2 GiB are read from beside the file, or given with its bytes; the seal covers them by
+    their hash. With `warn` the log says what in the file was assumed. Raises ModelRejected where it is no model file of
+    vit-edge, NotTrusted where its seal is broken or missing.
     """
     if isinstance(source, bytes):
         name, data = "the bytes given", source
@@ -205,8 +244,37 @@ def open_model(source: str | os.PathLike[str] | bytes) -> ModelFile:
         manifest = Manifest.from_json(properties[MANIFEST_KEY])
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
-    warn_of_assumed(manifest.assumed, name)
-    return ModelFile(data=data, proto=proto, manifest=manifest, source=name)
+    if manifest.weights is not None:
+        if weights is None and not isinstance(source, bytes):
+            weights = _read_weights(Path(source).parent / manifest.weights["file"])
+        _check_weights(manifest.weights, weights, name)
+    if warn:
+        warn_of_assumed(manifest.assumed, name)
+    return ModelFile(data=data, proto=proto, manifest=manifest, source=name, weights=weights)
+
+
+def weights_entry(file: str, weights: bytes) -> dict[str, Any]:
+    """Return what the manifest says of the file beside the model file that holds its weights."""
+    return {"file": file, "sha256": sha256_hex(weights), "size_bytes": len(weights)}
+
+
+def _read_weights(path: Path) -> bytes:
+    """Return the bytes of the weights; a link is followed, as hub caches have them: the hash decides, not the place."""
+    return read_file(path, what="weights beside the model file", max_bytes=_MAX_WEIGHTS_BYTES, error=ModelRejected)
+
+
+def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str) -> None:
+    if weights is None:
+        reason = f"its weights lie in {entry['file']!r}, which was not given"
+        raise _rejected(name, reason, "open it by its path, with that file beside it")
+    if entry != weights_entry(entry["file"], weights):
+        reason = f"{entry['file']} beside it is not the one that was sealed: it was changed, damaged or exchanged"
+        raise NotTrusted("will not load the model file", file=name, reason=reason, remedy="copy both files again")
+
+
+def _is_plain_name(name: object) -> bool:
+    """Return whether this names a file in the same folder on every system."""
+    return isinstance(name, str) and re.fullmatch(r"[^/\\:*\x00-\x1f]{1,255}", name) is not None and name[0] != "."
 
 
 def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> None:
@@ -235,7 +303,9 @@ def reseal(path: str | os.PathLike[str]) -> ModelFile:
         )
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)
-    return open_model(seal(proto.SerializeToString(deterministic=True)))
+    manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    beside = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
+    return open_model(seal(proto.SerializeToString(deterministic=True)), weights=beside)
 
 
 def _check_seal(data: bytes, name: str) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-__all__ = ["FLOAT", "UINT8", "parse", "property_bytes"]
+__all__ = ["FLOAT", "FLOAT16", "INT64", "UINT8", "parse", "property_bytes"]
 
 # TensorProto.DataType
-FLOAT, UINT8 = 1, 2
+FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {

@@ -2,49 +2,136 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes, progress_bar
-from vit_edge.errors import require
+from vit_edge.cli.output import Result, command, make_table, megabytes, parse_size, progress_bar
+from vit_edge.errors import UsageError, require
+
+if TYPE_CHECKING:
+    from vit_edge.export import ExportResult
+
+_PATH = click.Path(path_type=Path)
+_OUTPUTS = ("logits", "probabilities", "top5", "features", "attention")
+
+
+def _batch(_context: click.Context, _parameter: click.Parameter, value: str) -> int | None:
+    if value == "dynamic":
+        return None
+    if not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is neither a number nor 'dynamic'")
+    return int(value)
+
+
+def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    return None if value is None else parse_size(value)
 
 
 @command("export")
-@file_argument("source")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("model.onnx"),
-    show_default=True,
-    help="Model file to write.",
-)
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
-def export(source: Path, out: Path, force: bool) -> Result:
-    """Export the checkpoint SOURCE to one ONNX file that needs nothing beside it.
+@click.argument("source")
+@click.option("-o", "--out", type=_PATH, help="What to write  [default: model.onnx].")
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+              help="fp16 halves the file; on CPUs it is storage, not speed.")  # fmt: skip
+@click.option("--batch", default="dynamic", callback=_batch, metavar="dynamic|N", help="[default: dynamic]")
+@click.option("--input", "input_", type=click.Choice(["uint8-nhwc", "float32-nchw"]), default="uint8-nhwc",
+              show_default=True, help="Pixels, or pixels normalised by the application.")  # fmt: skip
+@click.option("--outputs", default="logits", show_default=True, callback=_outputs, metavar="NAME,...",
+              help=f"Of {', '.join(_OUTPUTS)}; the logits are always there.")  # fmt: skip
+@click.option("--min-onnxruntime", default="1.17", show_default=True, help="Oldest release that has to run it.")
+@click.option("--format", "format_", type=click.Choice(["onnx", "openvino", "huggingface"]), default="onnx",
+              show_default=True, help="One file, IR, or a folder for Optimum and transformers.js.")  # fmt: skip
+@click.option("--no-deploy-form", is_flag=True, help="Trace the network as it is, for comparison.")
+@click.option("--data", type=_PATH, help="Pictures to prove parity on too.")
+@click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
+@click.option("--preprocessing", type=_PATH, metavar="FILE",
+              help="JSON or TOML: resize, crop, interpolation, mean, std.")  # fmt: skip
+@click.option("--image-size", metavar="N|HxW", callback=_size, help="Size of the input, where it is to be another.")
+@click.option("--like", metavar="timm:NAME", help="Network of timm to ask for what weights from elsewhere do not tell.")
+@click.option("--weights", type=_PATH, help="Weights for package.module:factory.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+def export(source: str, out: Path | None, data: Path | None, force: bool, **values: Any) -> Result:
+    """Export SOURCE to one ONNX file that needs nothing beside it.
 
-    The file takes uint8 RGB pixels of any batch size and holds its preprocessing, labels and golden vectors. It appears
-    under its name only after ONNX Runtime and OpenVINO gave PyTorch's answers at batches 1, 2, 3, 7 and 16.
+    SOURCE is a checkpoint, or whatever `vit-edge convert` takes, or package.module:factory for any torch image
+    classifier, whose code is run. The file takes uint8 RGB pixels of any batch size and holds its preprocessing, labels
+    and golden vectors. It appears under its name only after ONNX Runtime and OpenVINO gave PyTorch's answers at batches
+    1, 2, 3, 7 and 16.
 
     \b
-    Example:
+    Examples:
       vit-edge export run/best.safetensors -o model.onnx
+      vit-edge export torchvision.models:swin_t --weights swin.safetensors --labels names.txt
     """
     for module in ("torch", "onnx", "onnxscript", "safetensors"):
         require(module, extra="export,onnxruntime", what="export")
-    from vit_edge.export import export_onnx
+    from vit_edge.export import ExportOptions, export_onnx
+    from vit_edge.export.formats import may_write_format
 
+    options = ExportOptions(
+        precision=values["precision"],
+        batch=values["batch"],
+        input=values["input_"],
+        outputs=values["outputs"],
+        min_onnxruntime=values["min_onnxruntime"],
+        format=values["format_"],
+        deploy_form=not values["no_deploy_form"],
+    )
+    target = out or Path(_DEFAULT_OUT[options.format])
+    may_write_format(target, options, force=force, made_from=source if Path(source).is_file() else None)
+    network = _network(source, values)
     with progress_bar() as progress:
-        result = export_onnx(source, out=out, force=force, progress=progress)
-    columns = ("engine", "batch", "max difference", "SQNR dB", "same answer")
+        result = export_onnx(**network, out=target, options=options, data=data, force=force, progress=progress)
+    return Result(data=asdict(result), shown=_shown(result, options.precision))
+
+
+_DEFAULT_OUT = {"onnx": "model.onnx", "openvino": "model.xml", "huggingface": "model"}
+
+
+def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what is exported, with what the options say of it: a checkpoint, or the network of a factory."""
+    from vit_edge.convert import open_source
+    from vit_edge.export.factory import factory_preprocessing, is_factory, make_network
+    from vit_edge.foreign.label_names import read_labels
+
+    told = {name: values[name] for name in ("preprocessing", "labels", "image_size", "like")}
+    if not is_factory(source):
+        _refuse(source, "weights", values, "is for package.module:factory; any other source has its own")
+        return {"source": open_source(source, **told)}
+    _refuse(source, "like", values, "is for weights from elsewhere, not for a network with code of its own")
+    preprocessing, assumed = factory_preprocessing(told["preprocessing"], image_size=told["image_size"])
+    return {
+        "source": make_network(source, weights=values["weights"]),
+        "name": source.partition(":")[2],
+        "preprocessing": preprocessing,
+        "labels": read_labels(told["labels"]) if told["labels"] else None,
+        "assumed": assumed,
+    }
+
+
+def _refuse(source: str, name: str, values: dict[str, Any], why: str) -> None:
+    if values[name] is not None:
+        raise UsageError("cannot export", file=source, reason=f"--{name} {why}", remedy=f"leave --{name} out")
+
+
+def _shown(result: ExportResult, precision: str) -> Sequence[Any]:
+    columns = ("engine", "on", "batch", "max difference", "mean", "SQNR dB", "same answer")
     rows = [
-        (p.engine, p.batch_size, f"{p.max_difference:.1e}", f"{p.sqnr_db:.0f}", f"{p.top1_equal} of {p.batch_size}")
+        (p.engine, p.inputs, p.batch_size, f"{p.max_difference:.1e}", f"{p.mean_difference:.1e}", f"{p.sqnr_db:.0f}",
+         f"{p.top1_equal} of {p.num_images}")
         for p in result.parity
-    ]
+    ]  # fmt: skip
     shown = [
-        make_table("Against PyTorch, float32, on golden inputs", columns, rows),
+        make_table("Against PyTorch in float32", columns, rows),
         f"model: {result.model} ({megabytes(result.size_bytes)}, sha256 {result.sha256})",
     ]
-    return Result(data=asdict(result), shown=shown)
+    if precision == "fp16":
+        shown.append("float16 is storage on CPUs: engines compute in float32 there, and no faster")
+    return shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
 from vit_edge.errors import ModelRejected
+from vit_edge.releases import oldest_release
 
 if TYPE_CHECKING:
     from vit_edge.artifact import ModelFile
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 @command("inspect")
 @file_argument("file")
 def inspect(file: Path) -> Result:
-    """Show what the model file FILE says of itself, after checking its seal and its operators.
+    """Show what the model file FILE says of itself and what it costs, after checking its seal and its operators.
 
     \b
     Example:
@@ -51,9 +53,11 @@ def _describe(model: ModelFile) -> dict[str, Any]:
         "ir_version": model.proto.ir_version,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.proto.opset_import},
         "operators": dict(sorted(Counter(node.op_type for node in graph.node).items())),
-        "num_weights": sum(_size(tensor.dims) for tensor in graph.initializer),
+        "oldest_onnxruntime": oldest_release(opset=_opset(model), ir_version=model.proto.ir_version),
+        **_costs(model),
         "input": _shape(graph.input[0]),
         "output": _shape(graph.output[0]),
+        "more_outputs": [_shape(value) for value in graph.output[1:]],
         "manifest": manifest,
     }
 
@@ -70,6 +74,7 @@ def _summary(model: ModelFile, data: dict[str, Any]) -> dict[str, Any]:
         "precision": manifest.precision,
         "input": data["input"],
         "output": data["output"],
+        **({"more outputs": data["more_outputs"]} if data["more_outputs"] else {}),
         "labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}",
         "preprocessing": manifest.preprocessing.to_dict(),
         "architecture": dict(manifest.architecture),
@@ -79,8 +84,11 @@ def _summary(model: ModelFile, data: dict[str, Any]) -> dict[str, Any]:
         "golden vectors": f"{len(golden.get('seeds', ()))} inputs, {len(golden.get('pictures', ()))} pictures, for "
         + ", ".join(sorted({name for entry in golden.get("expected", ()) for name in entry["engines"]})),
         "operators": data["operators"],
-        "weights": f"{data['num_weights']:,}",
+        "parameters": _or_unknown(data["parameters"], "{:,}"),
+        "GMAC per image": _or_unknown(data["gmac_per_image"], "{:.3f}"),
+        "size by kind of tensor": {kind: megabytes(size) for kind, size in (data["size_by_kind"] or {}).items()},
         "IR version, opset": f"{data['ir_version']}, {data['opset']}",
+        "oldest ONNX Runtime": data["oldest_onnxruntime"] or "none known",
         "license": manifest.license or "not stated",
         "provenance": dict(manifest.provenance),
     }
@@ -104,15 +112,27 @@ def _evaluation(evaluation: Any) -> Any:
     ]
 
 
-def _size(dims: Any) -> int:
-    product = 1
-    for size in dims:
-        product *= size
-    return product
+def _opset(model: ModelFile) -> int:
+    return next(int(entry.version) for entry in model.proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _costs(model: ModelFile) -> dict[str, Any]:
+    """Return parameters, multiplications and sizes; shape inference needs the onnx package, which a device has not."""
+    if importlib.util.find_spec("onnx") is None:
+        return {"parameters": None, "gmac_per_image": None, "size_by_kind": None}
+    from vit_edge.export.costs import costs
+
+    found = costs(model.data)
+    gmac = None if found.macs_per_image is None else found.macs_per_image / 1e9
+    return {"parameters": found.parameters, "gmac_per_image": gmac, "size_by_kind": dict(found.size_by_kind)}
+
+
+def _or_unknown(value: float | None, form: str) -> str:
+    return 'not known: pip install "vit-edge[export]"' if value is None else form.format(value)
 
 
 def _shape(value: Any) -> str:
     tensor = value.type.tensor_type
-    names = {1: "float32", 2: "uint8", 10: "float16"}
+    names = {1: "float32", 2: "uint8", 7: "int64", 10: "float16"}
     dims = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
     return f"{value.name}: {names.get(tensor.elem_type, tensor.elem_type)} [{dims}]"

@@ -1,0 +1,89 @@
+"""float16: half the file, with LayerNorm and softmax kept in float32.
+
+It is for accelerators. On CPUs it is storage, not speed: engines convert back to float32 (ONNX Runtime on DeiT-tiny is
+slower with it than without).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from vit_edge.errors import VerificationFailed
+
+__all__ = ["to_half"]
+
+# Sums of many squares or exponentials: float16 ends at 65,504 and has 11 bits.
+_KEPT_FLOAT32 = ("LayerNormalization", "Softmax")
+
+
+def to_half(graph: onnx.GraphProto) -> None:
+    """Let `graph` compute in float16; its input and its outputs keep their types.
+
+    Raises VerificationFailed where a weight is too large for float16.
+    """
+    kept = {name for node in graph.node if node.op_type in _KEPT_FLOAT32 for name in node.input}
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    for tensor in graph.initializer:
+        if tensor.name in floats - kept:
+            tensor.CopyFrom(_half(tensor))
+    outputs = {v.name for v in graph.output if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    nodes = [*_inputs(graph), *(new for node in graph.node for new in _converted(node, floats, outputs))]
+    nodes += [_cast(f"{name}.half", name, TensorProto.FLOAT) for name in sorted(outputs)]
+    converted = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(converted)
+
+
+def _inputs(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield a cast for a float32 input, and let the nodes that read it read that."""
+    for value in graph.input:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            _read_instead(graph.node, value.name, f"{value.name}.half")
+            yield _cast(value.name, f"{value.name}.half", TensorProto.FLOAT16)
+
+
+def _converted(node: onnx.NodeProto, floats: set[str], outputs: set[str]) -> Iterator[onnx.NodeProto]:
+    """Yield the node in float16, or, where it stays float32, between two casts."""
+    for position, name in enumerate(node.input):
+        if name in outputs:
+            node.input[position] = f"{name}.half"
+    for position, name in enumerate(node.output):
+        if name in outputs:
+            node.output[position] = f"{name}.half"
+    if node.op_type in _KEPT_FLOAT32:
+        for position, name in enumerate(node.input):
+            if name and name not in floats:
+                node.input[position] = f"{node.name}.in"
+                yield _cast(name, node.input[position], TensorProto.FLOAT)
+        result, node.output[0] = node.output[0], f"{node.name}.out"
+        yield node
+        yield _cast(node.output[0], result, TensorProto.FLOAT16)
+        return
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = TensorProto.FLOAT16
+        if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
+            attribute.t.CopyFrom(_half(attribute.t))
+    yield node
+
+
+def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    for node in nodes:
+        node.input[:] = [new if name == old else name for name in node.input]
+
+
+def _half(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    with np.errstate(over="ignore"):
+        values = numpy_helper.to_array(tensor).astype(np.float16)
+    if not np.isfinite(values).all():
+        reason = f"{tensor.name!r} has values over 65,504, the largest float16"
+        raise VerificationFailed("cannot export in float16", reason=reason, remedy="export it in fp32")
+    return numpy_helper.from_array(values, tensor.name)
+
+
+def _cast(source: str, result: str, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [result], name=f"{result}.cast", to=to)
