@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import Workspace, readme_commands, vit_edge
 from vit_edge.cli import cli, main
 
-COMMANDS = ("train", "export", "quantize", "verify", "classify", "benchmark", "inspect", "seal")
+COMMANDS = ("train", "convert", "export", "quantize", "verify", "classify", "benchmark", "inspect", "seal")
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def bench(workspace: Workspace, tmp_path: Path) -> Path:
 
 # command line, exit code, what the sentence must say
 FAULTS = [
-    ("export missing.safetensors", 3, "missing.safetensors - there is no such file"),
-    ("export pickle.pt", 3, "pickle.pt - it is a Python pickle"),
-    ("export picture.png", 3, "it is a PNG picture"),
-    ("export . ", 3, "it is a folder"),
+    ("export missing.safetensors -o new.onnx", 3, "missing.safetensors - there is no such file"),
+    ("export pickle.pt -o new.onnx", 3, "pickle.pt - it needs unpickling of `open`"),
+    ("export picture.png -o new.onnx", 3, "it is a PNG picture"),
+    ("export empty -o new.onnx", 3, "empty - it holds no file of weights"),
     ("export checkpoint.safetensors -o no/such/folder.onnx", 2, "does not exist"),
     ("export checkpoint.safetensors", 2, "model.onnx - the file exists"),
     ("classify model.onnx notanimage.txt", 3, "notanimage.txt - it is not a picture"),

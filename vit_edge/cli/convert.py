@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes, progress_bar
+from vit_edge.cli.output import Result, command, file_argument, image_size_option, make_table, megabytes, progress_bar
 from vit_edge.errors import printable, require
 
 if TYPE_CHECKING:
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _NUM_SHOWN = 12
-
-
-def _image_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", value)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is no size: write 224, or 192x256 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
 
 
 @command("convert")
@@ -40,9 +31,7 @@ def _image_size(_context: click.Context, _parameter: click.Parameter, value: str
 )
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
 @click.option("--data", type=_PATH, metavar="LABELLED", help="Labelled pictures that settle what nobody told.")
-@click.option(
-    "--image-size", metavar="N|HxW", callback=_image_size, help="Resample the positions for another size of input."
-)
+@image_size_option("Resample the positions for another size of input.")
 @click.option("--num-classes", type=click.IntRange(1, 65_536), help="Replace the head by zeros for N classes.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vit_edge.cli.output import Result, command, make_table, megabytes, parse_size, progress_bar
+from vit_edge.cli.output import Result, command, image_size_option, make_table, megabytes, progress_bar
 from vit_edge.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
-def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else parse_size(value)
-
-
 @command("export")
 @click.argument("source")
 @click.option("-o", "--out", type=_PATH, help="What to write  [default: model.onnx].")
@@ -53,7 +49,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
 @click.option("--preprocessing", type=_PATH, metavar="FILE",
               help="JSON or TOML: resize, crop, interpolation, mean, std.")  # fmt: skip
-@click.option("--image-size", metavar="N|HxW", callback=_size, help="Size of the input, where it is to be another.")
+@image_size_option("Size of the input, where it is to be another.")
 @click.option("--like", metavar="timm:NAME", help="Network of timm to ask for what weights from elsewhere do not tell.")
 @click.option("--weights", type=_PATH, help="Weights for package.module:factory.")
 @click.option("--force", is_flag=True, help="Replace what is there.")

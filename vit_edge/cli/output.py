@@ -37,6 +37,7 @@ __all__ = [
     "command",
     "error_fields",
     "file_argument",
+    "image_size_option",
     "make_table",
     "megabytes",
     "parse_size",
@@ -141,10 +142,19 @@ def threads_option() -> Callable[[Any], Any]:
     )
 
 
+def image_size_option(help_text: str) -> Callable[[Any], Any]:
+    """Return the option `--image-size`, parsed to (height, width)."""
+
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+        return None if value is None else parse_size(value)
+
+    return click.option("--image-size", metavar="N|HxW", callback=parse, help=help_text)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Return (height, width) from "N" or "HxW"; raises UsageError."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(re.fullmatch(r"[1-9]\d{0,4}", side) for side in sides):
         raise UsageError("cannot use the size", reason=f"it is {text!r}", remedy="write pixels as 224 or 192x256")
     return int(sides[0]), int(sides[-1])
 

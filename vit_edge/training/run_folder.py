@@ -103,18 +103,25 @@ def opened(path: Path, *, resume: bool, force: bool) -> Iterator[RunFolder]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[RunFolder]:
     """Yield the folder, made where it was not there, which no second run can use meanwhile; raises UsageError."""
+    found = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UsageError("cannot train into", file=path, reason=reason, remedy="choose another --out") from error
-    owner = path / ".owner.json"
+    owner, lock = path / ".owner.json", path / ".lock"
     try:
-        with FileLock(path / ".lock", timeout=0):
+        with FileLock(lock, timeout=0):
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             write_atomic(owner, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}).encode())
-            yield RunFolder(path)
-            owner.unlink(missing_ok=True)
+            try:
+                yield RunFolder(path)
+            finally:
+                owner.unlink(missing_ok=True)
+                if not found and list(path.iterdir()) == [lock]:  # refused before anything was written
+                    with contextlib.suppress(OSError):  # Windows: an open file stays
+                        lock.unlink()
+                        path.rmdir()
     except Timeout as error:
         reason, remedy = f"it is in use by {_described(owner)}", "wait for it, or choose another --out"
         raise UsageError("cannot train into", file=path, reason=reason, remedy=remedy) from error
