@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -120,12 +122,14 @@ def _export(
         engines=_ENGINES,
         pictures=_pictures(data, network.preprocessing),
         tolerance=golden.tolerance,
-        first_apart=lambda engine, image: _explain(model, network, options, engine, image),
+        first_apart=partial(_explain, network, options),
     )
 
     progress("writing", 3, len(_STAGES))
     manifest = replace(manifest, golden=golden.fields)
-    finished = open_model(model.with_manifest(manifest), weights=weights, warn=False)
+    data_bytes = model.with_manifest(manifest)
+    del model
+    finished = open_model(data_bytes, weights=weights, warn=False)
     for engine in _ENGINES:
         load_elsewhere(finished, engine=engine)
     sha256, size_bytes = _write(finished, target, options, golden)
@@ -183,6 +187,7 @@ def _graph(network: Network, options: ExportOptions) -> onnx.ModelProto:
         outputs=["logits", *(name for name in EXTRAS if name in options.outputs)],
         highest_opset=highest_versions(options.min_onnxruntime)[0],
     )
+    gc.collect()  # the exporter leaves cycles that hold the weights once more
     return finish(graph, options)
 
 
@@ -194,7 +199,7 @@ def _reference(network: Network, options: ExportOptions) -> Reference:
     return lambda images_NHWC: {"logits": logits(images_NHWC), **extras(images_NHWC)}
 
 
-def _explain(model: ModelFile, network: Network, options: ExportOptions, engine: str, image_NHWC: Pixels) -> str:
+def _explain(network: Network, options: ExportOptions, model: ModelFile, engine: str, image_NHWC: Pixels) -> str:
     if options.precision != "fp32" or options.batch is not None:
         return ""  # rounding everywhere, or a graph that takes no single image
     others = [other for other in _ENGINES if other != engine]

@@ -59,12 +59,12 @@ def check_parity(
     engines: Sequence[str],
     pictures: Sequence[Pixels] = (),
     tolerance: Tolerance = FLOAT32_TOLERANCE,
-    first_apart: Callable[[str, Pixels], str] = lambda _engine, _image: "",
+    first_apart: Callable[[ModelFile, str, Pixels], str] = lambda _model, _engine, _image: "",
 ) -> list[Parity]:
     """Return the figures of every engine, each in a process of its own: at every batch size, and over `pictures`.
 
     Raises VerificationFailed where one is beyond the tolerance; `first_apart` then says which tensor parts first, given
-    the engine and the image with the largest difference.
+    the model, the engine and the image with the largest difference.
     """
     golden = [np.resize(images_NHWC, (size, *images_NHWC.shape[1:])) for size in BATCHES]  # repeated as often as needed
     shots = [np.stack(pictures[i : i + _PICTURES_AT_ONCE]) for i in range(0, len(pictures), _PICTURES_AT_ONCE)]
@@ -76,7 +76,7 @@ def check_parity(
         for batch, right, got in zip(batches, expected, found, strict=True):
             problems = [*_problems(right, got, tolerance)]
             if problems:
-                part = first_apart(engine, batch[[_worst(right["logits"], got["logits"])]])
+                part = first_apart(model, engine, batch[[_worst(right["logits"], got["logits"])]])
                 raise _not_the_network(f"{engine} at batch {len(batch)}: {'; '.join(problems)}{part}")
         logits = [(right["logits"], got["logits"]) for right, got in zip(expected, found, strict=True)]
         results += [_figures(engine, "golden", *pair) for pair in logits[: len(golden)]]

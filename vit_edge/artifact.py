@@ -7,6 +7,7 @@ loads the file, and a changed bit anywhere is found before an engine sees it. Th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -187,16 +188,20 @@ class ModelFile:
 
     def with_manifest(self, manifest: Manifest) -> bytes:
         """Return the bytes of the same graph under another manifest, sealed."""
-        proto = parse(unsealed(self.data))
+        body = memoryview(self.data)[:-_SEAL_BYTES]  # what was opened has its seal
+        own = property_bytes(MANIFEST_KEY, self.manifest.to_json())
+        if body[-len(own) :] == own:  # as `pack` leaves it: no second copy of the weights is parsed
+            return pack(body[: -len(own)], manifest)
+        proto = parse(bytes(body))
         kept = [entry for entry in proto.metadata_props if entry.key != MANIFEST_KEY]
         del proto.metadata_props[:]
         proto.metadata_props.extend(kept)
         return pack(proto.SerializeToString(deterministic=True), manifest)
 
 
-def pack(graph: bytes, manifest: Manifest) -> bytes:
+def pack(graph: bytes | memoryview, manifest: Manifest) -> bytes:
     """Return a model file: the serialized ModelProto `graph`, the manifest, the seal; ModelRejected over 2 GiB."""
-    data = seal(graph + property_bytes(MANIFEST_KEY, manifest.to_json()))
+    data = _sealed(graph, property_bytes(MANIFEST_KEY, manifest.to_json()))
     if len(data) > _MAX_BYTES:
         reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {_MAX_BYTES:,}"
         raise ModelRejected("cannot make the model file", reason=reason, remedy="put its weights beside it")
@@ -205,7 +210,15 @@ def pack(graph: bytes, manifest: Manifest) -> bytes:
 
 def seal(body: bytes) -> bytes:
     """Return `body`, the bytes of an unsealed model file, with its seal appended (83 bytes)."""
-    return body + property_bytes(SEAL_KEY, sha256_hex(body))
+    return _sealed(body)
+
+
+def _sealed(*parts: bytes | memoryview) -> bytes:
+    """Return the parts as one with its seal: joined once, as a copy of a large network costs its size in memory."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return b"".join((*parts, property_bytes(SEAL_KEY, digest.hexdigest())))
 
 
 def unsealed(data: bytes) -> bytes:
@@ -215,9 +228,9 @@ def unsealed(data: bytes) -> bytes:
 
 def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]:
     """Return whether the seal holds: "missing" where the file looks like ours, "foreign" where it does not."""
-    body = unsealed(data)
-    if body is not data:
-        return "intact" if data[-64:] == sha256_hex(body).encode() else "broken"
+    if data[-_SEAL_BYTES:-64] == _SEAL_PREFIX:
+        digest = hashlib.sha256(memoryview(data)[:-_SEAL_BYTES]).hexdigest()
+        return "intact" if data[-64:] == digest.encode() else "broken"
     # One flipped bit can hide one of these marks, never all: it looks like ours by any that is left.
     ours = any(mark.encode() in data for mark in (MANIFEST_KEY, SEAL_KEY)) or PRODUCER.encode() in data[:64]
     return "missing" if ours else "foreign"
