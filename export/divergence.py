@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from vit_edge.artifact import ModelFile, open_model, pack
 from vit_edge.errors import VitEdgeError
@@ -84,10 +85,20 @@ def _module_outputs(traced: nn.Module, model: ModelFile, image_NHWC: Pixels) -> 
     names = [name for node in model.proto.graph.node for name in node.output]
     last = {path: name for path, _ in traced.named_modules() for name in names if _belongs(name, path)}
     kept: dict[str, Array] = {}
+    latest: list[str] = []
+
+    def keep(path: str, module: nn.Module, output: object) -> None:
+        if path in last:
+            latest[:] = [last[path]]
+        elif not isinstance(module, BatchNorm) or not latest:
+            return  # a normalisation over the batch goes into the product before it: that tensor is what it gives
+        value = output[0] if isinstance(output, tuple) else output
+        if isinstance(value, Tensor):
+            kept[latest[0]] = value.numpy()
+
     hooks = [
-        module.register_forward_hook(lambda _m, _i, output, path=path: _keep(kept, last[path], output))
+        module.register_forward_hook(lambda module, _i, output, path=path: keep(path, module, output))
         for path, module in traced.named_modules()
-        if path in last
     ]
     with torch.inference_mode():
         traced(torch.from_numpy(model.manifest.network_input(image_NHWC)))
@@ -100,8 +111,3 @@ def _belongs(name: str, path: str) -> bool:
     path = path.removeprefix("network.")
     return bool(path) and (name == path or name.startswith(f"{path}."))
 
-
-def _keep(kept: dict[str, Array], name: str, output: object) -> None:
-    value = output[0] if isinstance(output, tuple) else output
-    if isinstance(value, Tensor):
-        kept[name] = value.numpy()

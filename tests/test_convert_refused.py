@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from benchmarks.converter_table import google_arrays
@@ -54,6 +55,19 @@ def test_a_pickle_that_would_run_code_is_refused_by_what_it_wants(
     with pytest.raises(CheckpointRejected, match=r"`\w+\.open`"):
         open_source(tmp_path / "b.pkl")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("length", [0x2280, 0x280 + 0x10000])
+def test_safetensors_whose_header_has_a_pickles_first_bytes_are_read(
+    tmp_path: Path, state: dict[str, Tensor], length: int
+) -> None:
+    whole = save({name: tensor.contiguous() for name, tensor in state.items()})
+    end = 8 + int.from_bytes(whole[:8], "little")
+    assert end <= length
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + whole[8:end].ljust(length) + whole[end:])
+    assert (tmp_path / "a.safetensors").read_bytes()[0] == 0x80
+    found = open_source(tmp_path / "a.safetensors")
+    assert torch.equal(found.model.head.weight, state["head.weight"])
 
 
 def test_a_whole_module_is_refused_by_its_class(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from vit_edge import files
 from vit_edge.errors import InputError, ResourceExhausted, UsageError
-from vit_edge.files import may_write, read_file, write_atomic
+from vit_edge.files import kind_of, may_write, read_file, write_atomic
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -92,3 +92,9 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         read_file(tmp_path / "a", what="thing", max_bytes=100)
     (tmp_path / "link").symlink_to(tmp_path / "a")
     assert read_file(tmp_path / "link", what="thing", max_bytes=101) == b"x" * 101
+
+
+def test_a_pickle_and_a_header_of_640_bytes_are_told_apart() -> None:
+    header = b"{}".ljust(0x280)
+    assert kind_of(len(header).to_bytes(8, "little") + header) is None
+    assert kind_of(b"\x80\x02}q\x00.") is not None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import torchvision
+from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,6 +21,7 @@ from tests.networks import PREPROCESSING, random_network, small_config
 from vit_edge.artifact import open_model
 from vit_edge.errors import CheckpointRejected, UsageError, VerificationFailed
 from vit_edge.export import export_onnx
+from vit_edge.export import exporter as exporter_module
 from vit_edge.export.factory import make_network
 from vit_edge.image import Preprocessing
 from vit_edge.runtime import load
@@ -24,14 +29,19 @@ from vit_edge.runtime.golden import golden_images
 
 
 def _lively(network: nn.Module) -> nn.Module:
-    """Return the network with logits of ordinary size: untrained ones are so small that no tolerance means anything."""
+    """Return the network as if it were trained: weights that carry signals, statistics of what they normalise.
+
+    The logits of an untrained one are so small that no tolerance means anything.
+    """
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.8, 1.2)
-            nn.init.constant_(module.running_var, 0.1)  # type: ignore[arg-type]
+            module.momentum = None  # the mean over all batches seen
         elif isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    with torch.no_grad():
+        network.train()(torch.randn(16, 3, 64, 64))
     return network.eval()
 
 
@@ -52,6 +62,24 @@ def test_torchvision_networks_export_under_the_same_contract(tmp_path: Path, nam
         logits = classifier.logits(golden_images([1, 2], height=64, width=64))
     assert logits.shape == (2, 5)
     assert abs(logits).max() > 1e-2
+
+
+def test_where_a_normalisation_went_into_its_product_the_first_tensor_apart_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = exporter_module.trace
+
+    def damaged(*args: Any, **kwargs: Any) -> onnx.ModelProto:
+        model = trace(*args, **kwargs)
+        tensor = next(t for t in model.graph.initializer if t.name == "3.weight")
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.2), tensor.name))
+        return model
+
+    monkeypatch.setattr(exporter_module, "trace", damaged)
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 2, 2))
+    network = _lively(nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
+    with pytest.raises(VerificationFailed, match="first apart from PyTorch at '3'"):
+        export_onnx(network, out=tmp_path / "m.onnx", preprocessing=PREPROCESSING, labels=tuple("abc"))
 
 
 def test_a_vision_transformer_as_a_module_gets_its_deploy_form(tmp_path: Path) -> None:

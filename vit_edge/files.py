@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vit_edge.errors import InputError, ResourceExhausted, UsageError, VitEdgeError, printable
 
-__all__ = ["kind_of", "may_write", "read_file", "sha256_hex", "write_atomic"]
+__all__ = ["kind_of", "looks_like_safetensors", "may_write", "read_file", "sha256_hex", "write_atomic"]
 
 # What people really hand over when it is not the file they meant; checked in this order.
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
@@ -38,10 +38,20 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 _TEMPORARY = f".vit-edge.tmp.{re.sub('[^A-Za-z0-9-]', '_', platform.node())[:60]}."
 
 
+def looks_like_safetensors(data: bytes) -> bool:
+    """Return whether `data` begins as safetensors: the length of the header in 8 bytes, little-endian, then JSON.
+
+    Asked before any other kind: the length alone can be the first bytes of a pickle (0x80, 0x02).
+    """
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
+
+
 def kind_of(data: bytes) -> tuple[str, str] | None:
     """Return (what this file is instead, what to do) for the files people hand over by mistake, else None."""
     if not data:
         return "it is empty (0 bytes)", "copy or download it again"
+    if looks_like_safetensors(data):
+        return None
     head = data[:64].lstrip().lower() if data[:1] not in (b"\x80", b"\x89", b"\xff") else data[:64].lower()
     for magic, reason, remedy in _KINDS:
         if head.startswith(magic):

@@ -18,7 +18,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from vit_edge.errors import CheckpointRejected, printable
-from vit_edge.files import kind_of, read_file, sha256_hex
+from vit_edge.files import kind_of, looks_like_safetensors, read_file, sha256_hex
 from vit_edge.foreign.pickled_weights import read_pickled, state_dict_of, unusable
 
 __all__ = ["WEIGHT_FILES", "Weights", "find_weights", "read_weights"]
@@ -70,7 +70,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     data = read_file(path, what="weights", max_bytes=_MAX_BYTES, error=CheckpointRejected)
     if data.startswith(b"PK\x03\x04") and _is_npz(data, origin):
         return Weights(tensors=_read_npz(data, origin), origin=origin, sha256=sha256_hex(data))
-    if data.startswith((b"PK\x03\x04", b"\x80")):
+    if data.startswith((b"PK\x03\x04", b"\x80")) and not looks_like_safetensors(data):
         found, notes = read_pickled(data, origin=origin)
         tensors, more = state_dict_of(found, origin=origin)
         return Weights(tensors=tensors, origin=origin, sha256=sha256_hex(data), notes=notes + more)
