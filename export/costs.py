@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["Costs", "costs", "without_weights"]
+__all__ = ["Costs", "costs", "macs_per_image", "without_weights"]
 
 # Shapes and axes: small constants that shape inference reads.
 _SMALL = 1024
@@ -49,7 +49,7 @@ def costs(data: bytes) -> Costs:
     learned = (t for t in model.graph.initializer if kinds[t.name] not in ("quantization", "shapes"))
     return Costs(
         parameters=sum(math.prod(tensor.dims) for tensor in learned),
-        macs_per_image=_macs_per_image(model),
+        macs_per_image=macs_per_image(model),
         size_by_kind=dict(sizes.most_common()),
     )
 
@@ -72,7 +72,8 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def _macs_per_image(model: onnx.ModelProto) -> int | None:
+def macs_per_image(model: onnx.ModelProto) -> int | None:
+    """Return the multiply-accumulates of all matrix products and convolutions for one image; None: not all known."""
     bare = without_weights(model)
     batch = bare.graph.input[0].type.tensor_type.shape.dim[0]
     images = batch.dim_value or 1

@@ -21,6 +21,7 @@ from vit_edge.convert import open_source
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import MissingExtra
 from vit_edge.export.answering import load_elsewhere
+from vit_edge.export.costs import macs_per_image
 from vit_edge.export.divergence import describe_first_apart
 from vit_edge.export.external import move_weights_out
 from vit_edge.export.finishing import finish
@@ -106,7 +107,7 @@ def _export(
     graph = _graph(network, options)
 
     progress("golden vectors", 1, len(_STAGES))
-    golden = _golden(network, options)
+    golden = _golden(network, options, macs_per_image(graph))
 
     progress("parity", 2, len(_STAGES))
     file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
@@ -147,10 +148,10 @@ class _Golden:
     fields: Mapping[str, object]
 
 
-def _golden(network: Network, options: ExportOptions) -> _Golden:
+def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Golden:
     height, width = network.preprocessing.crop
     reference = reference_logits(network.model, network.preprocessing)
-    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width)
+    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     expected_BK = reference(images_NHWC)
     tolerance = FLOAT32_TOLERANCE if options.precision == "fp32" else half_tolerance(expected_BK)
