@@ -143,8 +143,9 @@ def draw(contestants: list[Contestant], num_pictures: int) -> None:
 def report(contestants: list[Contestant], splits: Splits, minutes: float, seed: int) -> str:
     assert splits.test is not None
     pictures = f"{splits.train.num_images:,} training and {splits.test.num_images:,} test pictures of 32x32"
+    asked = f"{minutes:g} minutes of training each (`--minutes {minutes:g} --seed {seed}`)"
     lines = [
-        f"{pictures}, {minutes:g} minutes of training each, seed {seed}, {machine()}, torch {torch.__version__}.",
+        f"{pictures}, {asked}, {machine()}, torch {torch.__version__}.",
         "",
         "| network | parameters | epochs in the minutes | learning rate | test top-1 |",
         "|---|---|---|---|---|",

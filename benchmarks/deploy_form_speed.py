@@ -3,7 +3,7 @@
     python benchmarks/deploy_form_speed.py CHECKPOINT [--rounds 20] [--out FILE]
 
 ONNX Runtime, one thread. Needs the machine for itself: the rounds alternate, so that drift hits both alike, but other
-work on the same cores does not.
+work on the same cores does not. Writes a section of docs/results.md, and with --out every sample as JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import machine, write_section
 
 from vit_edge.artifact import open_model
-from vit_edge.cpu import cpu_name, instruction_set
 from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.export.costs import costs
 from vit_edge.runtime import load
@@ -41,8 +41,9 @@ def main() -> None:
         files = {form: export(arguments.checkpoint, Path(folder), form) for form in FORMS}
         samples_ms, described = measure(files, rounds=arguments.rounds, queries=arguments.queries)
         gmac = {form: (costs(open_model(path).data).macs_per_image or 0) / 1e9 for form, path in files.items()}
-    result = summary(samples_ms, gmac) | {"machine": described, "cpu": cpu_name(), "instructions": instruction_set()}
+    result = summary(samples_ms, gmac) | {"ran": described, "machine": machine()}
     print(json.dumps(result, indent=1))
+    write_section("deploy-form", table(result))
     if arguments.out:
         arguments.out.write_text(json.dumps({**result, "samples_ms": samples_ms}) + "\n", encoding="utf-8")
 
@@ -95,6 +96,26 @@ def summary(samples_ms: dict[str, list[float]], gmac: dict[str, float]) -> dict[
         "goal": GOAL,
         "queries": len(samples_ms["deploy"]),
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = [
+        f"| {form} | {result['gmac_per_image'][form]:.3f} | {result['median_ms'][form]:.2f} ms | "
+        f"{result['min_ms'][form]:.2f} ms |"
+        for form in FORMS
+    ]
+    faster, ran = result["times_as_fast"], result["ran"]
+    where = f"{ran['engine']} {ran['engine_version']}, batch 1, {ran['threads']} thread, {result['machine']}"
+    found = f"**{faster['by_median']:.2f} times** as fast by the median, {faster['by_min']:.2f} by the minimum"
+    saved = f"{result['gmac_saved_percent']:.1f} % fewer multiplications"
+    lines = [
+        f"{result['queries']} queries each, in turn, {where}: the deploy form is {found}, with {saved}.",
+        "",
+        "| form | GMAC per image | median | minimum |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Measure how long an export takes, and how much memory its largest process needs.
 
-    python benchmarks/export_cost.py [--arch vit_base_patch16_224]
+    python benchmarks/export_cost.py [vit_base_patch16_224 ...]
 
 Exports an untrained network of that shape with its proof, as `vit-edge export` does, in a process of its own. Peak
-memory is that of the largest single process, of export itself and of the engines' child processes.
+memory is that of the largest single process, of export itself and of the engines' child processes. Writes a section of
+docs/results.md.
 """
 
 from __future__ import annotations
@@ -19,31 +20,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vit_edge.cpu import cpu_name, usable_threads
+from results import machine, write_section
 
 NUM_CLASSES = 1000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="vit_base_patch16_224")
-    arguments = parser.parse_args()
+    parser.add_argument("arch", nargs="*", default=["vit_base_patch16_224"])
+    rows = [row(arch) for arch in parser.parse_args().arch]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "onnxruntime", "openvino"))
+    head = ["| network | file | seconds | largest process | smallest SQNR |", "|---|---|---|---|---|"]
+    write_section("export-cost", "\n".join([f"{machine()}, {versions}.", "", *head, *rows]))
+
+
+def row(arch: str) -> str:
+    """Export one network, and return its line of the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # In another process, as torch is not imported here: a child's peak starts at what its parent had.
-        subprocess.run([sys.executable, __file__, "--write", arguments.arch, str(folder / "c.safetensors")], check=True)
+        subprocess.run([sys.executable, __file__, "--write", arch, str(folder / "c.safetensors")], check=True)
         seconds, peak_bytes, found = export(folder)
-    result = {
-        "arch": arguments.arch,
-        "seconds": seconds,
-        "peak_rss_bytes_of_largest_process": peak_bytes,
-        "size_bytes": found["size_bytes"],
-        "smallest_sqnr_db": min(row["sqnr_db"] for row in found["parity"]),
-        "threads": usable_threads(),
-        "cpu": cpu_name(),
-        "torch": importlib.metadata.version("torch"),
-    }
-    print(json.dumps(result, indent=1))
+    decibels = min(entry["sqnr_db"] for entry in found["parity"])
+    sizes = f"{found['size_bytes'] / 1e6:,.0f} MB | {seconds:.0f} | {peak_bytes / 1e9:.2f} GB"
+    line = f"| {arch} | {sizes} | {decibels:.0f} dB |"
+    print(line, flush=True)
+    return line
 
 
 def export(folder: Path) -> tuple[float, int, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,7 @@ class OpenVinoEngine:
         try:
             # The batch stays dynamic: with a fixed one OpenVINO takes other kernels, and an INT8 network gives other
             # logits (DeiT-tiny: 24.8 dB apart) than those that were verified.
-            self._compiled: Any = _compile(openvino.Core(), model, settings)
+            self._compiled: Any = _compile(_core(), model, settings)
         except Exception as error:  # its exceptions share no base but this
             raise _failed("load", error) from error
         self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
@@ -69,6 +70,17 @@ class OpenVinoEngine:
         """Free the request and the compiled model."""
         with self._lock:
             self._request = self._compiled = None
+
+
+@functools.cache
+def _core() -> Any:
+    """Return the one Core of this process, kept to its end.
+
+    Its CPU plugin gives the thread a signal stack of its own and puts the former one back when it goes. Of two that go
+    in the order they came, the second puts back the stack that the first has freed, and the next signal, Ctrl-C too,
+    ends the process with a segmentation fault (2026.4).
+    """
+    return openvino.Core()
 
 
 def _compile(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:

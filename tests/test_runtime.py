@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.conftest import Workspace
+from tests.conftest import ROOT, Workspace
 from vit_edge.artifact import MANIFEST_KEY, open_model, seal
 from vit_edge.cpu import instruction_set, usable_threads
 from vit_edge.data import find_images
@@ -288,6 +290,27 @@ def test_the_readme_example_runs(workspace: Workspace, monkeypatch: pytest.Monke
     exec(compile(block, "README.md", "exec"), {"print": lambda *values: printed.extend(values)})
     assert printed[0] == "3"
     assert 0 < float(str(printed[1])) <= 1
+
+
+_CLOSE_TWO = """
+import os, signal, sys
+from vit_edge.runtime import load
+received = []
+signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+both = [load(sys.argv[1], engine=sys.argv[2], threads=1) for _ in range(2)]
+for classifier in both:
+    classifier.close()
+del both, classifier
+os.kill(os.getpid(), signal.SIGTERM)
+assert received == [signal.SIGTERM]
+"""
+
+
+@pytest.mark.parametrize("engine", installed_engines())
+def test_a_signal_after_two_models_were_closed_does_not_end_the_process(workspace: Workspace, engine: str) -> None:
+    command = [sys.executable, "-c", _CLOSE_TWO, workspace.float_model, engine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_model_and_engine_is_measured_with_observed_percentiles(workspace: Workspace) -> None:
