@@ -110,4 +110,3 @@ def _module_outputs(traced: nn.Module, model: ModelFile, image_NHWC: Pixels) -> 
 def _belongs(name: str, path: str) -> bool:
     path = path.removeprefix("network.")
     return bool(path) and (name == path or name.startswith(f"{path}."))
-

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -104,18 +105,15 @@ def _export(
     if options.format == "huggingface":
         require_vit(network.architecture)
     progress("tracing", 0, len(_STAGES))
-    graph = _graph(network, options)
+    traced = _traced(network, options, target)
 
     progress("golden vectors", 1, len(_STAGES))
-    golden = _golden(network, options, macs_per_image(graph))
+    golden = _golden(network, options, traced.macs_per_image)
 
     progress("parity", 2, len(_STAGES))
-    file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
-    weights = move_weights_out(graph.graph, file=file)
-    entry = weights_entry(file, weights) if weights is not None else None
-    manifest = replace(_manifest(network, options), weights=entry)
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), weights=weights, warn=False)
-    del graph
+    manifest, weights = replace(_manifest(network, options), weights=traced.entry), traced.weights
+    model = open_model(pack(traced.graph, manifest), weights=weights, warn=False)
+    del traced
     parity = check_parity(
         model,
         _reference(network, options),
@@ -177,10 +175,19 @@ def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Gold
     return model.sha256, len(model.data) + len(model.weights or b"")
 
 
-def _graph(network: Network, options: ExportOptions) -> onnx.ModelProto:
-    """Return the finished graph, without a manifest."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Traced:
+    """The finished graph, serialized, without a manifest; of one over 2 GiB the weights beside it, and their entry."""
+
+    graph: bytes
+    macs_per_image: int | None
+    weights: bytes | None
+    entry: Mapping[str, Any] | None
+
+
+def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
     height, width = network.preprocessing.crop
-    graph = trace(
+    model = trace(
         traced_form(network, options),
         height=height,
         width=width,
@@ -189,7 +196,15 @@ def _graph(network: Network, options: ExportOptions) -> onnx.ModelProto:
         highest_opset=highest_versions(options.min_onnxruntime)[0],
     )
     gc.collect()  # the exporter leaves cycles that hold the weights once more
-    return finish(graph, options)
+    model = finish(model, options)
+    file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
+    weights = move_weights_out(model.graph, file=file)
+    return _Traced(
+        graph=model.SerializeToString(deterministic=True),
+        macs_per_image=macs_per_image(model),
+        weights=weights,
+        entry=None if weights is None else weights_entry(file, weights),
+    )
 
 
 def _reference(network: Network, options: ExportOptions) -> Reference:
