@@ -20,13 +20,13 @@ from vit_edge.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pac
 from vit_edge.checkpoint import Checkpoint
 from vit_edge.convert import open_source
 from vit_edge.data import find_images, stream_pixels
-from vit_edge.errors import MissingExtra
+from vit_edge.errors import MissingExtra, UsageError
 from vit_edge.export.answering import load_elsewhere
 from vit_edge.export.costs import macs_per_image
 from vit_edge.export.divergence import describe_first_apart
 from vit_edge.export.external import move_weights_out
 from vit_edge.export.finishing import finish
-from vit_edge.export.formats import may_write_format, write_files, write_folder, write_model
+from vit_edge.export.formats import may_write_format, write_folder, write_model
 from vit_edge.export.golden import choose_seeds, golden_header
 from vit_edge.export.huggingface import folder_of, require_vit
 from vit_edge.export.ir_conversion import convert_to_ir
@@ -42,12 +42,13 @@ from vit_edge.export.network import (
 from vit_edge.export.options import ExportOptions
 from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, Reference, check_parity, half_tolerance
 from vit_edge.export.tracing import trace
-from vit_edge.files import sha256_hex
+from vit_edge.files import is_file, sha256_hex, write_together
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.progress import Progress, silent
 from vit_edge.releases import highest_versions
-from vit_edge.runtime.engine import Array, Logits, installed_engines
+from vit_edge.runtime.engine import Logits, installed_engines
 from vit_edge.runtime.golden import Tolerance, expectation, golden_images
+from vit_edge.runtime.guard import check_graph
 from vit_edge.vit import VisionTransformer
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -89,37 +90,45 @@ def export_onnx(
     """
     _require_engines()
     options = options or ExportOptions()
-    is_file = isinstance(source, str | os.PathLike) and Path(source).is_file()
-    target = may_write_format(out, options, force=force, made_from=source if is_file else None)  # type: ignore[arg-type]
+    pictures = [] if data is None else find_images(data)
+    made_from = source if is_file(source) else None
+    target = may_write_format(out, options, force=force, made_from=made_from)  # type: ignore[arg-type]
+    if options.precision == "fp16":
+        _log.warning("float16 is storage on CPUs: engines compute in float32 there, and no faster")
     if isinstance(source, nn.Module):
         network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
     else:
+        if preprocessing is not None or name is not None or assumed:
+            reason = "preprocessing, name and assumed are for a module; a checkpoint has its own"
+            raise UsageError("cannot export", reason=reason, remedy="give them to `vit_edge.convert.open_source`")
         checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
         network = from_checkpoint(checkpoint).with_labels(labels)
-    return _export(network, target, options, data, progress)
+    return _export(network, target, options, pictures, progress)
 
 
 def _export(
-    network: Network, target: Path, options: ExportOptions, data: str | os.PathLike[str] | None, progress: Progress
+    network: Network, target: Path, options: ExportOptions, pictures: Sequence[Path], progress: Progress
 ) -> ExportResult:
     if options.format == "huggingface":
         require_vit(network.architecture)
     progress("tracing", 0, len(_STAGES))
     traced = _traced(network, options, target)
 
+    manifest, weights, macs = replace(_manifest(network, options), weights=traced.entry), traced.weights, traced.macs
+    model = open_model(pack(traced.graph, manifest), weights=weights, warn=False)
+    del traced  # it and the model hold all weights each
+    check_graph(model)
+
     progress("golden vectors", 1, len(_STAGES))
-    golden = _golden(network, options, traced.macs_per_image)
+    golden = _golden(network, options, macs)
 
     progress("parity", 2, len(_STAGES))
-    manifest, weights = replace(_manifest(network, options), weights=traced.entry), traced.weights
-    model = open_model(pack(traced.graph, manifest), weights=weights, warn=False)
-    del traced
     parity = check_parity(
         model,
         _reference(network, options),
         images_NHWC=golden.images_NHWC,
         engines=_ENGINES,
-        pictures=_pictures(data, network.preprocessing),
+        pictures=(pixels for _, pixels in stream_pixels(pictures, network.preprocessing)) if pictures else (),
         tolerance=golden.tolerance,
         first_apart=partial(_explain, network, options),
     )
@@ -165,7 +174,7 @@ def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Gold
             model, images_NHWC=golden.images_NHWC, expected_BK=golden.expected_BK, tolerance=golden.tolerance
         )
         # The `.xml` last: without it the other file is nothing.
-        write_files({target.with_suffix(".bin"): weights, target: xml})
+        write_together({target.with_suffix(".bin"): weights, target: xml})
         return sha256_hex(xml), len(xml) + len(weights)
     if options.format == "huggingface":
         files = folder_of(model)
@@ -180,7 +189,7 @@ class _Traced:
     """The finished graph, serialized, without a manifest; of one over 2 GiB the weights beside it, and their entry."""
 
     graph: bytes
-    macs_per_image: int | None
+    macs: int | None
     weights: bytes | None
     entry: Mapping[str, Any] | None
 
@@ -201,7 +210,7 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
     weights = move_weights_out(model.graph, file=file)
     return _Traced(
         graph=model.SerializeToString(deterministic=True),
-        macs_per_image=macs_per_image(model),
+        macs=macs_per_image(model),
         weights=weights,
         entry=None if weights is None else weights_entry(file, weights),
     )
@@ -216,17 +225,9 @@ def _reference(network: Network, options: ExportOptions) -> Reference:
 
 
 def _explain(network: Network, options: ExportOptions, model: ModelFile, engine: str, image_NHWC: Pixels) -> str:
-    if options.precision != "fp32" or options.batch is not None:
-        return ""  # rounding everywhere, or a graph that takes no single image
     others = [other for other in _ENGINES if other != engine]
     traced = traced_form(network, options)
     return describe_first_apart(model, traced, engine=engine, others=others, image_NHWC=image_NHWC)
-
-
-def _pictures(data: str | os.PathLike[str] | None, preprocessing: Preprocessing) -> list[Array]:
-    if data is None:
-        return []
-    return [pixels for _, pixels in stream_pixels(find_images(data), preprocessing)]
 
 
 def _manifest(network: Network, options: ExportOptions) -> Manifest:

@@ -45,8 +45,9 @@ def make_network(source: str, *, weights: str | os.PathLike[str] | None = None) 
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise _unusable(source, str(error), "give package.module:factory as Python would import it") from error
+    except (Exception, SystemExit) as error:  # the code of whoever wrote the module
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise _unusable(source, reason, "give package.module:factory as Python would import it") from error
     network = found if isinstance(found, nn.Module) else _called(found, source)
     if not isinstance(network, nn.Module):
         raise _unusable(source, f"it gives {type(network).__name__}", "name something that gives a torch.nn.Module")
@@ -86,7 +87,7 @@ def factory_preprocessing(
 def _called(factory: Any, source: str) -> object:
     try:
         made: object = factory()
-    except Exception as error:  # whatever a factory raises
+    except (Exception, SystemExit) as error:  # whatever a factory raises
         reason = f"it fails: {type(error).__name__}: {error}"
         raise _unusable(source, reason, "give a factory that needs no arguments") from error
     return made

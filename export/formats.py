@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from vit_edge.artifact import ModelFile
-from vit_edge.errors import UsageError
+from vit_edge.errors import UsageError, printable
 from vit_edge.export.options import ExportOptions
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import may_write, write_atomic, write_together
 
-__all__ = ["may_write_format", "write_files", "write_folder", "write_model"]
+__all__ = ["may_write_format", "write_folder", "write_model"]
+
+# All that a Hugging Face folder of ours holds: only a folder of these files is ever replaced.
+_FOLDER_FILES = {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model.onnx.data"}
 
 
 def may_write_format(
@@ -27,10 +29,12 @@ def may_write_format(
             raise UsageError("cannot write", file=target, reason="OpenVINO's IR ends in .xml", remedy=remedy)
         may_write(target.with_suffix(".bin"), force=force, made_from=made_from)
     if options.format == "huggingface" and target.is_dir():
-        is_ours = not any(target.iterdir()) or (target / "onnx" / "model.onnx").is_file()
-        if not force or not is_ours:
-            remedy = "choose another name, or add --force to replace a folder that holds onnx/model.onnx"
-            raise UsageError("will not overwrite", file=target, reason="the folder exists", remedy=remedy)
+        held = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+        others = sorted(held - _FOLDER_FILES)
+        if others or not force:
+            reason = f"the folder exists{f', with {printable(others[0])} in it' if others else ''}"
+            remedy = "choose another name" + ("" if others else ", or add --force")
+            raise UsageError("will not overwrite", file=target, reason=reason, remedy=remedy)
         return target
     if options.format == "onnx":  # a network over 2 GiB needs a second file
         may_write(target.with_name(f"{target.name}.data"), force=force, made_from=made_from)
@@ -41,13 +45,9 @@ def write_model(path: Path, model: ModelFile) -> None:
     """Write a model file and, of a network over 2 GiB, first the weights beside it under the name that it knows."""
     entry = model.manifest.weights
     beside = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
-    write_files({**beside, path: model.data})
-
-
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write each file atomically, in order: the last one is what makes the others count."""
-    for path, data in files.items():
-        write_atomic(path, data)
+    write_together({**beside, path: model.data})
+    if not beside:  # what an older and larger model left there
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
@@ -59,5 +59,10 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
             (new / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(new / path, data)
         if target.exists():
-            shutil.move(target, old)
-        new.replace(target)
+            target.replace(old)
+        try:
+            new.replace(target)
+        except BaseException:
+            if old.exists():
+                old.replace(target)
+            raise

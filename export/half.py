@@ -27,8 +27,9 @@ def to_half(graph: onnx.GraphProto) -> None:
     """
     kept = {name for node in graph.node if node.op_type in _KEPT_FLOAT32 for name in node.input}
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    _separate(graph, kept & floats)
     for tensor in graph.initializer:
-        if tensor.name in floats - kept:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in kept:
             tensor.CopyFrom(_half(tensor))
     outputs = {v.name for v in graph.output if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     nodes = [*_inputs(graph), *(new for node in graph.node for new in _converted(node, floats, outputs))]
@@ -36,6 +37,21 @@ def to_half(graph: onnx.GraphProto) -> None:
     converted = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(converted)
+
+
+def _separate(graph: onnx.GraphProto, kept: set[str]) -> None:
+    """Give what is no norm a copy of each constant that a norm reads too: equal ones were made one before."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in _KEPT_FLOAT32:
+            continue
+        for position, name in enumerate(node.input):
+            if name in kept:
+                node.input[position] = copy = f"{name}.half"
+                if copy not in constants:
+                    constants[copy] = graph.initializer.add()
+                    constants[copy].CopyFrom(constants[name])
+                    constants[copy].name = copy
 
 
 def _inputs(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import onnx
 from vit_edge.artifact import ModelFile, open_model
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.formats import write_model
+from vit_edge.export.parity import BATCHES
 from vit_edge.image import Pixels
 from vit_edge.ir import NO_SEAL, seal_ir
 from vit_edge.runtime.engine import Logits
@@ -24,7 +26,7 @@ from vit_edge.runtime.golden import Tolerance, differences
 __all__ = ["convert_to_ir", "main"]
 
 _MODEL, _BARE, _XML, _BIN = "model.onnx", "bare.onnx", "model.xml", "model.bin"
-_IMAGES, _LOGITS = "images.npy", "logits.npy"
+_LOGITS = ".logits.npy"
 _TIMEOUT_S = 3600
 
 
@@ -33,19 +35,24 @@ def convert_to_ir(
 ) -> tuple[bytes, bytes]:
     """Return the sealed `.xml` and the `.bin` of a model file, uncompressed, with its manifest in the rt_info.
 
-    What OpenVINO reads back has to give `expected_BK`; raises VerificationFailed where it does not.
+    What OpenVINO reads back has to give `expected_BK`, at every batch size of the proof; raises VerificationFailed.
     """
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
         folder = Path(name)
         write_model(folder / _MODEL, model)
-        np.save(folder / _IMAGES, model.manifest.network_input(images_NHWC))
+        sizes = BATCHES if model.manifest.batch is None else (model.manifest.batch,)
+        for size in sizes:
+            images = np.resize(images_NHWC, (size, *images_NHWC.shape[1:]))  # repeated as often as needed
+            np.save(folder / f"{size}.npy", model.manifest.network_input(images))
         command = [sys.executable, "-m", "vit_edge.export.ir_conversion", name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode:
             raise _failed(f"OpenVINO ends with {done.returncode}: {done.stderr.strip()[-300:]}")
-        problems = differences(expected_BK, np.load(folder / _LOGITS), tolerance)
-        if problems:
-            raise _failed(f"read back, {'; '.join(problems)}")
+        for size in sizes:
+            expected = np.resize(expected_BK, (size, expected_BK.shape[1]))
+            problems = differences(expected, np.load(folder / f"{size}{_LOGITS}"), tolerance)
+            if problems:
+                raise _failed(f"read back, at batch {size}: {'; '.join(problems)}")
         xml, weights = (folder / _XML).read_bytes(), (folder / _BIN).read_bytes()
     return seal_ir(xml, weights), weights
 
@@ -62,17 +69,17 @@ def main(name: str) -> int:
     (folder / _BARE).write_bytes(graph.SerializeToString(deterministic=True))
     core = openvino.Core()
     converted = core.read_model(folder / _BARE)
-    converted.set_rt_info(model.manifest.to_json(), ["vit_edge", "manifest"])
+    # Its weights lie in the `.bin`, whatever file they came from.
+    manifest = replace(model.manifest, weights=None)
+    converted.set_rt_info(manifest.to_json(), ["vit_edge", "manifest"])
     converted.set_rt_info(NO_SEAL, ["vit_edge", "seal"])
     # Its default halves the weights to float16.
     openvino.save_model(converted, folder / _XML, compress_to_fp16=False)
     read = core.read_model((folder / _XML).read_bytes(), (folder / _BIN).read_bytes())
     compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    images = np.load(folder / _IMAGES)
-    size = model.manifest.batch or len(images)
-    batches = [images[start : start + size] for start in range(0, len(images) - size + 1, size)]
-    found = [compiled({model.manifest.input["name"]: batch})["logits"] for batch in batches]
-    np.save(folder / _LOGITS, np.concatenate(found))
+    for path in list(folder.glob("*.npy")):
+        found = compiled({model.manifest.input["name"]: np.load(path)})["logits"]
+        np.save(folder / f"{path.stem}{_LOGITS}", found)
     return 0
 
 

@@ -17,6 +17,7 @@ from vit_edge.export.deploy import DeployedViT
 from vit_edge.export.options import ExportOptions
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.runtime.engine import Array, Logits
+from vit_edge.tensor_file import tensor_digest
 from vit_edge.vit import VisionTransformer
 
 __all__ = [
@@ -112,6 +113,7 @@ def from_module(
         labels=tuple(str(number) for number in range(num_classes)),
         architecture=_architecture(module),
         assumed=tuple(assumed),
+        provenance={"weights_sha256": tensor_digest({}, module.state_dict())},
     )
     return replace(network.with_labels(labels), assumed=tuple(assumed))
 
@@ -146,12 +148,13 @@ class PlainNetwork(nn.Module):
         mean_C11, std_C11 = (
             torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std)
         )
-        self.register_buffer("scale", (1 / (255 * std_C11)).float())
-        self.register_buffer("shift", (-mean_C11 / std_C11).float())
+        self.register_buffer("pixels_scale", (1 / (255 * std_C11)).float())
+        self.register_buffer("pixels_shift", (-mean_C11 / std_C11).float())
 
     def forward(self, images: Tensor) -> Tensor:
         if self.pixels:
-            images = images.permute(0, 3, 1, 2).float() * self.get_buffer("scale") + self.get_buffer("shift")
+            images = images.permute(0, 3, 1, 2).float()
+            images = images * self.get_buffer("pixels_scale") + self.get_buffer("pixels_shift")
         logits_BK: Tensor = self.network(images)
         return logits_BK
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -19,7 +21,8 @@ from vit_edge.runtime.golden import Tolerance, differences
 __all__ = ["BATCHES", "FLOAT32_TOLERANCE", "Parity", "Reference", "check_parity", "half_tolerance"]
 
 BATCHES = (1, 2, 3, 7, 16)
-_PICTURES_AT_ONCE = 16
+# In one batch, and in memory: an engine's process answers for so many before the next are read.
+_PICTURES_AT_ONCE, _PICTURES_AT_A_TIME = 16, 512
 # Engines order their sums differently; a logit of 10 may differ by 0.01 and no more. The answer must be the same
 # wherever the two largest logits are farther apart than rounding can bridge.
 FLOAT32_TOLERANCE = Tolerance(absolute=1e-4, relative=1e-3, top1_gap=2e-4)
@@ -57,7 +60,7 @@ def check_parity(
     *,
     images_NHWC: Pixels,
     engines: Sequence[str],
-    pictures: Sequence[Pixels] = (),
+    pictures: Iterable[Pixels] = (),
     tolerance: Tolerance = FLOAT32_TOLERANCE,
     first_apart: Callable[[ModelFile, str, Pixels], str] = lambda _model, _engine, _image: "",
 ) -> list[Parity]:
@@ -66,11 +69,32 @@ def check_parity(
     Raises VerificationFailed where one is beyond the tolerance; `first_apart` then says which tensor parts first, given
     the model, the engine and the image with the largest difference.
     """
-    golden = [np.resize(images_NHWC, (size, *images_NHWC.shape[1:])) for size in BATCHES]  # repeated as often as needed
-    shots = [np.stack(pictures[i : i + _PICTURES_AT_ONCE]) for i in range(0, len(pictures), _PICTURES_AT_ONCE)]
-    batches = golden + shots
-    expected = [reference(batch) for batch in batches]
+    compared = partial(_compared, model, reference, engines, tolerance, first_apart)
+    golden = compared([np.resize(images_NHWC, (size, *images_NHWC.shape[1:])) for size in BATCHES])
+    shots: dict[str, list[tuple[Logits, Logits]]] = {engine: [] for engine in engines}
+    for part in _in_parts(pictures, _PICTURES_AT_A_TIME):
+        for engine, pairs in compared([np.stack(shot) for shot in _in_parts(part, _PICTURES_AT_ONCE)]).items():
+            shots[engine] += pairs
     results = []
+    for engine in engines:
+        results += [_figures(engine, "golden", *pair) for pair in golden[engine]]
+        if shots[engine]:
+            right_BK, got_BK = (np.concatenate(side) for side in zip(*shots[engine], strict=True))
+            results.append(_figures(engine, "pictures", right_BK, got_BK))
+    return results
+
+
+def _compared(
+    model: ModelFile,
+    reference: Reference,
+    engines: Sequence[str],
+    tolerance: Tolerance,
+    first_apart: Callable[[ModelFile, str, Pixels], str],
+    batches: Sequence[Pixels],
+) -> dict[str, list[tuple[Logits, Logits]]]:
+    """Return expected and found logits of each batch by engine; raises VerificationFailed beyond the tolerance."""
+    expected = [reference(batch) for batch in batches]
+    pairs = {}
     for engine in engines:
         found = answer_elsewhere(model, engine=engine, batches=batches, outputs=model.manifest.outputs)
         for batch, right, got in zip(batches, expected, found, strict=True):
@@ -78,12 +102,14 @@ def check_parity(
             if problems:
                 part = first_apart(model, engine, batch[[_worst(right["logits"], got["logits"])]])
                 raise _not_the_network(f"{engine} at batch {len(batch)}: {'; '.join(problems)}{part}")
-        logits = [(right["logits"], got["logits"]) for right, got in zip(expected, found, strict=True)]
-        results += [_figures(engine, "golden", *pair) for pair in logits[: len(golden)]]
-        if shots:
-            right_BK, got_BK = (np.concatenate(side) for side in zip(*logits[len(golden) :], strict=True))
-            results.append(_figures(engine, "pictures", right_BK, got_BK))
-    return results
+        pairs[engine] = [(right["logits"], got["logits"]) for right, got in zip(expected, found, strict=True)]
+    return pairs
+
+
+def _in_parts(values: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
+    iterator = iter(values)
+    while part := list(islice(iterator, size)):
+        yield part
 
 
 def _figures(engine: str, inputs: Literal["golden", "pictures"], expected_BK: Logits, found_BK: Logits) -> Parity:

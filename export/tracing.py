@@ -6,13 +6,14 @@ import ast
 import logging
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxscript
 import torch
+from onnx import numpy_helper
 from onnxscript import optimizer
 from torch import nn
 from torch.nn import functional
@@ -69,6 +70,7 @@ def trace(
     _fold_constants(program.model)
     model: onnx.ModelProto = program.model_proto
     _check_batch_is_free(model.graph)
+    _complete_norms(model.graph)
     _rename(model.graph)
     _strip(model)
     model.ir_version = IR_VERSION
@@ -143,37 +145,56 @@ def _cannot_trace(reason: str) -> VerificationFailed:
     return VerificationFailed("cannot trace the network", reason=reason, remedy=remedy)
 
 
+def _complete_norms(graph: onnx.GraphProto) -> None:
+    """Give every LayerNormalization its third input, zeros: without it ONNX Runtime 1.17 ends the process."""
+    sizes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "LayerNormalization" and len(node.input) == 2 and node.input[1] in sizes:
+            zeros = np.zeros(sizes[node.input[1]], np.float32)
+            node.input.append(f"{node.input[1]}.no_shift")
+            if node.input[2] not in sizes:
+                sizes[node.input[2]] = zeros.shape
+                graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
+
+
 def _rename(graph: onnx.GraphProto) -> None:
     """Name every node, and the tensors it makes, after the module that computes it: `block.3.attention.qkv`."""
     for value in (*graph.input, *graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     constants = {tensor.name for tensor in graph.initializer}
-    fixed = {value.name for value in (*graph.input, *graph.output)} | constants
+    interface = {value.name for value in (*graph.input, *graph.output)}
+    fixed, taken = interface | constants, set(interface)
     renamed: dict[str, str] = {}
-    taken: Counter[str] = Counter()
+    for tensor in graph.initializer:
+        renamed[tensor.name] = tensor.name = _free(tensor.name.removeprefix(_WRAPPED), taken)
     scope = ""
     for node in graph.node:
         scope = _scope(node) or scope  # a node that the optimizer put in belongs where the one before it does
-        node.name = _node_name(node, scope, constants, taken)
+        node.name = _free(_node_name(node, scope, constants), taken)
         for position, output in enumerate(node.output):
             if output not in fixed:
                 renamed[output] = node.name if len(node.output) == 1 else f"{node.name}.{position}"
-    for tensor in graph.initializer:
-        renamed[tensor.name] = tensor.name = tensor.name.removeprefix(_WRAPPED)
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
     del graph.value_info[:]
 
 
-def _node_name(node: onnx.NodeProto, scope: str, constants: set[str], taken: Counter[str]) -> str:
+def _node_name(node: onnx.NodeProto, scope: str, constants: set[str]) -> str:
     weight = next((name for name in node.input if name in constants and name.endswith(".weight")), None)
     if node.op_type in ("MatMul", "Gemm", "Conv") and weight is not None:
-        name = weight.removesuffix(".weight").removeprefix(_WRAPPED)
-    else:
-        name = ".".join(part for part in (scope, node.op_type.lower()) if part)
-    taken[name] += 1
-    return name if taken[name] == 1 else f"{name}_{taken[name]}"
+        return str(weight.removesuffix(".weight").removeprefix(_WRAPPED))
+    return ".".join(part for part in (scope, node.op_type.lower()) if part)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """Return `name`, numbered where another node or tensor has it, and take it."""
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    taken.add(free)
+    return free
 
 
 def _scope(node: onnx.NodeProto) -> str:

@@ -46,7 +46,15 @@ def test_the_ir_is_whole_uncompressed_and_answers_from_its_verified_bytes(folder
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model.xml, model.weights), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     np.testing.assert_allclose(compiled({"images": IMAGES})["logits"], _expected(), atol=1e-4)
-    assert not {str(folder), ".py"} & set(model.xml.decode().split('"'))
+    assert str(folder).encode() not in model.xml
+    assert b".py" not in model.xml
+
+
+@pytest.mark.parametrize("batch", [3, 9])
+def test_a_fixed_batch_becomes_ir_too(folder: Path, tmp_path: Path, batch: int) -> None:
+    options = ExportOptions(format="openvino", batch=batch)
+    export_onnx(folder / "c.safetensors", out=tmp_path / "m.xml", options=options)
+    assert open_ir(tmp_path / "m.xml").manifest.batch == batch
 
 
 def test_two_folders_give_the_same_ir(folder: Path, tmp_path: Path) -> None:
@@ -115,13 +123,18 @@ def test_a_folder_is_replaced_only_with_force_and_only_where_it_is_one_of_ours(f
         with pytest.raises(UsageError, match="the folder exists"):
             export_onnx(folder / "c.safetensors", out=tmp_path / "mine", options=HUGGINGFACE, force=force)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    shutil.copytree(folder / "hub", tmp_path / "clone")
+    (tmp_path / "clone" / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UsageError, match=r"the folder exists, with model\.safetensors in it"):
+        export_onnx(folder / "c.safetensors", out=tmp_path / "clone", options=HUGGINGFACE, force=True)
+    assert (tmp_path / "clone" / "model.safetensors").read_bytes() == b"weights"
     shutil.copytree(folder / "hub", tmp_path / "hub")
     with pytest.raises(UsageError, match="the folder exists"):
         export_onnx(folder / "c.safetensors", out=tmp_path / "hub", options=HUGGINGFACE)
     (tmp_path / "hub" / "config.json").write_text("{}")
     export_onnx(folder / "c.safetensors", out=tmp_path / "hub", options=HUGGINGFACE, force=True)
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["model_type"] == "vit"
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "hub"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "clone", "hub"}
     assert open_model(tmp_path / "hub" / "onnx" / "model.onnx").manifest.input["name"] == "pixel_values"
 
 

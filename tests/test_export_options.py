@@ -91,6 +91,20 @@ def test_float16_halves_the_file_and_keeps_norms_and_softmax_in_float32(checkpoi
     assert open_model(tmp_path / "m.onnx").manifest.precision == "float16"
 
 
+def test_a_bias_that_equals_the_shift_of_a_norm_is_float16_all_the_same(tmp_path: Path) -> None:
+    model = random_network(small_config())
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.proj.bias)  # type: ignore[union-attr, arg-type]
+    options = ExportOptions(precision="fp16")
+    result = export_onnx(model, out=tmp_path / "m.onnx", preprocessing=PREPROCESSING, options=options)
+    assert min(row.sqnr_db for row in result.parity) >= 50
+
+
+def test_what_a_checkpoint_has_of_its_own_cannot_be_given(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are for a module"):
+        export_onnx(checkpoint, out=tmp_path / "m.onnx", preprocessing=PREPROCESSING)
+
+
 def test_a_weight_too_large_for_float16_is_refused(tmp_path: Path) -> None:
     model = random_network(small_config())
     nn.init.constant_(model.head.weight, 1e6)

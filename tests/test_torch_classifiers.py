@@ -76,10 +76,39 @@ def test_where_a_normalisation_went_into_its_product_the_first_tensor_apart_is_r
         return model
 
     monkeypatch.setattr(exporter_module, "trace", damaged)
-    convolution = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 2, 2))
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 2, 2))
     network = _lively(nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
     with pytest.raises(VerificationFailed, match="first apart from PyTorch at '3'"):
         export_onnx(network, out=tmp_path / "m.onnx", preprocessing=PREPROCESSING, labels=tuple("abc"))
+
+
+class _Unusual(nn.Module):
+    """What no network of torchvision's famous ones has together: names that ours could meet, poolings, bare norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3, 1, 1), 0.7))
+        self.logits = nn.Conv2d(3, 8, 3)
+        self.logits_2 = nn.BatchNorm2d(8)
+        self.norm = nn.LayerNorm(8, bias=False)
+        self.images = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.logits_2(nn.functional.elu(self.logits(images * self.scale)))
+        x = nn.functional.avg_pool2d(nn.functional.leaky_relu(x), 3, stride=2, ceil_mode=True)
+        pooled: Tensor = self.images(self.norm(x.amax((2, 3))))
+        return pooled
+
+
+def test_an_unusual_network_exports_with_every_name_once(tmp_path: Path) -> None:
+    result = export_onnx(_lively(_Unusual()), out=tmp_path / "m.onnx", preprocessing=PREPROCESSING)
+    assert min(row.sqnr_db for row in result.parity) > 80
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    names = [*(node.name for node in graph.node), *(tensor.name for tensor in graph.initializer)]
+    assert len(names) == len(set(names))
+    assert all(len(node.input) == 3 for node in graph.node if node.op_type == "LayerNormalization")
+    with load(tmp_path / "m.onnx") as classifier:
+        assert classifier.manifest.provenance["weights_sha256"]
 
 
 def test_a_vision_transformer_as_a_module_gets_its_deploy_form(tmp_path: Path) -> None:
@@ -108,6 +137,8 @@ number = 3
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "shapes.py").write_text(FACTORY)
+    (tmp_path / "broken.py").write_text("def small(:")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit()")
     network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
     torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pt")
@@ -153,6 +184,8 @@ def make_network_in(folder: Path, weights: Path) -> nn.Module:
         ("shapes:large", 2, "has no attribute 'large'"),
         ("shapes:needs_an_argument", 2, "give a factory that needs no arguments"),
         ("shapes:number", 2, "give a factory that needs no arguments"),
+        ("broken:small", 2, "SyntaxError"),
+        ("leaves:small", 2, "SystemExit"),
         ("shapes:small --weights names.txt", 3, "names.txt"),
         ("shapes:small --preprocessing names.txt", 3, "neither JSON nor TOML"),
         ("shapes:small --labels weights.pt", 3, "cannot use the labels"),

@@ -11,12 +11,20 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from vit_edge.errors import InputError, ResourceExhausted, UsageError, VitEdgeError, printable
 
-__all__ = ["kind_of", "looks_like_safetensors", "may_write", "read_file", "sha256_hex", "write_atomic"]
+__all__ = [
+    "kind_of",
+    "looks_like_safetensors",
+    "may_write",
+    "read_file",
+    "sha256_hex",
+    "write_atomic",
+    "write_together",
+]
 
 # What people really hand over when it is not the file they meant; checked in this order.
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
@@ -112,13 +120,37 @@ def _may_write(target: Path, *, force: bool, made_from: str | os.PathLike[str] |
     return target
 
 
+def is_file(path: object) -> bool:
+    """Return whether `path` is the path of a file; False too where that cannot be found out."""
+    with contextlib.suppress(OSError, ValueError):
+        return isinstance(path, str | os.PathLike) and Path(path).is_file()
+    return False
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
     """Write `data` to `path` so that a reader, or a power cut, sees the old file or the new one, never a part.
 
     Temporary file in the same folder, flush, fsync, replace, fsync of the folder. Raises ResourceExhausted when the
     disk is full; the old file is kept and the temporary file removed.
     """
-    target = Path(path)
+    with _written(Path(path), data) as (temporary, target):
+        temporary.replace(target)
+        _fsync_folder(target.absolute().parent)
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together as `write_atomic` does: none is replaced before all are on the disk."""
+    with contextlib.ExitStack() as stack:
+        pairs = [stack.enter_context(_written(path, data)) for path, data in files.items()]
+        for temporary, target in pairs:
+            temporary.replace(target)
+        for folder in {target.absolute().parent for _, target in pairs}:
+            _fsync_folder(folder)
+
+
+@contextlib.contextmanager
+def _written(target: Path, data: bytes | Iterable[bytes]) -> Iterator[tuple[Path, Path]]:
+    """Yield a temporary file that holds `data`, to be moved to the target, which is yielded too."""
     if target.is_symlink():  # the link stays, what it points to is replaced
         target = target.resolve()
     chunks = [data] if isinstance(data, bytes) else data
@@ -133,8 +165,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) ->
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
-        _fsync_folder(target.absolute().parent)
+        yield temporary, target
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _disk_full(target, size_bytes) from problem

@@ -11,6 +11,7 @@ import click
 
 from vit_edge.cli.output import Result, command, image_size_option, make_table, megabytes, progress_bar
 from vit_edge.errors import UsageError, require
+from vit_edge.files import is_file
 
 if TYPE_CHECKING:
     from vit_edge.export import ExportResult
@@ -81,11 +82,11 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
         deploy_form=not values["no_deploy_form"],
     )
     target = out or Path(_DEFAULT_OUT[options.format])
-    may_write_format(target, options, force=force, made_from=source if Path(source).is_file() else None)
+    may_write_format(target, options, force=force, made_from=source if is_file(source) else None)
     network = _network(source, values)
     with progress_bar() as progress:
         result = export_onnx(**network, out=target, options=options, data=data, force=force, progress=progress)
-    return Result(data=asdict(result), shown=_shown(result, options.precision))
+    return Result(data=asdict(result), shown=_shown(result))
 
 
 _DEFAULT_OUT = {"onnx": "model.onnx", "openvino": "model.xml", "huggingface": "model"}
@@ -117,17 +118,14 @@ def _refuse(source: str, name: str, values: dict[str, Any], why: str) -> None:
         raise UsageError("cannot export", file=source, reason=f"--{name} {why}", remedy=f"leave --{name} out")
 
 
-def _shown(result: ExportResult, precision: str) -> Sequence[Any]:
+def _shown(result: ExportResult) -> Sequence[Any]:
     columns = ("engine", "on", "batch", "max difference", "mean", "SQNR dB", "same answer")
     rows = [
         (p.engine, p.inputs, p.batch_size, f"{p.max_difference:.1e}", f"{p.mean_difference:.1e}", f"{p.sqnr_db:.0f}",
          f"{p.top1_equal} of {p.num_images}")
         for p in result.parity
     ]  # fmt: skip
-    shown = [
+    return [
         make_table("Against PyTorch in float32", columns, rows),
         f"model: {result.model} ({megabytes(result.size_bytes)}, sha256 {result.sha256})",
     ]
-    if precision == "fp16":
-        shown.append("float16 is storage on CPUs: engines compute in float32 there, and no faster")
-    return shown

@@ -49,7 +49,7 @@ def _describe(model: ModelFile) -> dict[str, Any]:
     return {
         "file": model.source,
         "sha256": model.sha256,
-        "size_bytes": len(model.data),
+        "size_bytes": len(model.data) + len(model.weights or b""),
         "ir_version": model.proto.ir_version,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.proto.opset_import},
         "operators": dict(sorted(Counter(node.op_type for node in graph.node).items())),
@@ -128,7 +128,11 @@ def _costs(model: ModelFile) -> dict[str, Any]:
 
 
 def _or_unknown(value: float | None, form: str) -> str:
-    return 'not known: pip install "vit-edge[export]"' if value is None else form.format(value)
+    if value is not None:
+        return form.format(value)
+    if importlib.util.find_spec("onnx") is None:
+        return 'not known: pip install "vit-edge[export]"'
+    return "not known: the graph does not tell its shapes"
 
 
 def _shape(value: Any) -> str:
