@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.converter_table import randomise
 from tests.foreign import CLASSES, bare, same_logits, save_timm, state_of, timm_model
-from vit_edge.checkpoint import load_checkpoint
+from vit_edge.checkpoint import load_checkpoint, save_checkpoint
 from vit_edge.convert import convert, open_source, read_source
 from vit_edge.errors import CheckpointRejected, InputError, UsageError
 from vit_edge.foreign.label_names import read_labels
@@ -314,3 +315,36 @@ def test_dinov2_is_used_at_the_size_of_its_processor(tmp_path: Path) -> None:
     assert (made.checkpoint.preprocessing.resize, made.checkpoint.preprocessing.crop) == (64, (42, 42))
     assert made.checkpoint.model.config.pooling == "class_mean"
     assert same_logits(made.checkpoint.model, model, (42, 42)) < 1e-5
+
+
+def test_a_configuration_beside_the_only_weights_counts_whatever_they_are_called(
+    vit_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(vit_folder, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "mine.safetensors")
+    made = read_source(tmp_path / "hf" / "mine.safetensors")
+    assert made.checkpoint.labels == CLASSES
+    assert made.checkpoint.assumed == ()
+
+
+def test_labels_come_from_a_network_of_timm_that_ends_in_imagenet(tmp_path: Path) -> None:
+    source = bare(tmp_path / "a.safetensors", state_of(timm_model(num_classes=1000)))
+    checkpoint = open_source(source, like="timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    assert checkpoint.labels[1] == "goldfish"
+    assert "labels" not in checkpoint.assumed
+
+
+def test_the_same_weights_in_another_folder_have_the_same_name(tmp_path: Path) -> None:
+    names = set()
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        names.add(open_source(bare(tmp_path / folder / "model.safetensors", state_of(timm_model()))).name)
+    assert len(names) == 1
+
+
+def test_an_accuracy_is_not_carried_over_to_another_head(tmp_path: Path) -> None:
+    source = bare(tmp_path / "a.safetensors", state_of(timm_model()))
+    checkpoint = dataclasses.replace(open_source(source), evaluation={"top1": 99.0})
+    save_checkpoint(tmp_path / "ours", checkpoint)
+    assert open_source(tmp_path / "ours").evaluation == {"top1": 99.0}
+    assert open_source(tmp_path / "ours", num_classes=5).evaluation is None

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vit_edge.data import (
+    Rejections,
     find_images,
     pixel_hashes,
     read_labelled,
@@ -133,6 +134,34 @@ def test_over_one_percent_damaged_is_refused_with_names(tmp_path: Path) -> None:
     paths[7].write_bytes(b"damaged")
     with pytest.raises(DataRejected, match=r"over 1 %.*007\.png"):
         list(stream_pixels(paths, PREPROCESSING))
+
+
+def test_damaged_pictures_of_a_small_part_count_against_the_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [picture(tmp_path / f"{i}.png", i) for i in range(5)]
+    paths[3].write_bytes(b"damaged")
+    rejections = Rejections(200)
+    assert len(list(stream_pixels(paths, PREPROCESSING, rejections=rejections))) == 4
+    rejections.conclude()
+    assert "1 of 200 pictures were skipped" in caplog.text
+    list(stream_pixels(paths * 2, PREPROCESSING, rejections=rejections))
+    with pytest.raises(DataRejected, match="3 or more of 200 pictures cannot be used, over 1 %"):
+        rejections.conclude()
+
+
+def test_one_label_file_may_name_the_pictures_of_every_split(tmp_path: Path) -> None:
+    lines = ["file_name,label"]
+    for split, count in (("train", 4), ("test", 2)):
+        (tmp_path / split).mkdir()
+        for number in range(count):
+            picture(tmp_path / split / f"{number}.png", number)
+            lines.append(f"{split}/{number}.png,{'ab'[number % 2]}")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    splits = read_splits(tmp_path, validation_fraction=0.0, seed=0)
+    assert splits.test is not None
+    assert (splits.train.num_images, splits.test.num_images) == (4, 2)
+    assert splits.test.labels == (0, 1)
 
 
 def test_overlap_is_found_by_pixels_not_by_name(tmp_path: Path) -> None:

@@ -352,6 +352,49 @@ def test_a_checkpoint_is_fine_tuned_at_another_resolution(few: Path, start: Path
     assert checkpoint.preprocessing.crop == (24, 32)
 
 
+def test_a_network_from_scratch_may_see_pictures_that_are_not_square(few: Path, tmp_path: Path) -> None:
+    chosen = TrainOptions(arch="vit_digits_patch8_32", image_size=(24, 32), threads=1, device="cpu")
+    result = train(few, out=tmp_path / "run", recipe=replace(QUICK, epochs=1), options=chosen)
+    assert load_checkpoint(result.checkpoint).preprocessing.crop == (24, 32)
+
+
+def test_one_picture_of_each_class_is_trained_on_and_none_held_out(few: Path, start: Path, tmp_path: Path) -> None:
+    for folder in (few / "train").iterdir():
+        (tmp_path / "one" / folder.name).mkdir(parents=True)
+        shutil.copy(sorted(folder.iterdir())[0], tmp_path / "one" / folder.name)
+    result = train(tmp_path / "one", out=tmp_path / "run", recipe=QUICK, options=options(start))
+    assert (result.num_training_images, result.split) == (10, None)
+
+
+def test_a_picture_of_another_class_or_name_is_another_run(few: Path, start: Path, tmp_path: Path) -> None:
+    def stop(at: TrainProgress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    shutil.copytree(few / "train", tmp_path / "data")
+    whole = replace(BUSY, validation_fraction=0.0)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "data", out=tmp_path / "run", recipe=whole, options=options(start), on_progress=stop)
+    moved = sorted((tmp_path / "data" / "3").iterdir())[0]
+    moved.rename(tmp_path / "data" / "4" / "moved.png")
+    with pytest.raises(UsageError, match="training_pictures was"):
+        train(tmp_path / "data", out=tmp_path / "run", recipe=whole, options=options(start, resume=True))
+
+
+def test_the_folder_of_another_tool_and_the_checkpoint_to_start_from_are_kept(
+    few: Path, start: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs" / "tensorboard").mkdir(parents=True)
+    with pytest.raises(UsageError, match="another tool's files"):
+        train(few, out=tmp_path / "theirs", recipe=QUICK, options=options(start))
+    assert (tmp_path / "theirs" / "tensorboard").is_dir()
+    (tmp_path / "run").mkdir()
+    shutil.copy(start, tmp_path / "run" / "best.safetensors")
+    again = options(tmp_path / "run" / "best.safetensors", force=True)
+    with pytest.raises(UsageError, match="it lies in --out"):
+        train(few, out=tmp_path / "run", recipe=QUICK, options=again)
+    assert (tmp_path / "run" / "best.safetensors").read_bytes() == start.read_bytes()
+
+
 def test_weights_from_elsewhere_are_trained_without_a_step_between(few: Path, tmp_path: Path) -> None:
     torch.save({"model": small().model.state_dict()}, tmp_path / "theirs.pth")
     done = vit_edge(

@@ -19,7 +19,7 @@ from torch import Tensor
 from vit_edge.artifact import warn_of_assumed
 from vit_edge.checkpoint import Checkpoint, save_checkpoint
 from vit_edge.errors import InputError, UsageError, printable
-from vit_edge.files import may_write
+from vit_edge.files import is_file, may_write
 from vit_edge.foreign.conversion import Conversion, ConversionReport, TensorMapping
 from vit_edge.foreign.evidence import Evidence, gather
 from vit_edge.foreign.facts import Facts, Knowledge
@@ -29,14 +29,15 @@ from vit_edge.foreign.pickled_weights import unusable
 from vit_edge.foreign.settings import preprocessing_facts, read_settings
 from vit_edge.foreign.shape import Shaped, defaults, shape
 from vit_edge.foreign.sources import Source, open_weights
-from vit_edge.foreign.timm_networks import facts_of_timm_name
+from vit_edge.foreign.timm_networks import facts_of_timm_name, imagenet_names, tag_of_timm_name
 from vit_edge.image import Preprocessing
 from vit_edge.progress import Progress, silent
-from vit_edge.vit import VisionTransformer
+from vit_edge.vit import VisionTransformer, ViTConfig
 
 __all__ = ["Conversion", "ConversionReport", "TensorMapping", "convert", "open_source", "read_source"]
 
 _NUM_NAMED = 5
+_IMAGENET_CLASSES = 1000
 _PREPROCESSING = ("mean", "std", "interpolation", "geometry")
 # A part of a tensor's name -> the field of ViTConfig that decides whether it is there, and its shape.
 _FIELDS = (
@@ -63,7 +64,8 @@ def convert(
 
     An existing file is replaced with `force` only, and never the source itself.
     """
-    made_from = source if Path(source).is_file() else None
+    in_source = Path(source).is_dir() and Path(source).resolve() in Path(out).resolve().parents
+    made_from = out if in_source and is_file(out) else source if is_file(source) else None
     target = may_write(out, force=force, made_from=made_from)
     made = read_source(
         source, like=like, preprocessing=preprocessing, labels=labels, data=data, image_size=image_size,
@@ -222,8 +224,9 @@ def _alike(like: str, opened: Source) -> Facts:
     facts = facts_of_timm_name(name, origin=f"--like {like}")
     # Heads go with the width. Depth, patches and size the tensors tell; names and licence are those of the weights.
     shape_told = {"width": facts.shape["width"]}
+    labels = imagenet_names(tag_of_timm_name(name), _IMAGENET_CLASSES)
     return dataclasses.replace(
-        facts, name=None, image_size=None, labels=None, license=None, base_model=None, shape=shape_told
+        facts, name=None, image_size=None, labels=labels, license=None, base_model=None, shape=shape_told
     )  # fmt: skip
 
 
@@ -251,6 +254,13 @@ def _assembled(shaped: Shaped, renamed: Renamed, origin: str) -> VisionTransform
         raise unusable(origin, reason, "take the whole state dict of one network, and its own configuration")
     model.load_state_dict(dict(tensors), assign=True)
     return model.eval()
+
+
+def _name_of(config: ViTConfig) -> str:
+    """Return a name where only a folder has one: the same weights in another folder are the same network."""
+    rows, columns = config.patch_size
+    patch = f"{rows}" if rows == columns else f"{rows}x{columns}"
+    return f"vit_{config.width}x{config.depth}_patch{patch}_{max(config.image_size)}"
 
 
 def _field_of(name: str) -> str:
@@ -327,7 +337,7 @@ def _report(
     return ConversionReport(
         source=opened.weights.origin,
         library=renamed.library,
-        name=opened.name,
+        name=opened.name or _name_of(shaped.config),
         source_sha256=opened.weights.sha256,
         mapped=_mapped(shaped.tensors, shaped.reshaped, renamed),
         unused={**renamed.unused, **dropped},
@@ -369,8 +379,8 @@ def _checkpoint(
     converted: dict[str, Any] = {"library": report.library, "source_sha256": report.source_sha256}
     if report.found and report.finding:
         converted["found"] = {"fields": list(report.found), "num_images": report.finding.num_images}
-    if own is None:  # ours was warned of when it was read
-        warn_of_assumed(report.assumed, report.source)
+    # Of ours, what it was assumed to be before was warned of when it was read.
+    warn_of_assumed([name for name in report.assumed if own is None or name not in own.assumed], report.source)
     return Checkpoint(
         name=report.name,
         model=model,
@@ -378,7 +388,7 @@ def _checkpoint(
         labels=settings.labels,
         license=knowledge.value("license"),
         base_model=knowledge.value("base_model"),
-        evaluation=own.evaluation if own else None,
+        evaluation=None,  # of another head, size or way to feed it
         training={**(own.training if own else {}), "converted": converted},
         assumed=report.assumed,
         sha256=report.source_sha256,

@@ -22,6 +22,7 @@ from vit_edge.image import Pixels, Preprocessing, pixel_hash
 
 __all__ = [
     "LabelledImages",
+    "Rejections",
     "Splits",
     "find_images",
     "hold_out",
@@ -118,6 +119,9 @@ def read_labelled(
         if (root / name).is_file():
             pairs = _read_label_file(root / name, column)
             break
+        if (root.parent / name).is_file() and root != Path(folder):  # one file for all splits
+            pairs = [pair for pair in _read_label_file(root.parent / name, column) if root in pair[0].parents]
+            break
     else:
         pairs = _read_class_folders(root)
     names = tuple(class_names) if class_names is not None else tuple(sorted({label for _, label in pairs}))
@@ -149,7 +153,8 @@ def read_splits(
 
     validation, test = given(_VALIDATION_SPLITS), given(("test",))
     if validation is None and validation_fraction > 0:
-        train, validation = hold_out(train, fraction=validation_fraction, seed=seed)
+        train, held = hold_out(train, fraction=validation_fraction, seed=seed)
+        validation = held if held.num_images else None  # one picture of each class: none can be spared
     return Splits(train=train, validation=validation, test=test)
 
 
@@ -165,20 +170,53 @@ def hold_out(images: LabelledImages, *, fraction: float, seed: int) -> tuple[Lab
     return images.take(kept), images.take(sorted(held))
 
 
-def stream_pixels(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[tuple[int, Pixels]]:
+def stream_pixels(
+    paths: Sequence[Path], preprocessing: Preprocessing, *, rejections: Rejections | None = None
+) -> Iterator[tuple[int, Pixels]]:
     """Yield (position in `paths`, pixels) of one picture after another.
 
     Pictures that cannot be used are skipped and named in the log; raises DataRejected when they are over 1 %.
     """
-    yield from stream(paths, preprocessing.pixels)
+    yield from stream(paths, preprocessing.pixels, rejections=rejections)
 
 
-def stream(paths: Sequence[Path], read: Callable[[Path], Read], *, threads: int = 1) -> Iterator[tuple[int, Read]]:
+class Rejections:
+    """Pictures that could not be used, of `num_images` in all: raises DataRejected when they are over 1 %."""
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self._errors: list[ImageRejected] = []
+
+    def add(self, error: ImageRejected) -> None:
+        """Count one more; some are gathered before the refusal, so that it names them."""
+        self._errors.append(error)
+        if len(self._errors) > max(_MAX_REJECTED * self.num_images, _NUM_NAMED):
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Name them in the log, once all pictures were read."""
+        if not self._errors:
+            return
+        named = "; ".join(f"{error.file}: {error.reason}" for error in self._errors[:_NUM_NAMED])
+        if len(self._errors) > _MAX_REJECTED * self.num_images:
+            reason = f"{len(self._errors)} or more of {self.num_images} pictures cannot be used, over 1 %: {named}"
+            raise DataRejected("cannot use the pictures", reason=reason, remedy="mend or remove them")
+        _log.warning("%d of %d pictures were skipped: %s", len(self._errors), self.num_images, named)
+
+
+def stream(
+    paths: Sequence[Path],
+    read: Callable[[Path], Read],
+    *,
+    threads: int = 1,
+    rejections: Rejections | None = None,
+) -> Iterator[tuple[int, Read]]:
     """Yield (position in `paths`, what `read` makes of the file) in order, read by `threads` at once.
 
-    Pictures that `read` rejects are skipped and named in the log; raises DataRejected when they are over 1 %.
+    Pictures that `read` rejects are skipped and named in the log; raises DataRejected when they are over 1 %. With
+    `rejections` these are a part of more pictures: they are counted there, and whoever gave it concludes.
     """
-    rejected: list[ImageRejected] = []
+    counted = rejections or Rejections(len(paths))
 
     def attempt(path: Path) -> Read | ImageRejected:
         try:
@@ -190,16 +228,9 @@ def stream(paths: Sequence[Path], read: Callable[[Path], Read], *, threads: int 
         if not isinstance(found, ImageRejected):
             yield position, found
             continue
-        rejected.append(found)
-        if len(rejected) > max(_MAX_REJECTED * len(paths), _NUM_NAMED):
-            break
-    if not rejected:
-        return
-    named = "; ".join(f"{e.file}: {e.reason}" for e in rejected[:_NUM_NAMED])
-    if len(rejected) > _MAX_REJECTED * len(paths):
-        reason = f"{len(rejected)} or more of {len(paths)} pictures cannot be used, over 1 %: {named}"
-        raise DataRejected("cannot use the pictures", reason=reason, remedy="mend or remove them")
-    _log.warning("%d of %d pictures were skipped: %s", len(rejected), len(paths), named)
+        counted.add(found)
+    if rejections is None:
+        counted.conclude()
 
 
 def _ahead(
@@ -246,9 +277,12 @@ def _existing_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def _present_splits(root: Path) -> list[str]:
-    if any((root / name).is_file() for name in _LABEL_FILES):
-        return []
-    return [name for name in _SPLITS if (root / name).is_dir()]
+    present = [name for name in _SPLITS if (root / name).is_dir()]
+    for name, column in _LABEL_FILES.items():
+        if (root / name).is_file():  # it may name the pictures of every split
+            tops = {path.relative_to(root).parts[0] for path, _ in _read_label_file(root / name, column)}
+            return [split for split in present if split in tops] if tops <= set(present) else []
+    return present
 
 
 def _split_folder(root: Path, splits: Sequence[str]) -> Path:

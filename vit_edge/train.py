@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vit_edge.errors import Interrupted
+from vit_edge.errors import Interrupted, UsageError
+from vit_edge.files import is_file
 from vit_edge.progress import Progress, silent
 from vit_edge.training.interrupt import stop_requested
 from vit_edge.training.processes import Processes, choose_device, joined
@@ -37,6 +38,7 @@ def train(
     """
     options = options or TrainOptions()
     recipe = recipe or RECIPES["finetune" if options.source else "scratch-small"]
+    _refuse_to_replace_the_start(Path(out), options)
     processes = Processes.from_environment()
     device = choose_device(options.device, processes)
     torch.set_num_threads(options.threads or processes.threads)
@@ -50,6 +52,13 @@ def train(
             remedy = "the weights so far are saved; run it again with --resume to go on"
             raise Interrupted("training stopped", file=folder.last, reason=reason, remedy=remedy)
         return run.finish()
+
+
+def _refuse_to_replace_the_start(out: Path, options: TrainOptions) -> None:
+    for given in (options.source, options.teacher):
+        if not options.resume and is_file(given) and Path(given).resolve().parent == out.resolve():  # type: ignore[arg-type]
+            reason, remedy = "it lies in --out, where the new run replaces it", "choose another --out"
+            raise UsageError("cannot train from", file=given, reason=reason, remedy=remedy)
 
 
 @contextmanager

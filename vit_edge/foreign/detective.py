@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vit_edge.data import stream_pixels
+from vit_edge.data import Rejections, stream_pixels
 from vit_edge.errors import DataRejected, require
 from vit_edge.foreign.facts import CLIP, HALF, IMAGENET, Geometry, Triple
 from vit_edge.image import Pixels, Preprocessing
@@ -106,17 +106,18 @@ def investigate(
     orders: Mapping[str, Sequence[int]],
     preprocessing: Preprocessing,
     told: frozenset[str],
+    num_pictures: int | None = None,
     progress: Progress = silent,
 ) -> Finding:
     """Return what the pictures say; raises DataRejected where none can be read.
 
     `orders` has the class of each picture under each order of the labels that is possible. `preprocessing` is what
     would be used otherwise; `told` names its fields that somebody told ("mean", "std", "interpolation", "resize"), or
-    "labels": the proposal keeps them.
+    "labels": the proposal keeps them. `num_pictures` is of how many `paths` are a sample.
     """
     case = _Case(
         model=model, paths=paths, orders={k: np.asarray(v) for k, v in orders.items()}, told=told, progress=progress,
-        preprocessing=preprocessing,
+        preprocessing=preprocessing, num_pictures=num_pictures or len(paths),
     )  # fmt: skip
     scores = case.run()
     scores.sort(key=lambda score: (-score.top1, score.cross_entropy))
@@ -144,6 +145,7 @@ class _Case:
     orders: Mapping[str, npt.NDArray[np.int64]]
     preprocessing: Preprocessing
     told: frozenset[str]
+    num_pictures: int
     progress: Progress
     done: int = 0
     total: int = 0
@@ -187,7 +189,10 @@ class _Case:
     def _score(self, geometry: str, interpolation: str, pairs: Iterable[tuple[str, Colours]]) -> list[Score]:
         """Decode every picture once for this geometry, and score each normalisation and order of colours on it."""
         base = self._preprocessing(geometry, interpolation)
-        decoded: list[tuple[int, Pixels]] = list(stream_pixels(self.paths, base))
+        rejections = Rejections(self.num_pictures)
+        decoded: list[tuple[int, Pixels]] = list(stream_pixels(self.paths, base, rejections=rejections))
+        if not self.done:  # said once, not for every way
+            rejections.conclude()
         if not decoded:
             raise DataRejected("cannot find out", reason="no picture could be read", remedy="give other pictures")
         positions = [position for position, _ in decoded]

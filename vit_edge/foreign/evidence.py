@@ -65,6 +65,7 @@ def gather(
         orders={order: [index[labelled.labels[p]] for p in positions] for order, (index, _) in orders.items()},
         preprocessing=preprocessing,
         told=frozenset(told | ({"labels"} if labels_told else set())),
+        num_pictures=labelled.num_images,
         progress=progress,
     )
     if not finding.better_than_chance:

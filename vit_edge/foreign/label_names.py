@@ -33,7 +33,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
     try:
         text = data.decode("utf-8-sig")
         names = labels_of(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else _lines(text)
-    except (UnicodeDecodeError, ValueError) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise _rejected(source, str(error), "write one name a line, as UTF-8, or a JSON list") from error
     if not names:
         raise _rejected(source, "it holds no name", "write one name a line, as UTF-8, or a JSON list")

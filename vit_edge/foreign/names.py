@@ -115,7 +115,10 @@ _ANCHORS: dict[Library, str] = {
 _UNUSED: tuple[tuple[str, str], ...] = (
     (r"mask_token|.*embeddings\.mask_token", "it masks patches in training"),
     (rf"{_HF_PREFIX}pooler\.dense\.{_END}", "the classifier does not go through the pooler"),
-    (r".*embeddings\.position_ids|.*num_batches_tracked|n_averaged", "it counts, it is no weight"),
+    (
+        r".*embeddings\.position_ids|.*num_batches_tracked|(.*\.)?(n_averaged|initted|step)",
+        "it counts, it is no weight",
+    ),
 )
 # A layer between the pooled token and the head, as in Google's first checkpoints; it goes where the head goes.
 _PRE_LOGITS = re.compile(r"pre_logits\..*|heads\.pre_logits\..*|.*pre_logits/.*")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ _OWN = ("resize", "crop", "interpolation", "mean", "std")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # Pillow's codes, as transformers stores them.
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+# What transformers' image processors do where nothing is written: their class defaults.
+_DEFAULT_RESAMPLE = {"ViT": 2, "DeiT": 3, "Bit": 3, "CLIP": 3}
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,10 +69,9 @@ def preprocessing_facts(values: Mapping[str, Any], *, origin: str) -> Facts:
 
 def size_of(value: Any) -> tuple[int, int]:
     """Return (height, width) of a number or a pair; raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int for side in value):
-        return value[0], value[1]
+    sides = (value, value) if type(value) is int else tuple(value) if isinstance(value, list | tuple) else ()
+    if len(sides) == 2 and all(type(side) is int and side > 0 for side in sides):
+        return sides[0], sides[1]
     raise ValueError(f"{value!r} is no size; it has to be pixels, or height and width")
 
 
@@ -108,10 +110,15 @@ def _from_timm(config: Mapping[str, Any], origin: str) -> Facts:
     )
 
 
+def _kind_of_processor(values: Mapping[str, Any]) -> str:
+    name = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
+    return re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+
+
 def _from_image_processor(values: Mapping[str, Any], origin: str) -> Facts:
     resize, crop = _resize_and_crop(values)
     mean, std = _normalisation(values)
-    resample = values.get("resample")
+    resample = values.get("resample", _DEFAULT_RESAMPLE.get(_kind_of_processor(values)))
     if resample is not None and resample not in _RESAMPLE:
         raise ValueError(f"resample {resample} (box or Hamming) is no interpolation here")
     return Facts(

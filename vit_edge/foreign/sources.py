@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.checkpoint import Checkpoint, load_checkpoint
+from vit_edge.errors import CheckpointRejected
 from vit_edge.foreign.config import facts_beside
 from vit_edge.foreign.facts import Facts, Geometry
 from vit_edge.foreign.hub import HUBS, fetch
@@ -21,7 +22,10 @@ _SUFFIXES = (".tar", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".safetensors", ".i
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Weights with their keys as they are, the facts beside them, and our own checkpoint where it is one."""
+    """Weights with their keys as they are, the facts beside them, and our own checkpoint where it is one.
+
+    `name` is empty where only the folder has one.
+    """
 
     name: str
     weights: Weights
@@ -33,7 +37,7 @@ def open_weights(source: str | os.PathLike[str]) -> Source:
     """Return SOURCE opened: `timm:NAME`, `hf:REPO`, `torchvision:NAME`, a folder or a file; raises VitEdgeError.
 
     config.json and preprocessor_config.json count where they lie in the folder given, or beside a file that is named as
-    libraries name it.
+    libraries name it or is the only one of weights there.
     """
     text = os.fspath(source)
     if text.partition(":")[0] not in HUBS or Path(text).exists():
@@ -53,10 +57,18 @@ def _open_path(path: Path, facts: tuple[Facts, ...]) -> Source:
         checkpoint = load_checkpoint(file)
         return Source(name=checkpoint.name, weights=weights, facts=_facts_of(checkpoint), checkpoint=checkpoint)
     standard = file.name in WEIGHT_FILES
-    if path.is_dir() or standard:
+    if path.is_dir() or standard or _is_alone(file):
         facts = (*facts_beside(file.parent), *facts)
     told = next((known.name for known in facts if known.name), None)
-    return Source(name=told or _stem(file.absolute().parent if standard else file), weights=weights, facts=facts)
+    return Source(name=told or ("" if standard else _stem(file)), weights=weights, facts=facts)
+
+
+def _is_alone(file: Path) -> bool:
+    """Return whether no other weights lie in the folder, so that a configuration there can be of no others."""
+    try:
+        return find_weights(file.parent) == file
+    except CheckpointRejected:
+        return False
 
 
 def _stem(path: Path) -> str:

@@ -115,6 +115,13 @@ def facts_of_timm_config(values: Mapping[str, Any], *, origin: str) -> Facts:
     )
 
 
+def tag_of_timm_name(name: str) -> str:
+    """Return the tag of the weights that `name` means in timm, such as "fb_in1k"; the default one where it has none."""
+    timm = require("timm", extra="timm", what="ask timm")
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    return name.partition(".")[2] or str(getattr(config, "tag", None) or "")
+
+
 def imagenet_names(tag: str, num_classes: int) -> tuple[str, ...] | None:
     """Return timm's names of ImageNet-1k's classes, where the tag of the weights says that they end there."""
     if num_classes != 1000 or not tag.endswith("in1k"):

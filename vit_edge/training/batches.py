@@ -8,6 +8,7 @@ Pictures are uint8 [3, height, width], or float32 of the same range where pairs 
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from vit_edge.cpu import usable_threads
-from vit_edge.data import LabelledImages, stream
+from vit_edge.data import LabelledImages, Rejections, stream
 from vit_edge.image import Pixels, Preprocessing, decode, pixel_hash
 from vit_edge.progress import Progress
 from vit_edge.training.recipe import Recipe
@@ -73,13 +74,22 @@ class Pictures:
 
 
 def load_pictures(
-    images: LabelledImages, preprocessing: Preprocessing, *, cropped: bool, stage: str, progress: Progress
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    *,
+    cropped: bool,
+    stage: str,
+    progress: Progress,
+    rejections: Rejections | None = None,
 ) -> Pictures:
     """Decode every picture once; unusable ones are named and left out, raises DataRejected where they are over 1 %."""
     places, hashes, kept, size_bytes = list[int](), list[str](), list[Pixels | None](), 0
     reading = stream(
-        images.paths, lambda path: _read(path, preprocessing, cropped=cropped), threads=usable_threads()
-    )  # fmt: skip
+        images.paths,
+        lambda path: _read(path, preprocessing, cropped=cropped),
+        threads=usable_threads(),
+        rejections=rejections,
+    )
     for position, (digest, pixels) in reading:
         size_bytes += pixels.nbytes
         places.append(position)
@@ -191,9 +201,15 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         """Yield the batches of every step from `step` on, made ahead by `workers` processes."""
         # Seeds belong to the pictures, not to the loader: what it draws for its workers is never used.
         loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-            self, batch_size=None, sampler=range(step, len(self)), num_workers=workers
+            self, batch_size=None, sampler=range(step, len(self)), num_workers=workers, worker_init_fn=_leave_signals
         )
         yield from loader
+
+
+def _leave_signals(_worker: int) -> None:
+    """Ignore what stops a run: sent to all its processes, it is for the main one, which ends the others in time."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def evaluation_batches(pictures: Pictures, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

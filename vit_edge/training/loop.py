@@ -79,6 +79,7 @@ class Loop:
         self.recipe, self.batches, self.device = batches.recipe, batches, device
         self.processes, self.teacher, self.step = processes or Processes(), teacher, 0
         self.model = model.to(device)
+        self._sums = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
         self.optimiser = make_optimiser(self.model, self.recipe)
         self.average = MovingAverage(self.model, self.recipe.ema_decay) if self.recipe.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.recipe.precision == "float16")
@@ -106,7 +107,7 @@ class Loop:
         torch.manual_seed(seed_of(self.recipe.seed, _DROPOUT, self.step, self.processes.rank))
         self.optimiser.zero_grad()
         batch_size = self.batches.size(self.step)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=self._sums, device=self.device)
         parts = self.recipe.accumulation_steps
         pieces = list(zip(torch.tensor_split(images, parts), torch.tensor_split(targets, parts), strict=True))
         for number, (some_images, some_targets) in enumerate(pieces):
@@ -127,13 +128,13 @@ class Loop:
         model = (model or self.averaged()).eval()
         num_classes = len(pictures.images.class_names)
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=self._sums, device=self.device)
         mean, std = _normalisation(pictures.preprocessing, self.device)
         rank, world_size = self.processes.rank, self.processes.world_size
         for batch in evaluation_batches(pictures, rank=rank, world_size=world_size):
             images, labels = (tensor.to(self.device) for tensor in batch)
             logits = model((images.float() / 255 - mean) / std)
-            loss += functional.cross_entropy(logits, labels, reduction="sum").double()
+            loss += functional.cross_entropy(logits, labels, reduction="sum").to(self._sums)
             cells = labels * num_classes + logits.argmax(dim=1)
             confusion += torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
         confusion, loss = self.processes.sum(confusion), self.processes.sum(loss)
@@ -171,7 +172,7 @@ class Loop:
         # Processes average their gradients: times their number, that is the sum over the batch, whoever has how many.
         scaled = self.scaler.scale(loss * (self.processes.world_size / batch_size))
         scaled.backward()  # type: ignore[no-untyped-call]
-        return loss.detach().double()
+        return loss.detach().to(self._sums)
 
 
 def _normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:

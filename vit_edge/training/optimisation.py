@@ -94,6 +94,7 @@ class Teacher:
     std: Tensor
     size: tuple[int, int]
     order: Tensor
+    sha256: str | None  # of the file that it came from
 
     @torch.no_grad()
     def __call__(self, images_BCYX: Tensor) -> Tensor:

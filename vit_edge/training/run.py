@@ -17,9 +17,9 @@ import torch
 
 import vit_edge
 from vit_edge.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from vit_edge.data import LabelledImages, read_splits, refuse_overlap, set_hash
+from vit_edge.data import LabelledImages, Rejections, read_splits, refuse_overlap, set_hash
 from vit_edge.errors import UsageError
-from vit_edge.files import write_atomic
+from vit_edge.files import sha256_hex, write_atomic
 from vit_edge.progress import Progress
 from vit_edge.training.batches import Pictures, TrainingBatches, load_pictures
 from vit_edge.training.loop import Evaluation, Loop
@@ -199,17 +199,26 @@ class Run:
         )
 
     def _load_pictures(self, progress: Progress) -> None:
+        splits = (self.splits.train, self.splits.validation, self.splits.test)
+        rejections = Rejections(sum(images.num_images for images in splits if images))
+
         def load(name: str, images: LabelledImages | None, *, cropped: bool = True) -> Pictures | None:
             if images is None:
                 return None
             return load_pictures(
-                images, self.start.preprocessing, cropped=cropped, stage=f"reading {name} pictures", progress=progress
+                images,
+                self.start.preprocessing,
+                cropped=cropped,
+                stage=f"reading {name} pictures",
+                progress=progress,
+                rejections=rejections,
             )
 
         training = load("training", self.splits.train, cropped=self.recipe.crop_area is None)
         assert training is not None
         self.validation = load("validation", self.splits.validation)
         self.test = load("test", self.splits.test)
+        rejections.conclude()
         if self.validation:
             # A picture that is there twice must not be learned from and chosen by.
             apart = training.without(self.validation.hashes)
@@ -306,8 +315,9 @@ class Run:
             "source_sha256": self.start.source.sha256 if self.start.source else None,
             "preprocessing": self.start.preprocessing.to_dict(),
             "classes": list(self.class_names),
-            "training_pictures": set_hash(self.training.hashes),
-            "validation_pictures": set_hash(self.validation.hashes) if self.validation else None,
+            "teacher_sha256": self.teacher.sha256 if self.teacher else None,
+            "training_pictures": _in_order(self.training),
+            "validation_pictures": _in_order(self.validation) if self.validation else None,
             "processes": self.processes.world_size,
             "device": self.device.type,
             "torch": torch.__version__,
@@ -353,6 +363,12 @@ class Run:
             yield board
         finally:
             board.close()
+
+
+def _in_order(pictures: Pictures) -> str:
+    """Return a hash of the pictures with their labels, in order: another order gives other batches."""
+    lines = (f"{digest} {label}" for digest, label in zip(pictures.hashes, pictures.images.labels, strict=True))
+    return sha256_hex("\n".join(lines).encode())
 
 
 class _Nobody:

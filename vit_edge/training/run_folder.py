@@ -36,8 +36,11 @@ class RunFolder:
 
     @property
     def is_used(self) -> bool:
-        """Return whether a run has left checkpoints or its state here."""
-        return any(path.exists() for path in (self.best, self.last, self.state))
+        """Return whether a run has left checkpoints or its state here, or another tool what a run would replace."""
+        if any(path.exists() for path in (self.best, self.last, self.state, self.previous_state)):
+            return True
+        others = (self.config, self.preprocessing, self.metrics, self.tensorboard, self.curves, self.confusion)
+        return any(path.exists() for path in others) and not self._is_ours()
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
@@ -76,6 +79,13 @@ class RunFolder:
         except OSError:  # a file system without links
             shutil.copyfile(self.state, self.previous_state)
 
+    def _is_ours(self) -> bool:
+        """Return whether a run of vit-edge began here, which left nothing worth keeping."""
+        try:
+            return self.config.read_bytes().startswith(b"# vit-edge ")
+        except OSError:
+            return False
+
     def _lines(self) -> Iterator[dict[str, Any]]:
         if not self.metrics.exists():
             return
@@ -96,7 +106,8 @@ def opened(path: Path, *, resume: bool, force: bool) -> Iterator[RunFolder]:
             raise UsageError("cannot resume", file=path, reason=reason, remedy="train without --resume")
         if not resume and not force and folder.is_used:
             remedy = "add --resume to go on with it, --force to replace it, or choose another --out"
-            raise UsageError("will not overwrite", file=path, reason="a run is in it", remedy=remedy)
+            reason = "a run is in it, or another tool's files are that a run would replace"
+            raise UsageError("will not overwrite", file=path, reason=reason, remedy=remedy)
         yield folder
 
 
@@ -122,6 +133,9 @@ def _locked(path: Path) -> Iterator[RunFolder]:
                     with contextlib.suppress(OSError):  # Windows: an open file stays
                         lock.unlink()
                         path.rmdir()
+    except PermissionError as error:
+        reason, remedy = "there is no permission to write in it", "choose another --out"
+        raise UsageError("cannot train into", file=path, reason=reason, remedy=remedy) from error
     except Timeout as error:
         reason, remedy = f"it is in use by {_described(owner)}", "wait for it, or choose another --out"
         raise UsageError("cannot train into", file=path, reason=reason, remedy=remedy) from error

@@ -26,8 +26,9 @@ def save_state(
     tensors = {f"model.{name}": tensor for name, tensor in loop.model.state_dict().items()}
     if loop.average:
         tensors |= {f"average.{name}": tensor for name, tensor in loop.average.state.items()}
+    parameters = _parameters(loop)
     for index, values in loop.optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in values.items()}
+        tensors |= {f"optimiser.{parameters[index]}.{name}": tensor for name, tensor in values.items()}
     header = {
         "step": loop.step,
         "average_updates": loop.average.num_updates if loop.average else 0,
@@ -67,14 +68,21 @@ def _restore(loop: Loop, header: Mapping[str, Any], tensors: Mapping[str, Tensor
     if loop.average:
         loop.average.load(_under("average.", tensors), header["average_updates"])
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = _parameters(loop)
     for name, tensor in _under("optimiser.", tensors).items():
-        index, _, value = name.partition(".")
-        state.setdefault(int(index), {})[value] = tensor
+        parameter, _, value = name.rpartition(".")
+        state.setdefault(parameters.index(parameter), {})[value] = tensor
     # Groups and rates are the recipe's; only what the optimiser has gathered comes from the file.
     loop.optimiser.load_state_dict({"state": state, "param_groups": loop.optimiser.state_dict()["param_groups"]})
     if header["scaler"]:
         loop.scaler.load_state_dict(header["scaler"])
     loop.step = header["step"]
+
+
+def _parameters(loop: Loop) -> list[str]:
+    """Return the names of the parameters in the optimiser's order, which is that of the recipe's groups."""
+    names = {id(parameter): name for name, parameter in loop.model.named_parameters()}
+    return [names[id(parameter)] for group in loop.optimiser.param_groups for parameter in group["params"]]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ class Start:
         except ValueError as error:
             raise UsageError("cannot train", reason=str(error), remedy="see `vit-edge train -h`") from error
         preprocessing = Preprocessing(
-            resize=min(config.image_size), crop=config.image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+            resize=max(config.image_size), crop=config.image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         )
         return cls(name=arch or DEFAULT_ARCH, config=config, preprocessing=preprocessing)
 
@@ -96,4 +96,4 @@ def make_teacher(
         torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.preprocessing.mean, teacher.preprocessing.std)
     )
     order = torch.tensor([teacher.labels.index(name) for name in class_names], device=device)
-    return Teacher(teacher.model.eval().to(device), mean, std, teacher.model.config.image_size, order)
+    return Teacher(teacher.model.eval().to(device), mean, std, teacher.model.config.image_size, order, teacher.sha256)
