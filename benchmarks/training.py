@@ -81,7 +81,8 @@ def processes(folder: Path) -> None:
     """Take 20 steps with one process and with two of the same global batch, and compare each step's loss."""
     made = make_digits(folder)
     options = ("--arch", "vit_digits_patch8_32", "--epochs", "1", "--batch-size", "64", "--threads", "1")
-    options = (*options, "--device", "cpu", "--set", "mixup_alpha=0.8", "--set", "cutmix_alpha=1.0")
+    options = (*options, "--device", "cpu", "--set", "mixup_alpha=0.2", "--set", "cutmix_alpha=0.2")
+    options = (*options, "--learning-rate", "1e-3", "--set", "warmup_fraction=0.05")  # so that it learns in 20 steps
     losses = {}
     for name, start in (("one", ALONE), ("two", IN_TWO)):
         train(made, *options, "--out", folder / name, start=start)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.conftest import vit_edge
 from tests.networks import PREPROCESSING, SIZE, random_network, small_config, write_checkpoint
 from vit_edge.artifact import open_model
 from vit_edge.errors import ModelRejected, NotTrusted, UsageError
@@ -55,6 +56,14 @@ def test_a_fixed_batch_becomes_ir_too(folder: Path, tmp_path: Path, batch: int) 
     options = ExportOptions(format="openvino", batch=batch)
     export_onnx(folder / "c.safetensors", out=tmp_path / "m.xml", options=options)
     assert open_ir(tmp_path / "m.xml").manifest.batch == batch
+
+
+def test_inspect_shows_what_the_ir_says_of_itself(folder: Path) -> None:
+    done = vit_edge("inspect", folder / "m.xml", "--json")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["manifest"]["labels"] == list("abcdefg")
+    assert printed["size_bytes"] == sum((folder / name).stat().st_size for name in ("m.xml", "m.bin"))
 
 
 def test_two_folders_give_the_same_ir(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ from vit_edge.errors import ModelRejected
 from vit_edge.releases import oldest_release
 
 if TYPE_CHECKING:
-    from vit_edge.artifact import ModelFile
+    from vit_edge.artifact import Manifest, ModelFile
+    from vit_edge.ir import IrModel
 
 
 @command("inspect")
@@ -21,18 +24,27 @@ if TYPE_CHECKING:
 def inspect(file: Path) -> Result:
     """Show what the model file FILE says of itself and what it costs, after checking its seal and its operators.
 
+    FILE is an ONNX file, or the .xml of OpenVINO's IR, of which the seal over both files is checked.
+
     \b
     Example:
       vit-edge inspect model.int8.onnx
     """
     from vit_edge.artifact import open_model
+    from vit_edge.ir import open_ir
     from vit_edge.runtime.guard import check_graph
 
-    model = open_model(file)
-    check_graph(model)
+    describe: Callable[[], dict[str, Any]]
+    if file.suffix.lower() == ".xml":
+        ir = open_ir(file)
+        manifest, describe = ir.manifest, partial(_describe_ir, ir)
+    else:
+        model = open_model(file)
+        check_graph(model)
+        manifest, describe = model.manifest, partial(_describe, model)
     try:
-        data = _describe(model)
-        summary = _summary(model, data)
+        data = describe()
+        summary = _summary(manifest, data)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         reason = f"its manifest is malformed ({type(error).__name__}: {error})"
         raise ModelRejected("cannot show", file=file, reason=reason, remedy="export it again") from error
@@ -62,8 +74,13 @@ def _describe(model: ModelFile) -> dict[str, Any]:
     }
 
 
-def _summary(model: ModelFile, data: dict[str, Any]) -> dict[str, Any]:
-    manifest = model.manifest
+def _describe_ir(model: IrModel) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(model.manifest.to_json())
+    size_bytes = len(model.xml) + len(model.weights)
+    return {"file": model.source, "sha256": model.sha256, "size_bytes": size_bytes, "manifest": manifest}
+
+
+def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, Any]:
     labels = list(manifest.labels)
     golden = manifest.golden or {}
     quantization = manifest.quantization
@@ -72,9 +89,8 @@ def _summary(model: ModelFile, data: dict[str, Any]) -> dict[str, Any]:
         "size": megabytes(data["size_bytes"]),
         "sha256": data["sha256"],
         "precision": manifest.precision,
-        "input": data["input"],
-        "output": data["output"],
-        **({"more outputs": data["more_outputs"]} if data["more_outputs"] else {}),
+        "input": data.get("input", dict(manifest.input)),
+        "outputs": [data["output"], *data["more_outputs"]] if "output" in data else list(manifest.outputs),
         "labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}",
         "preprocessing": manifest.preprocessing.to_dict(),
         "architecture": dict(manifest.architecture),
@@ -83,14 +99,20 @@ def _summary(model: ModelFile, data: dict[str, Any]) -> dict[str, Any]:
         "evaluation": _evaluation(manifest.evaluation),
         "golden vectors": f"{len(golden.get('seeds', ()))} inputs, {len(golden.get('pictures', ()))} pictures, for "
         + ", ".join(sorted({name for entry in golden.get("expected", ()) for name in entry["engines"]})),
+        **(_graph_summary(data) if "operators" in data else {}),
+        "license": manifest.license or "not stated",
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def _graph_summary(data: dict[str, Any]) -> dict[str, Any]:
+    return {
         "operators": data["operators"],
         "parameters": _or_unknown(data["parameters"], "{:,}"),
         "GMAC per image": _or_unknown(data["gmac_per_image"], "{:.3f}"),
         "size by kind of tensor": {kind: megabytes(size) for kind, size in (data["size_by_kind"] or {}).items()},
         "IR version, opset": f"{data['ir_version']}, {data['opset']}",
         "oldest ONNX Runtime": data["oldest_onnxruntime"] or "none known",
-        "license": manifest.license or "not stated",
-        "provenance": dict(manifest.provenance),
     }
 
 
