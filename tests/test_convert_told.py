@@ -330,7 +330,7 @@ def test_a_configuration_beside_the_only_weights_counts_whatever_they_are_called
 def test_labels_come_from_a_network_of_timm_that_ends_in_imagenet(tmp_path: Path) -> None:
     source = bare(tmp_path / "a.safetensors", state_of(timm_model(num_classes=1000)))
     checkpoint = open_source(source, like="timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
-    assert checkpoint.labels[1] == "goldfish"
+    assert checkpoint.labels[1].startswith("goldfish")
     assert "labels" not in checkpoint.assumed
 
 
