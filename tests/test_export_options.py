@@ -10,12 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
 from tests.conftest import ROOT, vit_edge
-from tests.networks import FAMILIES, PREPROCESSING, SIZE, random_network, small_config, write_checkpoint
+from tests.networks import FAMILIES, PREPROCESSING, SIZE, damaged_trace, random_network, small_config, write_checkpoint
 from vit_edge.artifact import open_model, pack
 from vit_edge.errors import ModelRejected, UsageError, VerificationFailed
 from vit_edge.export import ExportOptions, export_onnx, quantize
@@ -213,15 +212,7 @@ def test_parity_runs_on_pictures_too_and_shows_a_table(checkpoint: Path, tmp_pat
 def test_a_failure_names_the_first_tensor_that_parts_and_writes_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trace = exporter_module.trace
-
-    def damaged(*args: Any, **kwargs: Any) -> onnx.ModelProto:
-        model = trace(*args, **kwargs)
-        tensor = next(t for t in model.graph.initializer if t.name == "block.0.fc2.weight")
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.2), tensor.name))
-        return model
-
-    monkeypatch.setattr(exporter_module, "trace", damaged)
+    monkeypatch.setattr(exporter_module, "trace", damaged_trace("block.0.fc2.weight"))
     with pytest.raises(VerificationFailed, match=r"first apart from PyTorch at 'block\.0\.fc2\.add'") as raised:
         export_onnx(checkpoint, out=tmp_path / "m.onnx")
     assert raised.value.exit_code == 6

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
 import torchvision
-from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import vit_edge
-from tests.networks import PREPROCESSING, random_network, small_config
+from tests.networks import PREPROCESSING, damaged_trace, random_network, small_config
 from vit_edge.artifact import open_model
 from vit_edge.errors import CheckpointRejected, UsageError, VerificationFailed
 from vit_edge.export import export_onnx
@@ -67,15 +64,7 @@ def test_torchvision_networks_export_under_the_same_contract(tmp_path: Path, nam
 def test_where_a_normalisation_went_into_its_product_the_first_tensor_apart_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trace = exporter_module.trace
-
-    def damaged(*args: Any, **kwargs: Any) -> onnx.ModelProto:
-        model = trace(*args, **kwargs)
-        tensor = next(t for t in model.graph.initializer if t.name == "3.weight")
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.2), tensor.name))
-        return model
-
-    monkeypatch.setattr(exporter_module, "trace", damaged)
+    monkeypatch.setattr(exporter_module, "trace", damaged_trace("3.weight"))
     convolution = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 2, 2))
     network = _lively(nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
     with pytest.raises(VerificationFailed, match="first apart from PyTorch at '3'"):
