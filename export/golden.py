@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -32,26 +31,29 @@ def choose_seeds(
     width: int,
     macs_per_image: int | None = None,
 ) -> list[int]:
-    """Return the seeds of 8 inputs: answers as different as the network gives, clear by over 3 times the tolerance.
+    """Return the seeds of 8 inputs whose logits lie as far apart as the network gives, answers clear.
 
-    Among the first 256 seeds, fewer of a large network; one per answer in turn, the clearest first. Where a network is
-    nowhere clear, the clearest are taken.
+    Among the first 256 seeds, fewer of a large network: first the one farthest from the mean, then in turn the one
+    farthest from those chosen (Gonzalez, Theoretical Computer Science 38, 1985). On a digits network a weight 1 % off
+    moves such inputs by 9.7 times the tolerance in every layer; the clearest of each answer moved by 0.9 to 9.8. Clear
+    is a gap of over 3 times the tolerance; where a network gives fewer than 8 of these, the clearest are taken.
     """
     affordable = _MOST_CANDIDATES if not macs_per_image else _BUDGET // macs_per_image // _BATCH * _BATCH
     seeds = range(min(max(affordable, _FEWEST_CANDIDATES), _MOST_CANDIDATES))
     batches = [golden_images(seeds[i : i + _BATCH], height=height, width=width) for i in seeds[::_BATCH]]
     logits = np.concatenate([run(batch) for batch in batches])
-    answers, gaps = logits.argmax(axis=1), top2_gap(logits)
+    gaps = top2_gap(logits)
     allowed = (tolerance.absolute or 0.0) + (tolerance.relative or 0.0) * np.abs(logits).max(axis=1)
-    clear = gaps > 3 * allowed
-    # In turn: the clearest input of every answer, then the second of every answer, and so on.
-    order = sorted(seeds, key=lambda seed: (not clear[seed], -float(gaps[seed]), seed))
-    turns: Counter[int] = Counter()
-    rounds = {}
-    for seed in order:
-        rounds[seed] = turns[int(answers[seed])]
-        turns[int(answers[seed])] += 1
-    chosen = sorted(order, key=lambda seed: (not clear[seed], rounds[seed], -float(gaps[seed]), seed))[:NUM_INPUTS]
+    fit = gaps > 3 * allowed
+    if fit.sum() < NUM_INPUTS:
+        fit = np.isin(seeds, np.argsort(-gaps, kind="stable")[:NUM_INPUTS])
+    chosen: list[int] = []
+    distance = np.linalg.norm(logits - logits.mean(axis=0), axis=1)
+    for _ in range(NUM_INPUTS):
+        fit[chosen] = False
+        chosen.append(int(np.where(fit, distance, -1.0).argmax()))
+        from_it = np.linalg.norm(logits - logits[chosen[-1]], axis=1)
+        distance = from_it if len(chosen) == 1 else np.minimum(distance, from_it)
     return sorted(chosen)
 
 

@@ -50,7 +50,8 @@ def trace(
     Without `pixels` images are float32 [batch, 3, height, width]. The opset is the lowest that the graph needs. Raises
     VerificationFailed where the module cannot be traced with a dynamic batch.
     """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "torch.export"):  # what went wrong is in the exception
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with torch.no_grad(), warnings.catch_warnings(), _PoolingAsMean():
         warnings.simplefilter("ignore")  # the exporter's own deprecations: nothing that a user could act on
         try:
@@ -112,6 +113,10 @@ def _example(height: int, width: int, pixels: bool) -> torch.Tensor:
 def _readable(error: Exception) -> str:
     """Return what the exporter says went wrong, without its report of every strategy tried and its colours."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error.__cause__ or error)).split())
+    range_left = re.search(rf"{_TRACED_BATCH} not in VR\[(\w+), (\w+)\]", text)  # what a dimension may be, torch found
+    if range_left:
+        low, high = range_left.groups()
+        return f"it runs only at a batch of {low if low == high else f'{low} to {high}'}, not at {_TRACED_BATCH}"
     return text[:400]
 
 

@@ -48,7 +48,7 @@ def test_the_ir_is_whole_uncompressed_and_answers_from_its_verified_bytes(folder
     compiled = core.compile_model(core.read_model(model.xml, model.weights), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     np.testing.assert_allclose(compiled({"images": IMAGES})["logits"], _expected(), atol=1e-4)
     assert str(folder).encode() not in model.xml
-    assert b".py" not in model.xml
+    assert b".py" not in model.xml  # text, no weights
 
 
 @pytest.mark.parametrize("batch", [3, 9])
