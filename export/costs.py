@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["Costs", "costs", "macs_per_image", "without_weights"]
+__all__ = ["Costs", "costs", "macs_by_node", "macs_per_image", "shapes_for_one_image", "without_weights"]
 
 # Shapes and axes: small constants that shape inference reads.
 _SMALL = 1024
@@ -74,24 +74,39 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def macs_per_image(model: onnx.ModelProto) -> int | None:
     """Return the multiply-accumulates of all matrix products and convolutions for one image; None: not all known."""
+    macs = macs_by_node(model)
+    return None if macs is None else sum(macs.values())
+
+
+def macs_by_node(model: onnx.ModelProto) -> dict[str, int] | None:
+    """Return the multiply-accumulates for one image of each matrix product and convolution, by the name of its node.
+
+    A node without a name goes by that of its first output. None where the shapes of any of them are not known.
+    """
+    batch = model.graph.input[0].type.tensor_type.shape.dim
+    images = (batch[0].dim_value if batch else 0) or 1
+    shapes = shapes_for_one_image(model)
+    found = {
+        node.name or node.output[0]: _macs(node, shapes)
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm", "Conv")
+    }
+    known = {name: macs // images for name, macs in found.items() if macs is not None}
+    return known if len(known) == len(found) else None
+
+
+def shapes_for_one_image(model: onnx.ModelProto) -> dict[str, list[int] | None]:
+    """Return the shape of every tensor at the batch that the graph is fixed at, else 1; None: not known."""
     bare = without_weights(model)
-    batch = bare.graph.input[0].type.tensor_type.shape.dim[0]
-    images = batch.dim_value or 1
-    batch.dim_value = images
+    batch = bare.graph.input[0].type.tensor_type.shape.dim
+    if batch:
+        batch[0].dim_value = batch[0].dim_value or 1
     for value in bare.graph.output:
         value.type.tensor_type.shape.ClearField("dim")
         value.type.tensor_type.ClearField("shape")
     graph = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
     shapes = {value.name: _dims(value) for value in (*graph.value_info, *graph.input, *graph.output)}
-    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    total = 0
-    for node in graph.node:
-        if node.op_type in ("MatMul", "Gemm", "Conv"):
-            macs = _macs(node, shapes)
-            if macs is None:
-                return None
-            total += macs
-    return total // images
+    return shapes | {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int] | None]) -> int | None:

@@ -1,166 +1,272 @@
-"""Where integers enter the graph: at the inputs of matrix products with constant weights, and nowhere else.
+"""Where integers enter the graph: at the inputs of products with constant weights; where convolutions rule, throughout.
 
-There lies nearly all the arithmetic of a ViT. Attention products, softmax, GELU, LayerNorm and residual sums stay
-float: quantizing them costs accuracy and, with the extra nodes, time (DeiT-tiny in ONNX Runtime: 7.5 ms this way,
-14.8 ms with `quantize_static` defaults, 15.1 ms in float).
+In products lies nearly all the arithmetic. In a transformer everything else stays float, attention products, softmax,
+GELU, LayerNorm and residual sums: quantizing them costs accuracy and, with the extra nodes, time (DeiT-tiny in ONNX
+Runtime: 7.5 ms this way, 14.8 ms with `quantize_static` defaults, 15.1 ms in float). A convolutional network is fast
+only where integers go from one convolution to the next (resnet18: 6.4 ms so, 17.1 with integer inputs alone, 17.6 in
+float).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from vit_edge.errors import UsageError
 from vit_edge.export.calibration import Range
+from vit_edge.export.chains import find_chains
+from vit_edge.export.integers import (
+    Activation,
+    QuantizedWeight,
+    activation_parameters,
+    quantize_weight,
+    rounded_bias,
+    with_room,
+)
+from vit_edge.export.products import Product, find_products, is_convolutional, is_padded
 
-__all__ = ["PIXELS", "Product", "find_products", "insert_qdq"]
+__all__ = ["PIXELS", "Scheme", "insert_qdq", "tensors_to_observe"]
 
 # Scale and zero point of uint8 pixels: they are integers already, so quantizing them loses nothing.
 PIXELS = "pixels"
-_UINT8_LEVELS = 255
-# A tensor that is constant has no range to divide by.
-_SMALLEST_SCALE = 1e-8
+# What takes pixels to int8, as exactly.
+_PIXELS_MIDDLE = 128
+_LOWEST_OPSET = 13
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Product:
-    """One MatMul with a constant weight [in, out]: the names of its node, its input and its weight."""
+class Scheme:
+    """Which integers: bits of the weights, what activations are, and the nodes whose products stay float.
 
-    node: str
-    input: str
-    weight: str
-    takes_pixels: bool
-
-
-def find_products(model: onnx.ModelProto) -> list[Product]:
-    """Return every matrix product with a constant weight, in graph order."""
-    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    makers = {output: node for node in model.graph.node for output in node.output}
-    return [
-        Product(
-            node=node.name,
-            input=node.input[0],
-            weight=node.input[1],
-            takes_pixels=_is_cast_of_uint8(makers.get(node.input[0]), makers, model),
-        )
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in weights and node.input[0] not in weights
-    ]
-
-
-def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range], *, weight_bits: int) -> onnx.ModelProto:
-    """Return a copy of `model` whose products take uint8 inputs and int8 weights, a scale for each output channel.
-
-    `ranges` holds the range of every product's input but the one that takes pixels. `weight_bits` 7 keeps a pair of
-    uint8 x int8 products inside the 16-bit sums of CPUs without VNNI, which would saturate and answer differently.
+    7 bits keep a pair of uint8 x int8 products inside the 16-bit sums of CPUs without VNNI, which would saturate and
+    answer differently. "uint8" has a zero point, "int8" lies evenly around zero, as some accelerators want it.
     """
+
+    weight_bits: int = 8
+    activation: Activation = "uint8"
+    exclude: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (7, 8):
+            raise UsageError("cannot quantize", reason=f"weight_bits is {self.weight_bits}", remedy="give 7 or 8")
+        if self.activation not in ("uint8", "int8"):
+            raise UsageError("cannot quantize", reason=f"activation is {self.activation!r}", remedy="uint8 or int8")
+
+
+def tensors_to_observe(model: onnx.ModelProto, scheme: Scheme = Scheme()) -> list[str]:  # noqa: B008 - it is frozen
+    """Return the tensors whose ranges `insert_qdq` asks for, in graph order."""
+    plan = _Plan.of(model, scheme)
+    return list(dict.fromkeys(name for name in plan.ranges.values() if name != PIXELS))
+
+
+def insert_qdq(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, Range],
+    *,
+    scheme: Scheme = Scheme(),  # noqa: B008 - it is frozen
+    weights: Mapping[str, QuantizedWeight] | None = None,
+) -> onnx.ModelProto:
+    """Return a copy of a prepared `model` whose products take integers, int8 weights with a scale for each channel.
+
+    `ranges` holds the range of each of `tensors_to_observe`. `weights` holds by name what others rounded; the others
+    are rounded to the nearest. Raises UsageError where there is nothing to quantize, or `scheme` excludes unknown nodes.
+    """
+    plan = _Plan.of(model, scheme)
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
-    graph = quantized.graph
-    products = {product.node: product for product in find_products(model)}
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    added: dict[str, onnx.TensorProto] = {}
-    dequantized: dict[str, str] = {}
-    for node in graph.node:
-        product = products.get(node.name)
-        if product is not None:
-            node.input[0] = _quantize_input(product, ranges, model, nodes, added, dequantized)
-            node.input[1] = _quantize_weight(product, tensors, nodes, added, dequantized, weight_bits)
-        nodes.append(node)
-    _replace_graph(graph, nodes, added)
+    writer = _Writer(quantized.graph, plan, ranges, scheme, weights or {})
+    for node in quantized.graph.node:
+        writer.add(node)
+    _replace_graph(quantized.graph, writer.nodes, writer.added)
     return quantized
 
 
-def _quantize_input(
-    product: Product,
-    ranges: Mapping[str, Range],
-    model: onnx.ModelProto,
-    nodes: list[onnx.NodeProto],
-    added: dict[str, onnx.TensorProto],
-    dequantized: dict[str, str],
-) -> str:
-    """Add what turns the product's input into integers, once for each tensor; return the tensor to read instead."""
-    name = product.input
-    if name in dequantized:
-        return dequantized[name]
-    if product.takes_pixels:
-        integers = next(node.input[0] for node in model.graph.node if name in node.output)
-        parameters = _parameters(PIXELS, np.float32(1), np.uint8(0), added)
-    else:
-        integers = f"{name}.quantized"
-        scale, zero_point = _affine(ranges[name])
-        parameters = _parameters(name, scale, zero_point, added)
-        nodes.append(helper.make_node("QuantizeLinear", [name, *parameters], [integers], name=integers))
-    output = f"{name}.dequantized"
-    nodes.append(helper.make_node("DequantizeLinear", [integers, *parameters], [output], name=output))
-    dequantized[name] = output
-    return output
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """Which tensors become integers: `ranges` says whose range each has, `chained` those that all readers take so."""
+
+    products: Mapping[str, Product]
+    ranges: Mapping[str, str]
+    chained: frozenset[str]
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto, scheme: Scheme) -> _Plan:
+        found = find_products(model)
+        _check(model, scheme, found)
+        products = [product for product in found if product.node not in scheme.exclude]
+        chained = find_chains(model, products, joins=is_convolutional(model))
+        nodes = {node.name: node for node in model.graph.node}
+        ranges: dict[str, str] = {}
+        for product in products:
+            exact = product.takes_pixels and (scheme.activation == "uint8" or not is_padded(nodes[product.node]))
+            ranges[product.input] = PIXELS if exact else chained.get(product.input, product.input)
+        return cls(
+            products={product.output: product for product in products},
+            ranges={**ranges, **chained},
+            chained=frozenset(chained),
+        )
 
 
-def _quantize_weight(
-    product: Product,
-    tensors: Mapping[str, onnx.TensorProto],
-    nodes: list[onnx.NodeProto],
-    added: dict[str, onnx.TensorProto],
-    dequantized: dict[str, str],
-    bits: int,
-) -> str:
-    name = product.weight
-    if name in dequantized:
-        return dequantized[name]
-    integers_IO, scales_O = _symmetric(numpy_helper.to_array(tensors[name]), bits)
-    quantized = f"{name}.quantized"
-    added[quantized] = numpy_helper.from_array(integers_IO, quantized)
-    parameters = _parameters(name, scales_O, np.zeros(len(scales_O), np.int8), added)
-    output = f"{name}.dequantized"
-    nodes.append(helper.make_node("DequantizeLinear", [quantized, *parameters], [output], name=output, axis=1))
-    dequantized[name] = output
-    return output
+def _check(model: onnx.ModelProto, scheme: Scheme, found: list[Product]) -> None:
+    unknown = sorted(scheme.exclude - {product.node for product in found})
+    if unknown:
+        reason = f"no product has the name {', '.join(unknown)}"
+        raise UsageError("cannot quantize", reason=reason, remedy="exclude nodes that the coverage report names")
+    if not found:
+        reason = "the graph has no MatMul, Gemm or Conv with constant float32 weights"
+        raise UsageError("cannot quantize", reason=reason, remedy="give a float32 model file with its weights inside")
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < _LOWEST_OPSET:
+        reason = f"its opset is {opset}; a scale for each channel needs {_LOWEST_OPSET}"
+        raise UsageError("cannot quantize", reason=reason, remedy="export it with a newer opset")
 
 
-def _affine(observed: Range) -> tuple[np.float32, np.uint8]:
-    """Return scale and zero point of uint8 over a range: real = scale x (integer - zero point)."""
-    scale = max((observed.high - observed.low) / _UINT8_LEVELS, _SMALLEST_SCALE)
-    return np.float32(scale), np.uint8(np.clip(np.rint(-observed.low / scale), 0, _UINT8_LEVELS))
+class _Writer:
+    """The nodes and constants of the quantized graph, in the order in which the float graph's nodes are added."""
 
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        plan: _Plan,
+        ranges: Mapping[str, Range],
+        scheme: Scheme,
+        weights: Mapping[str, QuantizedWeight],
+    ) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.added: dict[str, onnx.TensorProto] = {}
+        self._plan, self._ranges, self._scheme, self._weights = plan, ranges, scheme, weights
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self._makers = {output: node for node in graph.node for output in node.output}
+        self._dequantized: dict[str, str] = {}
+        self._scales: dict[str, np.float32] = {}
+        self._made: dict[str, QuantizedWeight] = {}
+        self._axes: dict[str, int] = {}
 
-def _symmetric(weight_IO: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Return signed integers of `bits` bits and one scale for each output channel."""
-    largest = 2 ** (bits - 1) - 1
-    scales_O = np.maximum(np.abs(weight_IO).max(axis=0) / largest, _SMALLEST_SCALE).astype(np.float32)
-    return np.clip(np.rint(weight_IO / scales_O), -largest, largest).astype(np.int8), scales_O
+    def add(self, node: onnx.NodeProto) -> None:
+        """Add a node of the float graph, behind what turns its inputs into integers."""
+        product = self._plan.products.get(node.output[0])
+        for position, name in enumerate(node.input):
+            if name in self._plan.chained or (product is not None and position == 0):
+                node.input[position] = self._integers(name)
+        if product is None:
+            self.nodes.append(node)
+        else:
+            self._add_product(node, product)
 
+    def _add_product(self, node: onnx.NodeProto, product: Product) -> None:
+        scale = self._scales[self._plan.ranges[product.input]]
+        biases_O = None if product.bias is None else numpy_helper.to_array(self._tensors[product.bias])
+        node.input[1] = self._weight(product, biases_O, scale)
+        weight = self._made[node.input[1]]
+        moved_O = self._pixels_moved(product, weight)
+        if product.operator == "MatMul":
+            self.nodes.append(node)
+            if moved_O is not None:
+                self._add_moved(node, moved_O)
+            return
+        if biases_O is not None or moved_O is not None:
+            scales_O = (weight.scales * scale).astype(np.float32)
+            integers_O = np.zeros(len(scales_O), np.int32) if biases_O is None else rounded_bias(biases_O, scales_O)
+            if moved_O is not None:
+                integers_O = integers_O + moved_O
+            del node.input[2:]
+            node.input.append(self._bias(product, integers_O, scales_O))
+        self.nodes.append(node)
 
-def _parameters(
-    name: str,
-    scale: np.float32 | npt.NDArray[np.float32],
-    zero_point: np.uint8 | npt.NDArray[np.int8],
-    added: dict[str, onnx.TensorProto],
-) -> list[str]:
-    names = [f"{name}.scale", f"{name}.zero_point"]
-    for key, value in zip(names, (scale, zero_point), strict=True):
-        added[key] = numpy_helper.from_array(np.asarray(value), key)
-    return names
+    def _integers(self, name: str) -> str:
+        """Add what turns a tensor into integers, once; return the tensor to read instead."""
+        if name in self._dequantized:
+            return self._dequantized[name]
+        source = self._plan.ranges[name]
+        if source == PIXELS:
+            integers, parameters = self._pixels(name)
+        else:
+            integers = f"{name}.quantized"
+            parameters = self._activation(source)
+            self._node("QuantizeLinear", [name, *parameters], integers)
+        self._dequantized[name] = self._node("DequantizeLinear", [integers, *parameters], f"{name}.dequantized")
+        return self._dequantized[name]
 
+    def _pixels(self, name: str) -> tuple[str, list[str]]:
+        """Return the integers that pixels are already, or for int8 the same less 128."""
+        self._scales[PIXELS] = np.float32(1)
+        if self._scheme.activation == "uint8":
+            return self._makers[name].input[0], self._parameters(PIXELS, np.float32(1), np.uint8(0))
+        parameters = self._parameters(PIXELS, np.float32(1), np.int8(0))
+        middle = f"{PIXELS}.middle"
+        self.added[middle] = numpy_helper.from_array(np.array(_PIXELS_MIDDLE, np.float32), middle)
+        moved = self._node("Sub", [name, middle], f"{name}.moved")
+        return self._node("QuantizeLinear", [moved, *parameters], f"{name}.quantized"), parameters
 
-def _is_cast_of_uint8(
-    node: onnx.NodeProto | None, makers: Mapping[str, onnx.NodeProto], model: onnx.ModelProto
-) -> bool:
-    """Return whether `node` casts pixels: the input image, only moved about since."""
-    if node is None or node.op_type != "Cast":
-        return False
-    source = node.input[0]
-    while source in makers:
-        if makers[source].op_type not in ("Reshape", "Transpose"):
-            return False
-        source = makers[source].input[0]
-    value = next((value for value in model.graph.input if value.name == source), None)
-    return value is not None and value.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    def _activation(self, source: str) -> list[str]:
+        observed = self._ranges[source]
+        maker = self._makers.get(source)
+        if maker is not None and maker.op_type == "Relu":  # which vanishes only in a range that begins at zero
+            observed = Range(low=0.0, high=max(observed.high, 0.0))
+        scale, zero_point = activation_parameters(observed, self._scheme.activation)
+        self._scales[source] = scale
+        return self._parameters(source, scale, zero_point)
+
+    def _weight(self, product: Product, biases_O: npt.NDArray[np.float32] | None, scale: np.float32) -> str:
+        """Add the integers of a weight, once for all products that can share them; return the tensor to read."""
+        weight = self._weights.get(product.weight)
+        if weight is None:
+            array = numpy_helper.to_array(self._tensors[product.weight])
+            weight = quantize_weight(array, axis=product.axis, bits=self._scheme.weight_bits)
+        roomy = weight if biases_O is None else with_room(weight, biases_O, input_scale=scale, axis=product.axis)
+        shared = roomy is weight and self._axes.setdefault(product.weight, product.axis) == product.axis
+        name = product.weight if shared else f"{product.weight}.{product.node}"
+        output = f"{name}.dequantized"
+        if output not in self._made:
+            self._made[output] = roomy
+            integers = f"{name}.quantized"
+            self.added[integers] = numpy_helper.from_array(roomy.integers, integers)
+            parameters = self._parameters(name, roomy.scales, np.zeros(len(roomy.scales), np.int8))
+            self._node("DequantizeLinear", [integers, *parameters], output, axis=product.axis)
+        return output
+
+    def _bias(self, product: Product, integers_O: npt.NDArray[np.int32], scales_O: npt.NDArray[np.float32]) -> str:
+        """Add the int32 bias of one product, in steps of its input's scale times its weight's."""
+        name = f"{product.node}.sum"
+        self.added[f"{name}.quantized"] = numpy_helper.from_array(integers_O, f"{name}.quantized")
+        parameters = self._parameters(name, scales_O, np.zeros(len(scales_O), np.int32))
+        return self._node("DequantizeLinear", [f"{name}.quantized", *parameters], f"{name}.dequantized", axis=0)
+
+    def _pixels_moved(self, product: Product, weight: QuantizedWeight) -> npt.NDArray[np.int32] | None:
+        """Return what is missing in each output where 128 was taken from every pixel; None where nothing is."""
+        if self._plan.ranges[product.input] != PIXELS or self._scheme.activation == "uint8":
+            return None
+        others = tuple(axis for axis in range(weight.integers.ndim) if axis != product.axis)
+        return _PIXELS_MIDDLE * weight.integers.sum(axis=others, dtype=np.int32)
+
+    def _add_moved(self, node: onnx.NodeProto, moved_O: npt.NDArray[np.int32]) -> None:
+        """Add behind a MatMul what is missing in its outputs."""
+        name, output = f"{node.name}.missing", node.output[0]
+        values_O = (moved_O * self._made[node.input[1]].scales.astype(np.float64)).astype(np.float32)
+        self.added[name] = numpy_helper.from_array(values_O, name)
+        node.output[0] = f"{output}.moved"
+        self._node("Add", [node.output[0], name], output, name=f"{output}.moved.add")
+
+    def _node(self, operator: str, inputs: list[str], output: str, *, name: str = "", axis: int | None = None) -> str:
+        chosen = {} if axis is None else {"axis": axis}
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=name or output, **chosen))
+        return output
+
+    def _parameters(
+        self,
+        name: str,
+        scale: np.float32 | npt.NDArray[np.float32],
+        zero_point: np.uint8 | np.int8 | npt.NDArray[np.int8] | npt.NDArray[np.int32],
+    ) -> list[str]:
+        names = [f"{name}.scale", f"{name}.zero_point"]
+        for key, value in zip(names, (scale, zero_point), strict=True):
+            self.added[key] = numpy_helper.from_array(np.asarray(value), key)
+        return names
 
 
 def _replace_graph(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], added: Mapping[str, onnx.TensorProto]) -> None:
