@@ -18,9 +18,9 @@ __all__ = ["Activations"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
-# Pictures run at once while their tensors fit into this; a larger batch runs in parts, so that memory does not depend on
-# it either. One picture of a DeiT-tiny has 13 MB, of a ViT-B 50 MB, of a ViT-L at 384 pixels 400 MB, and one has to be
-# held. On CPUs more at once is only slower: DeiT-tiny, 30 photographs, 2.5 s one by one and 6.9 s 16 at once.
+# Pictures run at once while their tensors fit into this; a larger batch runs in parts, so that memory does not depend
+# on it either. One picture of a DeiT-tiny has 13 MB, of a ViT-B 50 MB, of a ViT-L at 384 pixels 400 MB, and one has to
+# be held. On CPUs more at once is only slower: DeiT-tiny, 30 photographs, 2.5 s one by one and 6.9 s 16 at once.
 _MOST_HELD_BYTES = 2**24
 _log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class Activations:
         self._input = self._session.get_inputs()[0].name
         self._copies = 1  # of a picture, where the graph takes no other number
         self._axes: list[int | None] | None = None  # of the pictures in each tensor
-        self._at_once: int | None = None
+        self.num_at_once: int | None = None  # told by the first batch
 
     def of(self, images: Sequence[Array]) -> Iterator[list[Array]]:
         """Yield the tensors of each picture in order; raises ModelRejected where the graph does not run."""
-        if self._at_once is None and len(images) > 1:
-            self._at_once = self._try_batch(images)
-        size = self._at_once or 1
+        if self.num_at_once is None and len(images) > 1:
+            self.num_at_once = self._try_batch(images)
+        size = self.num_at_once or 1
         for start in range(0, len(images), size):
             part = images[start : start + size]
             yield from self._together(part) if len(part) > 1 else [self._alone(part[0])]
