@@ -4,8 +4,8 @@
 
 MODEL is a float32 model file, PICTURES a folder. Where it holds fewer than are needed, crops of them are written into a
 temporary folder. Every calibration runs in a process of its own, which says its peak memory (VmHWM, of Linux). The INT8
-file is made by `vit-edge quantize` from the pictures of the folder, and answers them one by one and 16 at once. Writes a
-section of docs/results.md.
+file is made by `quantize` from the pictures of the folder, and answers them one by one and 16 at once. Writes a section
+of docs/results.md.
 """
 
 from __future__ import annotations
