@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper
 
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.export.foreign_graph import free_batch, prune
@@ -83,15 +82,15 @@ def settle_batch(
     Any is taken to run where 1, 2 and 3 give what each picture gives alone. Raises ModelRejected where nothing does.
     """
     del model.graph.output[:]
-    model.graph.output.append(helper.make_empty_tensor_value_info(output.name))
+    model.graph.output.append(onnx.ValueInfoProto(name=output.name))
     prune(model.graph)
-    free = _folded(free_batch(model), _BATCHES, reference)
-    if free is not None and _answers(free, _BATCHES, reference):
-        return free, None
+    found = _folded(free_batch(model), _BATCHES, reference)
+    if not isinstance(found, str) and _answers(found, _BATCHES, reference):
+        return found, None
     fixed = reference.entry.fixed or 1
     folded = _folded(free_batch(model, fixed=fixed), [fixed], reference)
-    if folded is None:
-        reason = f"ONNX Runtime does not run it at batch {fixed}"
+    if isinstance(folded, str):
+        reason = f"ONNX Runtime does not run it at batch {fixed}: {folded}"
         raise ModelRejected("cannot take the network", reason=reason, remedy="export it again with a free batch")
     opened = free_batch(folded)
     open_batch(opened, fixed)
@@ -103,22 +102,21 @@ def settle_batch(
     return folded, fixed
 
 
-def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignReference) -> onnx.ModelProto | None:
-    """Return the graph with the arithmetic on shapes computed, or None where it does not run at these batches."""
+def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignReference) -> onnx.ModelProto | str:
+    """Return the graph with the arithmetic on shapes computed, or why it does not run at these batches."""
     names = [*shape_tensors(model.graph), *reshaped_tensors(model.graph)]
-    names = list(dict.fromkeys(names)) or [model.graph.output[0].name]
-    found = _run(model, batches, names, reference)
-    if found is None:
-        return None
-    fold_shapes(model, found)
-    return model
+    found = _run(model, batches, list(dict.fromkeys(names)) or [model.graph.output[0].name], reference)
+    if not isinstance(found, str):
+        fold_shapes(model, found)
+        return model
+    return found
 
 
 def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignReference) -> bool:
     """Return whether the graph answers each batch as the file answers its pictures alone."""
     name = model.graph.output[0].name
     found = _run(model, batches, [name], reference)
-    if found is None:
+    if isinstance(found, str):
         return False
     expected_BK = reference(reference.images(max(batches)))
     return not any(
@@ -130,12 +128,13 @@ def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignR
 
 def _run(
     model: onnx.ModelProto, batches: Sequence[int], names: Sequence[str], reference: ForeignReference
-) -> Mapping[int, Mapping[str, Array]] | None:
+) -> Mapping[int, Mapping[str, Array]] | str:
+    """Return the tensors at each batch, or why one cannot be run."""
+    feeds = [reference.feed(reference.images(batch)) for batch in batches]
     try:
-        results = probe(
-            with_outputs(model, names), [reference.feed(reference.images(batch)) for batch in batches], names
-        )
-    except ModelRejected:
-        return None
+        results = probe(with_outputs(model, names), feeds, names)
+    except ModelRejected as error:
+        return error.reason
     found = {batch: result for batch, result in zip(batches, results, strict=True) if not isinstance(result, str)}
-    return found if len(found) == len(batches) else None
+    problems = [result for result in results if isinstance(result, str)]
+    return problems[0] if problems else found

@@ -103,7 +103,7 @@ def free_batch(model: onnx.ModelProto, *, fixed: int | None = None) -> onnx.Mode
     else:
         batch.dim_value = fixed
     for value in freed.graph.output:
-        value.type.tensor_type.ClearField("shape")
+        value.ClearField("type")
     return freed
 
 
