@@ -1,0 +1,45 @@
+"""The pictures of a calibration as a graph takes them, decoded anew at each pass: none of them is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vit_edge.artifact import Manifest
+from vit_edge.data import refuse_overlap, stream_pixels
+from vit_edge.image import pixel_hash
+from vit_edge.progress import Progress, silent
+from vit_edge.runtime.engine import Array
+
+__all__ = ["CalibrationPictures"]
+
+
+class CalibrationPictures:
+    """What the graph takes for each picture of `paths`, in order; `hashes` are the pixel hashes of the last pass.
+
+    Pictures that cannot be used are skipped and named in the log; a pass raises DataRejected when they are over 1 %,
+    or where a picture is among `judging`, the pixel hashes of those that will judge.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        manifest: Manifest,
+        *,
+        stage: str = "calibrating",
+        judging: Mapping[str, Path] | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.hashes: list[str] = []
+        self._paths, self._manifest = paths, manifest
+        self._stage, self._judging, self._progress = stage, judging or {}, progress
+
+    def __iter__(self) -> Iterator[Array]:
+        """Begin a pass."""
+        self.hashes = hashes = []
+        for position, pixels in stream_pixels(self._paths, self._manifest.preprocessing):
+            self._progress(self._stage, position, len(self._paths))
+            hashes.append(pixel_hash(pixels))
+            refuse_overlap(hashes[-1:], self._judging)
+            yield self._manifest.network_input(pixels[None])[0]
+        self._progress(self._stage, len(self._paths), len(self._paths))
