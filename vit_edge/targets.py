@@ -32,6 +32,7 @@ __all__ = [
     "mismatch",
     "resolve_target",
     "target",
+    "target_name",
 ]
 
 DEFAULT_TARGET = "portable"
@@ -82,7 +83,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolved:
-    """A target; whether it was given by name, chosen for this machine or from a device's report; and why it is right."""
+    """A target, why it is right, and whether it was named, chosen for this machine or from a device's report."""
 
     target: Target
     chosen_from: Literal["name", "auto", "file"]
@@ -163,7 +164,7 @@ _ALL = (
         verified=False,
         reason="QNN compiles static shapes only, and weights with a scale for each channel have to be symmetric int8",
         limits=(
-            "what its compiler does not take runs on the CPU without a word, unless session.disable_cpu_ep_fallback is 1",
+            "what its compiler does not take runs on the CPU unless session.disable_cpu_ep_fallback is 1",
             "ONNX Runtime's page lists MatMul with pairs of uint8 or uint16: look which products it takes",
         ),
     ),
@@ -221,6 +222,12 @@ def choose(report: Mapping[str, Any]) -> tuple[Target, str]:
         return TARGETS["portable"], f"{why}: 8-bit weights could saturate in 16-bit sums, 7-bit ones cannot"
     why = "has no dot products of 8 bits" if cpu.is_arm(machine) else f"is neither x86 nor ARM ({machine})"
     return TARGETS["portable"], f"the CPU {why}: 7-bit weights answer the same everywhere"
+
+
+def target_name(quantization: Mapping[str, Any] | None) -> str | None:
+    """Return the name of the target in a manifest's `quantization`, or None where it tells of none."""
+    name = (quantization or {}).get("target")
+    return name if isinstance(name, str) else None
 
 
 def mismatch(name: str) -> str | None:
