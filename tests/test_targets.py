@@ -19,9 +19,10 @@ from onnx import TensorProto, helper
 from tests.conftest import ROOT, vit_edge
 from vit_edge import cpu
 from vit_edge.artifact import Manifest, open_model, pack
-from vit_edge.errors import InputError, UsageError
+from vit_edge.errors import GoldenMismatch, InputError, UsageError
 from vit_edge.image import Preprocessing
 from vit_edge.runtime.engine import EngineOptions
+from vit_edge.runtime.golden import GENERATOR, Tolerance, expectation
 from vit_edge.runtime.loading import load_model
 from vit_edge.targets import TARGETS, choose_target, mismatch, resolve_target, target
 
@@ -244,6 +245,19 @@ def test_a_file_made_for_this_cpu_is_not_warned_of_and_others_are(
     assert "--target arm-dotprod" in warned(tiny, "x86-vnni", caplog)[0]
     pretend(monkeypatch, "aarch64", "asimd")
     assert "INT8 gains little" in warned(tiny, "arm-dotprod", caplog)[0]
+
+
+def test_other_answers_on_another_cpu_are_blamed_on_the_target(tiny: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_model(tiny)
+    wrong = expectation(
+        np.array([[1, 2]], np.float32), engines=["onnxruntime"], tolerance=Tolerance(absolute=0.1, relative=0.0)
+    )
+    golden = {"generator": GENERATOR, "seeds": [0], "pictures": [], "expected": [wrong]}
+    manifest = replace(model.manifest, quantization={"target": "x86-vnni"}, golden=golden)
+    for instruction, remedy in (("avx2", "quantize with --target portable"), ("avx512_vnni", "the file was edited")):
+        pretend(monkeypatch, "x86_64", instruction)
+        with pytest.raises(GoldenMismatch, match=remedy):
+            load_model(open_model(model.with_manifest(manifest)), engine="onnxruntime", options=EngineOptions())
 
 
 def test_inspect_shows_the_target_and_marks_the_unverified(tiny: bytes, tmp_path: Path) -> None:
