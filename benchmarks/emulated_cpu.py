@@ -55,7 +55,8 @@ def main() -> None:
         np.save(pixels, read_pixels(model, pictures, options.count))
         native = answers(model, pixels, folder / "native", [], options.engine)
         emulated = answers(model, pixels, folder / "emulated", [emulator, "-cpu", options.cpu], options.engine)
-    sys.exit(compare(model, native, emulated, options.cpu, options.engine))
+        code = compare(model, native, emulated, options.cpu, options.engine)
+    sys.exit(code)
 
 
 def find_emulator() -> str:
@@ -89,7 +90,7 @@ def make_model(folder: Path, pictures: Path) -> Path:
         make_digits = ROOT / "calibration_data" / "make_digits.py"
         run([sys.executable, str(make_digits), "--out", str(folder / "training")])
         checkpoint, calibration = folder / "run" / "best.safetensors", folder / "training" / "train"
-        run([*command, "train", str(folder / "training"), "--out", str(folder / "run"), "-q"])
+        run([*command, "train", str(folder / "training"), "--out", str(folder / "run"), "--epochs", "12", "-q"])
     print("exporting and quantizing", flush=True)
     floats, integers = folder / "model.onnx", folder / "model.int8.onnx"
     run([*command, "export", str(checkpoint), "-o", str(floats), "-q"])
