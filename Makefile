@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-emulated lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -11,6 +11,10 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed lint
 	$(BIN)/python -m pytest
+
+# An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file.
+test-emulated: $(VENV)/.dev-installed
+	$(BIN)/python benchmarks/emulated_cpu.py $(MODEL)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .

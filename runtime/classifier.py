@@ -17,6 +17,7 @@ from vit_edge.errors import InputError, UsageError, VerificationFailed
 from vit_edge.image import Picture, Pixels
 from vit_edge.metrics import softmax
 from vit_edge.runtime.engine import Engine, Logits
+from vit_edge.targets import mismatch, target_name
 
 __all__ = ["Answer", "Classifier", "Prediction"]
 
@@ -116,7 +117,11 @@ class Classifier:
         return logits_BK
 
     def describe(self) -> dict[str, Any]:
-        """Return what really runs: engine, device, precision, threads, instruction set."""
+        """Return what really runs: engine, device, precision, threads, instruction set, and whether its target fits.
+
+        `target_warning` is what differs between the CPU that the file was quantized for and this one, else None.
+        """
+        target = target_name(self._manifest.quantization)
         return {
             "name": self._manifest.name,
             "sha256": self._sha256,
@@ -127,6 +132,8 @@ class Classifier:
             "float_precision": self._engine.float_precision,
             "threads": self._engine.threads,
             "instruction_set": instruction_set(),
+            "target": target,
+            "target_warning": mismatch(target) if target else None,
         }
 
     def close(self) -> None:

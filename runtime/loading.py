@@ -1,6 +1,7 @@
 """The one way a model file becomes a classifier, for the command line, applications and tests alike.
 
-Size limit, one read, seal, manifest, allow-list of operators, the engine from those very bytes, golden check.
+Size limit, one read, seal, manifest, allow-list of operators, its target compared with the CPU, the engine from those
+very bytes, golden check.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engine import Engine, EngineName, EngineOptions, chosen_engines, make_engine
 from vit_edge.runtime.golden import check_golden, check_pictures
 from vit_edge.runtime.guard import check_graph
+from vit_edge.targets import mismatch, target_name
 
 __all__ = ["load", "load_model"]
 
@@ -33,7 +35,7 @@ def load(
     """Return a classifier from a model file made by vit-edge.
 
     `engine` "auto" is ONNX Runtime where it is installed, else OpenVINO. `threads` None is what the container grants.
-    `verify` "hash" leaves out the golden check.
+    `verify` "hash" leaves out the golden check. A file quantized for another kind of CPU is warned of in the log.
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable or MissingExtra.
 
         >>> classifier = load("model.int8.onnx")          # doctest: +SKIP
@@ -45,12 +47,24 @@ def load(
 
 
 def load_model(
-    model: ModelFile, *, engine: str = "auto", options: EngineOptions, verify: Literal["full", "hash"] = "full"
+    model: ModelFile,
+    *,
+    engine: str = "auto",
+    options: EngineOptions,
+    verify: Literal["full", "hash"] = "full",
+    warn: bool = True,
 ) -> Classifier:
-    """Return a classifier from a model file that was opened already; raises as `load` does."""
+    """Return a classifier from a model file that was opened already; raises as `load` does.
+
+    `warn` False says nothing of a target that is another than this CPU: for who knows, having just made the file.
+    """
     if verify not in ("full", "hash"):
         raise UsageError("cannot load", reason=f"verify is {verify!r}", remedy="choose 'full' or 'hash'")
     check_graph(model)
+    name = target_name(model.manifest.quantization)
+    difference = mismatch(name) if name else None
+    if difference and warn:
+        _log.warning("%s: %s", model.source, difference)
     try:
         loaded = make_engine(chosen_engines()[0] if engine == "auto" else engine, model, options)
         _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
@@ -58,6 +72,8 @@ def load_model(
             _check(model, loaded)
     except (GoldenMismatch, ModelRejected) as error:
         error.file = error.file or model.source
+        if difference and isinstance(error, GoldenMismatch):
+            error.remedy = difference  # not that somebody edited the file
         raise
     return Classifier(loaded, model.manifest, sha256=model.sha256)
 

@@ -25,6 +25,8 @@ FIRST = (
     "data",
     "releases",
     "ir",
+    "targets",
+    "doctor",
 )
 TORCH = ("tensor_file", "vit", "checkpoint", "foreign", "convert", "training", "train")
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript")

@@ -14,6 +14,7 @@ from vit_edge import __version__
 from vit_edge.cli.benchmark import benchmark
 from vit_edge.cli.classify import classify
 from vit_edge.cli.convert import convert
+from vit_edge.cli.doctor import doctor
 from vit_edge.cli.export import export
 from vit_edge.cli.inspect import inspect
 from vit_edge.cli.output import error_fields, print_error_json
@@ -25,7 +26,7 @@ from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = (train, convert, export, quantize, verify, classify, benchmark, inspect, seal)
+_COMMANDS = (train, convert, export, quantize, verify, classify, benchmark, inspect, doctor, seal)
 
 
 class _InOrder(click.Group):

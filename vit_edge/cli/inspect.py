@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
 from vit_edge.errors import ModelRejected
 from vit_edge.releases import oldest_release
+from vit_edge.targets import TARGETS, target_name
 
 if TYPE_CHECKING:
     from vit_edge.artifact import Manifest, ModelFile
@@ -70,6 +71,7 @@ def _describe(model: ModelFile) -> dict[str, Any]:
         "input": _shape(graph.input[0]),
         "output": _shape(graph.output[0]),
         "more_outputs": [_shape(value) for value in graph.output[1:]],
+        "target": _target(model.manifest),
         "manifest": manifest,
     }
 
@@ -77,7 +79,22 @@ def _describe(model: ModelFile) -> dict[str, Any]:
 def _describe_ir(model: IrModel) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(model.manifest.to_json())
     size_bytes = len(model.xml) + len(model.weights)
-    return {"file": model.source, "sha256": model.sha256, "size_bytes": size_bytes, "manifest": manifest}
+    target = _target(model.manifest)
+    return {
+        "file": model.source,
+        "sha256": model.sha256,
+        "size_bytes": size_bytes,
+        "target": target,
+        "manifest": manifest,
+    }
+
+
+def _target(manifest: Manifest) -> dict[str, Any] | None:
+    """Return the target that the file was quantized for and what it implies, or None for a float file."""
+    name = target_name(manifest.quantization)
+    if name is None or name not in TARGETS:
+        return None if name is None else {"name": name, "verified": False, "implies": f"{name} (unverified): not known"}
+    return {"name": name, "verified": TARGETS[name].verified, "implies": TARGETS[name].describe()}
 
 
 def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +111,7 @@ def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, Any]:
         "labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}",
         "preprocessing": manifest.preprocessing.to_dict(),
         "architecture": dict(manifest.architecture),
+        "target": data["target"]["implies"] if data["target"] else "none",
         "quantization": _without_lists(quantization) if quantization else "none",
         "calibration images": len(quantization["images"]) if quantization else "none",
         "evaluation": _evaluation(manifest.evaluation),
