@@ -73,7 +73,7 @@ def test_compare_counts_what_changed() -> None:
     eye = np.eye(4, dtype=np.float32)
     reference, candidate, labels = eye[[0, 1, 2, 3, 0]], eye[[0, 1, 3, 3, 1]], np.array([0, 1, 2, 0, 1])
     found = compare(reference, candidate, labels)
-    assert (found.images, found.worse, found.better, found.changed) == (5, 1, 1, 2)
+    assert (found.images, found.worse, found.better, found.num_changed) == (5, 1, 1, 2)
     assert found.reference_top1 == found.candidate_top1 == 60.0
     assert found.drop_points == 0.0
     assert found.agreement == 60.0

@@ -1,9 +1,9 @@
 """Find re-encoded copies: pictures that differ in every pixel's last bits and still show the very same thing.
 
 A picture that calibrated a model and judges it too is found by its pixel hash, but one more JPEG encoding changes that
-hash. Such copies are common where data sets meet (3 and 10 % of CIFAR's test pictures, Barz and Denzler, "Do we train on
-test data?", 2020). Compared here are grey thumbnails, as "80 million tiny images" did (Torralba, Fergus and Freeman,
-IEEE PAMI 30, 2008): the mean over an 8 x 8 grid hardly moves when a file is encoded again or scaled.
+hash. Such copies are common where data sets meet (3 and 10 % of CIFAR's test pictures: Barz and Denzler, "Do we train
+on test data?", 2020). Compared here are grey thumbnails, as "80 million tiny images" did (Torralba, Fergus and Freeman,
+IEEE PAMI 30, 2008): the means over a grid of 8 x 8 hardly move when a file is encoded again or scaled.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["FINGERPRINT_DIGITS", "fingerprint", "near_duplicates"]
 
 _SIDE = 8
 FINGERPRINT_DIGITS = 2 * _SIDE * _SIDE
-# Root mean square distance of two thumbnails, in grey levels of 255. Measured on 150 photographs encoded again (JPEG and
-# WebP at quality 30 to 95, PNG, half and double size and back, by four filters): at most 2.9. Other pictures: 11.6 at
-# least over 150 x 550 photographs, 7.1 over 1,797 handwritten digits.
+# Root mean square distance of two thumbnails, in grey levels of 255. 150 photographs encoded again (JPEG and WebP at
+# quality 30 to 95, PNG, a quarter, half and twice the size, half and back) moved by at most 2.9; different ones are
+# 11.6 apart at least (150 x 550 photographs), or 7.1 (1,797 handwritten digits).
 _MOST_DISTANCE = 3.5
-# The same as a share of the thumbnail's own contrast: copies had at most 0.19, other photographs at least 0.44. Without it
-# all pictures of fog would be copies of each other.
+# The same as a share of the thumbnail's own contrast: copies moved by at most 0.19, different photographs are 0.44
+# apart at least. Without it all pictures of fog would be copies of each other.
 _MOST_RELATIVE = 0.3
 # A picture of one colour shows nothing to know it by.
 _LEAST_CONTRAST = 1.0
