@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,19 +96,12 @@ def run_both(
     Raises DataRejected where pictures cannot be used, GoldenMismatch and more where a model cannot be loaded.
     """
     refuse_null(engine)
-    options = EngineOptions(threads=threads)
-    kept = _Kept()
+    options, kept = EngineOptions(threads=threads), _Kept()
     with (
         load_model(reference, engine=engine, options=options) as expected,
         load_model(model, engine=engine, options=options) as candidate,
     ):
-        total = pictures.num_images
-        for position, pixels in stream_pixels(pictures.paths, reference.manifest.preprocessing):
-            progress(f"verifying in {engine}", position, total)
-            if kept.add(position, pixels) and len(kept.batch) == _BATCH:
-                kept.answer(expected, candidate)
-        kept.answer(expected, candidate)
-        progress(f"verifying in {engine}", total, total)
+        kept.stream(pictures.paths, expected, candidate, lambda done, of: progress(f"verifying in {engine}", done, of))
     num_copies = kept.num_seen - len(kept.hashes)
     if num_copies:
         _log.warning("%d pictures are copies of others and were not counted again", num_copies)
@@ -132,6 +125,20 @@ class _Kept:
         self.batch: list[Pixels] = []
         self.answers: list[PairedAnswers] = []
         self.num_seen = 0
+
+    def stream(
+        self,
+        paths: Sequence[Path],
+        reference: Classifier,
+        candidate: Classifier,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        for position, pixels in stream_pixels(paths, reference.manifest.preprocessing):
+            progress(position, len(paths))
+            if self.add(position, pixels) and len(self.batch) == _BATCH:
+                self.answer(reference, candidate)
+        self.answer(reference, candidate)
+        progress(len(paths), len(paths))
 
     def add(self, position: int, pixels: Pixels) -> bool:
         """Return whether the picture is a new one: copies would prove the same thing again."""

@@ -116,13 +116,11 @@ def verify(
 ) -> Verification:
     """Return how the file `model` compares with the file `reference` on the pictures of `data`.
 
-    It passes where the one-sided 95 % upper bound of the accuracy drop is at most `max_drop_points` (default: 1) and,
-    if given, the lower bound of the agreement at least `min_agreement` percent, in every engine (default: all
-    installed); it fails where the figures seen are not; else it is inconclusive, with the number of pictures needed.
-
-    Pictures that lie loose, or are `unlabelled`, are judged by agreement alone where only that is given. Else each
-    changed answer counts as lost, until `flips`, a file of `write_flips`, has its label. With `carry_labels` that file
-    may be one of other models. Raises DataRejected, ModelRejected, NotTrusted, GoldenMismatch, UsageError.
+    It passes where in every engine (default: all installed) the 95 % upper bound of the accuracy drop is at most
+    `max_drop_points` (default: 1) and that of the agreement at least `min_agreement` percent, if given; it fails where
+    the figures seen are not; else it is inconclusive. Without labels agreement is judged alone where only that is
+    given; else each changed answer counts as lost until `flips`, a file of `write_flips`, has its label (with
+    `carry_labels` one of other models). Raises DataRejected, ModelRejected, NotTrusted, GoldenMismatch, UsageError.
     """
     return verify_models(
         open_model(model),
@@ -155,21 +153,19 @@ def verify_models(
 ) -> Verification:
     """Return what `verify` returns, for files that were opened already."""
     _check_comparable(model, reference)
-    names = reference.manifest.labels
-    labels, pictures = _pictures(data, names, unlabelled=unlabelled, flips=flips is not None)
-    budget = _budget(max_drop_points, min_agreement, labels)
+    asked = _Asked.of(data, reference, max_drop_points, min_agreement, unlabelled=unlabelled, flips=flips is not None)
     models_sha256 = sha256_hex(f"{model.sha256} {reference.sha256}".encode())
-    given = read_flips(flips, names, models_sha256=None if carry_labels else models_sha256) if flips else None
-    runs, results, titles = list[PairedRun](), list[EngineResult](), class_titles(names)
-    for run in _each_engine(pictures, model, reference, engines=engines, threads=threads, progress=progress):
+    given = _given(flips, reference, None if carry_labels else models_sha256)
+    runs, results = list[PairedRun](), list[EngineResult]()
+    for run in _each_engine(asked, model, reference, engines=engines, threads=threads, progress=progress):
         runs.append(run)
-        results.append(_result(run, given, budget, titles, strict=not carry_labels))
+        results.append(_result(run, given, asked, strict=not carry_labels))
     return Verification(
         verdict=max((r.verdict for r in results), key=SEVERITY.__getitem__),
-        max_drop_points=budget.max_drop_points,
-        min_agreement=budget.min_agreement,
-        at_best=outlook(results[0].images, budget),
-        labels=labels,
+        max_drop_points=asked.budget.max_drop_points,
+        min_agreement=asked.budget.min_agreement,
+        at_best=outlook(results[0].images, asked.budget),
+        labels=asked.labels,
         data=os.fspath(data),
         data_sha256=set_hash(runs[0].hashes),
         models_sha256=models_sha256,
@@ -188,10 +184,9 @@ def certifiable(
     flips: bool = False,
 ) -> tuple[Labels, Budget, Outlook]:
     """Return what a verification on these pictures would judge, and what it can certify at best, before it runs."""
-    names = open_model(reference, warn=False).manifest.labels
-    labels, pictures = _pictures(data, names, unlabelled=unlabelled, flips=flips)
-    budget = _budget(max_drop_points, min_agreement, labels)
-    return labels, budget, outlook(pictures.num_images, budget)
+    source = open_model(reference, warn=False)
+    asked = _Asked.of(data, source, max_drop_points, min_agreement, unlabelled=unlabelled, flips=flips)
+    return asked.labels, asked.budget, outlook(asked.pictures.num_images, asked.budget)
 
 
 def write_flips(verification: Verification, path: str | os.PathLike[str], *, force: bool = False) -> int:
@@ -206,15 +201,38 @@ def write_flips(verification: Verification, path: str | os.PathLike[str], *, for
     return len({change.pixels_sha256 for entries in found.values() for change in entries})
 
 
-def _pictures(
-    data: str | os.PathLike[str], names: Sequence[str], *, unlabelled: bool, flips: bool
-) -> tuple[Labels, JudgingPictures]:
-    pictures = find_pictures(data, names, unlabelled=unlabelled or flips)
-    return "flips" if flips else "all" if pictures.labelled else "none", pictures
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """The pictures that judge, what is known of their labels, and what is judged; `titles` are the classes' names."""
+
+    pictures: JudgingPictures
+    labels: Labels
+    budget: Budget
+    titles: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        data: str | os.PathLike[str],
+        reference: ModelFile,
+        max_drop_points: float | None,
+        min_agreement: float | None,
+        *,
+        unlabelled: bool,
+        flips: bool,
+    ) -> _Asked:
+        names = reference.manifest.labels
+        pictures = find_pictures(data, names, unlabelled=unlabelled or flips)
+        labels: Labels = "flips" if flips else "all" if pictures.labelled else "none"
+        # Agreement alone is judged only where it is all that was asked for, and no label is there.
+        if max_drop_points is None and (labels != "none" or min_agreement is None):
+            max_drop_points = DEFAULT_MAX_DROP_POINTS
+        budget = Budget(max_drop_points=max_drop_points, min_agreement=min_agreement)
+        return cls(pictures=pictures, labels=labels, budget=budget, titles=class_titles(names))
 
 
 def _each_engine(
-    pictures: JudgingPictures,
+    asked: _Asked,
     model: ModelFile,
     reference: ModelFile,
     *,
@@ -223,7 +241,7 @@ def _each_engine(
     progress: Progress,
 ) -> Iterator[PairedRun]:
     """Yield the answers in one engine after another, on the very same pictures; the first run checks these."""
-    first: PairedRun | None = None
+    first, pictures = None, asked.pictures
     for engine in chosen_engines(engines):
         run = run_both(pictures, model, reference, engine=engine, threads=threads, progress=progress)
         if first is None:
@@ -237,28 +255,23 @@ def _each_engine(
         yield run
 
 
-def _budget(max_drop_points: float | None, min_agreement: float | None, labels: Labels) -> Budget:
-    """Return what is judged: the drop by default, but agreement alone where that is asked for and no label is there."""
-    if max_drop_points is None and not (labels == "none" and min_agreement is not None):
-        max_drop_points = DEFAULT_MAX_DROP_POINTS
-    return Budget(max_drop_points=max_drop_points, min_agreement=min_agreement)
+def _given(flips: str | os.PathLike[str] | None, reference: ModelFile, models_sha256: str | None) -> FlipLabels | None:
+    return None if flips is None else read_flips(flips, reference.manifest.labels, models_sha256=models_sha256)
 
 
-def _result(
-    run: PairedRun, given: FlipLabels | None, budget: Budget, titles: Sequence[str], *, strict: bool
-) -> EngineResult:
+def _result(run: PairedRun, given: FlipLabels | None, asked: _Asked, *, strict: bool) -> EngineResult:
     labels_B = run.labels_B if given is None else given.of(run)
-    found, changed = compare_answers(run.answers, labels_B), changes(run, labels_B, titles)
+    found, changed = compare_answers(run.answers, labels_B), changes(run, labels_B, asked.titles)
     if given is not None and strict:
         given.check(run, changed)
-    verdict, needed = judge(found, budget)
+    verdict, needed = judge(found, asked.budget)
     figures = {field.name: getattr(found, field.name) for field in fields(found)}
     return EngineResult(
         **figures,
         engine=run.engine,
         verdict=verdict,
         images_needed=needed,
-        worst_classes=_worst_classes(run, labels_B, titles),
+        worst_classes=_worst_classes(run, labels_B, asked.titles),
         changed=changed,
     )
 

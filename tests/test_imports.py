@@ -24,6 +24,7 @@ FIRST = (
     "metrics",
     "data",
     "releases",
+    "similarity",
     "ir",
 )
 TORCH = ("tensor_file", "vit", "checkpoint", "foreign", "convert", "training", "train")

@@ -103,6 +103,10 @@ def verify(
     written = target if target is not None and any(r.changed for r in result.results) else None
     if written is not None:
         write_flips(result, written, force=force)
+    return _told(result, model, flips=flips, written=written)
+
+
+def _told(result: Verification, model: Path, *, flips: Path | None, written: Path | None) -> Result:
     shown = [*_tables(result), *_remarks(result, written), f"verdict: {result.verdict}"]
     fields = {**verification_data(result), "flips_file": None if written is None else str(written)}
     return Result(data=fields, shown=shown, error=_failure(result, model, written or flips))
