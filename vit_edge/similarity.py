@@ -8,6 +8,7 @@ IEEE PAMI 30, 2008): the means over a grid of 8 x 8 hardly move when a file is e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,10 +17,11 @@ from PIL import Image
 
 from vit_edge.image import Pixels
 
-__all__ = ["FINGERPRINT_DIGITS", "fingerprint", "near_duplicates"]
+__all__ = ["fingerprint", "near_duplicates"]
 
 _SIDE = 8
-FINGERPRINT_DIGITS = 2 * _SIDE * _SIDE
+_DIGITS = 2 * _SIDE * _SIDE
+_FORM = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 # Root mean square distance of two thumbnails, in grey levels of 255. 150 photographs encoded again (JPEG and WebP at
 # quality 30 to 95, PNG, a quarter, half and twice the size, half and back) moved by at most 2.9; different ones are
 # 11.6 apart at least (150 x 550 photographs), or 7.1 (1,797 handwritten digits).
@@ -61,7 +63,7 @@ def near_duplicates(fingerprints: Sequence[str], others: Sequence[str]) -> list[
 
 
 def _thumbnails(fingerprints: Sequence[str]) -> npt.NDArray[np.float32]:
-    if not all(isinstance(text, str) and len(text) == FINGERPRINT_DIGITS for text in fingerprints):
-        raise ValueError(f"a fingerprint has {FINGERPRINT_DIGITS} hexadecimal digits")
+    if not all(isinstance(text, str) and _FORM.fullmatch(text) for text in fingerprints):
+        raise ValueError(f"a fingerprint has {_DIGITS} hexadecimal digits")
     joined = b"".join(bytes.fromhex(text) for text in fingerprints)
     return np.frombuffer(joined, dtype=np.uint8).reshape(-1, _SIDE * _SIDE).astype(np.float32)
