@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from vit_edge.artifact import ModelFile, open_model
-from vit_edge.data import EVALUATION_SPLITS, LabelledImages, read_labelled, refuse_overlap, set_hash, stream_pixels
-from vit_edge.errors import DataRejected, InputError, UsageError, require
-from vit_edge.image import pixel_hash
-from vit_edge.metrics import best_certifiable_points, compare, images_needed
+from vit_edge.data import refuse_overlap, set_hash
+from vit_edge.errors import DataRejected, InputError, UsageError, printable, require
+from vit_edge.export.flips import Change, FlipLabels, changes, class_titles, flips_csv, may_write_flips, read_flips
+from vit_edge.export.judgement import SEVERITY, Budget, Outlook, Verdict, judge, outlook
+from vit_edge.export.paired_run import JudgingPictures, PairedRun, find_pictures, run_both
+from vit_edge.files import sha256_hex, write_atomic
+from vit_edge.metrics import Comparison, compare_answers
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engine import EngineOptions, Logits, chosen_engines, refuse_null
-from vit_edge.runtime.loading import load_model
+from vit_edge.runtime.engine import chosen_engines
+from vit_edge.similarity import near_duplicates
 
-__all__ = ["EngineResult", "Verdict", "Verification", "verify", "verify_models"]
+__all__ = [
+    "ClassLoss",
+    "EngineResult",
+    "Labels",
+    "Verdict",
+    "Verification",
+    "certifiable",
+    "verify",
+    "verify_models",
+    "write_flips",
+]
 
-Verdict = Literal["pass", "fail", "inconclusive"]
+Labels = Literal["all", "flips", "none"]
 DEFAULT_MAX_DROP_POINTS = 1.0
-_BATCH = 16
-# 0.01 points need 30,000 pictures of which not one changes.
-_SMALLEST_DROP_POINTS = 0.01
 _NUM_NAMED = 20
 # Fewer pictures than this cannot tell wrong labels from bad luck.
 _ENOUGH_TO_DOUBT = 20
@@ -36,44 +44,60 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineResult:
+class ClassLoss:
+    """A class that lost right answers; how many pictures it has, and right ones, where all are labelled."""
+
+    label: str
+    lost: int
+    images: int | None
+    reference_right: int | None
+    candidate_right: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineResult(Comparison):
     """Candidate against reference in one engine; shares are in percent, drops in percentage points."""
 
     engine: str
-    images: int
-    reference_top1: float
-    candidate_top1: float
-    drop_points: float
-    drop_upper_bound_points: float
-    worse: int
-    better: int
-    mcnemar_p: float
-    agreement: float
-    agreement_interval: tuple[float, float]
-    sqnr_db: float
     verdict: Verdict
     images_needed: int | None
-    changed: tuple[str, ...]
+    worst_classes: tuple[ClassLoss, ...]
+    changed: tuple[Change, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """The verdict over all engines (the worst of them), and what each found."""
+    """The verdict over all engines (the worst of them), what was asked, and what each engine gave.
+
+    `labels` says whether all pictures have one, those of a flips file, or none: then each changed answer counts as
+    lost. `near_copies` are pictures that look like a calibration picture encoded again.
+    """
 
     verdict: Verdict
-    max_drop_points: float
+    max_drop_points: float | None
     min_agreement: float | None
-    best_certifiable_points: float
+    at_best: Outlook
+    labels: Labels
+    data: str
     data_sha256: str
+    models_sha256: str
+    near_copies: tuple[str, ...]
     results: tuple[EngineResult, ...]
 
     @property
     def decisive(self) -> EngineResult:
         """Return the result of the engine that decided: the worst verdict, then the largest bound."""
-        return max(self.results, key=lambda r: (_SEVERITY[r.verdict], r.drop_upper_bound_points))
+        return max(self.results, key=lambda r: (SEVERITY[r.verdict], r.drop_upper_bound_points, r.num_changed))
 
+    @property
+    def num_unlabelled(self) -> int:
+        """Return how many different pictures changed their answer in some engine and have no label."""
+        return len({change.pixels_sha256 for r in self.results for change in r.changed if change.label is None})
 
-_SEVERITY: dict[Verdict, int] = {"pass": 0, "inconclusive": 1, "fail": 2}
+    @property
+    def best_certifiable_points(self) -> float:
+        """Return the smallest drop that these pictures can certify: the bound where not one answer changes."""
+        return self.at_best.best_points
 
 
 def verify(
@@ -81,18 +105,22 @@ def verify(
     *,
     reference: str | os.PathLike[str],
     data: str | os.PathLike[str],
-    max_drop_points: float = DEFAULT_MAX_DROP_POINTS,
+    max_drop_points: float | None = None,
     min_agreement: float | None = None,
+    unlabelled: bool = False,
+    flips: str | os.PathLike[str] | None = None,
+    carry_labels: bool = False,
     engines: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Verification:
-    """Return how the file `model` compares with the file `reference` on the labelled pictures of `data`.
+    """Return how the file `model` compares with the file `reference` on the pictures of `data`.
 
-    It passes where the one-sided 95 % upper bound of the accuracy drop is at most `max_drop_points` in every engine
-    (default: all installed) and, if given, agreement is at least `min_agreement` percent; it fails where the drop seen
-    is larger; else it is inconclusive, with the number of pictures needed. Raises DataRejected, ModelRejected,
-    NotTrusted, GoldenMismatch.
+    It passes where in every engine (default: all installed) the 95 % upper bound of the accuracy drop is at most
+    `max_drop_points` (default: 1) and that of the agreement at least `min_agreement` percent, if given; it fails where
+    the figures seen are not; else it is inconclusive. Without labels agreement is judged alone where only that is
+    given; else each changed answer counts as lost until `flips`, a file of `write_flips`, has its label (with
+    `carry_labels` one of other models). Raises DataRejected, ModelRejected, NotTrusted, GoldenMismatch, UsageError.
     """
     return verify_models(
         open_model(model),
@@ -100,6 +128,9 @@ def verify(
         data=data,
         max_drop_points=max_drop_points,
         min_agreement=min_agreement,
+        unlabelled=unlabelled,
+        flips=flips,
+        carry_labels=carry_labels,
         engines=engines,
         threads=threads,
         progress=progress,
@@ -111,126 +142,161 @@ def verify_models(
     *,
     reference: ModelFile,
     data: str | os.PathLike[str],
-    max_drop_points: float = DEFAULT_MAX_DROP_POINTS,
+    max_drop_points: float | None = None,
     min_agreement: float | None = None,
+    unlabelled: bool = False,
+    flips: str | os.PathLike[str] | None = None,
+    carry_labels: bool = False,
     engines: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Verification:
     """Return what `verify` returns, for files that were opened already."""
-    if not _SMALLEST_DROP_POINTS <= max_drop_points < 100:
-        raise UsageError("cannot verify", reason=f"max drop is {max_drop_points}", remedy="give 0.01 to 100 points")
-    if min_agreement is not None and not 0 <= min_agreement <= 100:
-        raise UsageError("cannot verify", reason=f"min agreement is {min_agreement}", remedy="give a percentage")
     _check_comparable(model, reference)
-    made_from = model.manifest.provenance.get("float_model_sha256")
-    if made_from not in (None, reference.sha256):
-        _log.warning("%s was not made from %s, by the hash in its manifest", model.source, reference.source)
-    images = read_labelled(data, splits=EVALUATION_SPLITS, class_names=reference.manifest.labels)
-    chosen = chosen_engines(engines)
-    results, hashes = [], {}
-    for name in chosen:
-        refuse_null(name)
-        options = EngineOptions(threads=threads)
-        with (
-            load_model(reference, engine=name, options=options) as expected,
-            load_model(model, engine=name, options=options) as candidate,
-        ):
-            run = _run(images, expected, candidate, f"verifying in {name}", progress)
-        hashes = run.hashes
-        _check_disjoint(model, hashes)
-        _check_reference(run, reference)
-        results.append(_judge(name, run, max_drop_points, min_agreement))
+    asked = _Asked.of(data, reference, max_drop_points, min_agreement, unlabelled=unlabelled, flips=flips is not None)
+    models_sha256 = sha256_hex(f"{model.sha256} {reference.sha256}".encode())
+    given = _given(flips, reference, None if carry_labels else models_sha256)
+    runs, results = list[PairedRun](), list[EngineResult]()
+    for run in _each_engine(asked, model, reference, engines=engines, threads=threads, progress=progress):
+        runs.append(run)
+        results.append(_result(run, given, asked, strict=not carry_labels))
     return Verification(
-        verdict=max((r.verdict for r in results), key=_SEVERITY.__getitem__),
-        max_drop_points=max_drop_points,
-        min_agreement=min_agreement,
-        best_certifiable_points=best_certifiable_points(results[0].images),
-        data_sha256=set_hash(list(hashes)),
+        verdict=max((r.verdict for r in results), key=SEVERITY.__getitem__),
+        max_drop_points=asked.budget.max_drop_points,
+        min_agreement=asked.budget.min_agreement,
+        at_best=outlook(results[0].images, asked.budget),
+        labels=asked.labels,
+        data=os.fspath(data),
+        data_sha256=set_hash(runs[0].hashes),
+        models_sha256=models_sha256,
+        near_copies=_near_copies(model, runs[0]),
         results=tuple(results),
     )
 
 
-def best_possible(data: str | os.PathLike[str], reference: str | os.PathLike[str]) -> tuple[int, float]:
-    """Return how many labelled pictures there are, and the smallest drop in points that they could certify."""
-    labels = open_model(reference).manifest.labels
-    images = read_labelled(data, splits=EVALUATION_SPLITS, class_names=labels)
-    return images.num_images, best_certifiable_points(images.num_images)
+def certifiable(
+    data: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    *,
+    max_drop_points: float | None = None,
+    min_agreement: float | None = None,
+    unlabelled: bool = False,
+    flips: bool = False,
+) -> tuple[Labels, Budget, Outlook]:
+    """Return what a verification on these pictures would judge, and what it can certify at best, before it runs."""
+    source = open_model(reference, warn=False)
+    asked = _Asked.of(data, source, max_drop_points, min_agreement, unlabelled=unlabelled, flips=flips)
+    return asked.labels, asked.budget, outlook(asked.pictures.num_images, asked.budget)
+
+
+def write_flips(verification: Verification, path: str | os.PathLike[str], *, force: bool = False) -> int:
+    """Write the pictures whose answer changed, to be labelled, and return their number.
+
+    Columns: file (relative to the data), both answers and margins, label (empty unless known), engines, hashes. Raises
+    UsageError where the file exists; labels that someone filled in are not overwritten even with `force`.
+    """
+    target = may_write_flips(path, force=force)
+    found = {r.engine: r.changed for r in verification.results}
+    write_atomic(target, flips_csv(found, folder=verification.data, models_sha256=verification.models_sha256))
+    return len({change.pixels_sha256 for entries in found.values() for change in entries})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
-    reference_BK: Logits
-    candidate_BK: Logits
-    labels_B: npt.NDArray[np.int64]
-    paths: tuple[Path, ...]
-    hashes: dict[str, Path]
+class _Asked:
+    """The pictures that judge, what is known of their labels, and what is judged; `titles` are the classes' names."""
+
+    pictures: JudgingPictures
+    labels: Labels
+    budget: Budget
+    titles: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        data: str | os.PathLike[str],
+        reference: ModelFile,
+        max_drop_points: float | None,
+        min_agreement: float | None,
+        *,
+        unlabelled: bool,
+        flips: bool,
+    ) -> _Asked:
+        names = reference.manifest.labels
+        pictures = find_pictures(data, names, unlabelled=unlabelled or flips)
+        labels: Labels = "flips" if flips else "all" if pictures.labelled else "none"
+        # Agreement alone is judged only where it is all that was asked for, and no label is there.
+        if max_drop_points is None and (labels != "none" or min_agreement is None):
+            max_drop_points = DEFAULT_MAX_DROP_POINTS
+        budget = Budget(max_drop_points=max_drop_points, min_agreement=min_agreement)
+        return cls(pictures=pictures, labels=labels, budget=budget, titles=class_titles(names))
 
 
-def _run(images: LabelledImages, reference: Classifier, candidate: Classifier, stage: str, progress: Progress) -> _Run:
-    logits: tuple[list[Logits], list[Logits]] = ([], [])
-    positions: list[int] = []
-    hashes: dict[str, Path] = {}
-    batch: list[Any] = []
-    num_copies = 0
+def _each_engine(
+    asked: _Asked,
+    model: ModelFile,
+    reference: ModelFile,
+    *,
+    engines: Sequence[str],
+    threads: int | None,
+    progress: Progress,
+) -> Iterator[PairedRun]:
+    """Yield the answers in one engine after another, on the very same pictures; the first run checks these."""
+    first, pictures = None, asked.pictures
+    for engine in chosen_engines(engines):
+        run = run_both(pictures, model, reference, engine=engine, threads=threads, progress=progress)
+        if first is None:
+            refuse_overlap((model.manifest.quantization or {}).get("images", ()), run.path_of)
+            if pictures.labelled:
+                _check_reference(run, reference)
+            first, pictures = run, run.pictures
+        elif run.hashes != first.hashes:
+            reason, remedy = "pictures changed while they were read", "run it again"
+            raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)
+        yield run
 
-    def flush() -> None:
-        if batch:
-            stacked = np.stack(batch)
-            for classifier, kept in zip((reference, candidate), logits, strict=True):
-                kept.append(classifier.logits(stacked))
-            batch.clear()
 
-    for position, pixels in stream_pixels(images.paths, reference.manifest.preprocessing):
-        progress(stage, position, images.num_images)
-        digest = pixel_hash(pixels)
-        if digest in hashes:  # counted once: copies would prove the same thing again
-            num_copies += 1
-            continue
-        positions.append(position)
-        hashes[digest] = images.paths[position]
-        batch.append(pixels)
-        if len(batch) == _BATCH:
-            flush()
-    flush()
-    progress(stage, images.num_images, images.num_images)
-    if num_copies:
-        _log.warning("%d pictures are copies of others and were not counted again", num_copies)
-    return _Run(
-        reference_BK=np.concatenate(logits[0]),
-        candidate_BK=np.concatenate(logits[1]),
-        labels_B=np.array([images.labels[position] for position in positions], dtype=np.int64),
-        paths=tuple(images.paths[position] for position in positions),
-        hashes=hashes,
+def _given(flips: str | os.PathLike[str] | None, reference: ModelFile, models_sha256: str | None) -> FlipLabels | None:
+    return None if flips is None else read_flips(flips, reference.manifest.labels, models_sha256=models_sha256)
+
+
+def _result(run: PairedRun, given: FlipLabels | None, asked: _Asked, *, strict: bool) -> EngineResult:
+    labels_B = run.labels_B if given is None else given.of(run)
+    found, changed = compare_answers(run.answers, labels_B), changes(run, labels_B, asked.titles)
+    if given is not None and strict:
+        given.check(run, changed)
+    verdict, needed = judge(found, asked.budget)
+    figures = {field.name: getattr(found, field.name) for field in fields(found)}
+    return EngineResult(
+        **figures,
+        engine=run.engine,
+        verdict=verdict,
+        images_needed=needed,
+        worst_classes=_worst_classes(run, labels_B, asked.titles),
+        changed=changed,
     )
 
 
-def _judge(engine: str, run: _Run, max_drop_points: float, min_agreement: float | None) -> EngineResult:
-    found = compare(run.reference_BK, run.candidate_BK, run.labels_B)
-    changed = np.flatnonzero(run.reference_BK.argmax(axis=1) != run.candidate_BK.argmax(axis=1))
-    needed = None
-    verdict: Verdict = "pass"
-    if found.drop_points > max_drop_points or (min_agreement is not None and found.agreement < min_agreement):
-        verdict = "fail"
-    elif found.drop_upper_bound_points > max_drop_points:
-        verdict = "inconclusive"
-        needed = images_needed(found.images, worse=found.worse, better=found.better, max_drop_points=max_drop_points)
-    return EngineResult(
-        engine=engine,
-        images=found.images,
-        reference_top1=found.reference_top1,
-        candidate_top1=found.candidate_top1,
-        drop_points=found.drop_points,
-        drop_upper_bound_points=found.drop_upper_bound_points,
-        worse=found.worse,
-        better=found.better,
-        mcnemar_p=found.mcnemar_p,
-        agreement=found.agreement,
-        agreement_interval=found.agreement_interval,
-        sqnr_db=found.sqnr_db,
-        verdict=verdict,
-        images_needed=needed,
-        changed=tuple(str(run.paths[i]) for i in changed[:_NUM_NAMED]),
+def _worst_classes(run: PairedRun, labels_B: npt.NDArray[np.int64], titles: Sequence[str]) -> tuple[ClassLoss, ...]:
+    """Return the classes that lost right answers, those that lost most first."""
+    num_classes, complete = len(titles), bool((labels_B >= 0).all())
+    known_B = np.where(labels_B >= 0, labels_B, num_classes)
+
+    def count(of_B: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        return np.bincount(known_B[of_B], minlength=num_classes + 1)[:num_classes]
+
+    before_K = count(run.answers.reference_BT[:, 0] == known_B)
+    after_K = count(run.answers.candidate_BT[:, 0] == known_B)
+    images_K, lost_K = count(np.ones(len(known_B), dtype=np.bool_)), before_K - after_K
+    worst = [int(k) for k in np.argsort(-lost_K, kind="stable")[:_NUM_NAMED] if lost_K[k] > 0]
+    return tuple(
+        ClassLoss(
+            label=titles[k],
+            lost=int(lost_K[k]),
+            images=int(images_K[k]) if complete else None,
+            reference_right=int(before_K[k]) if complete else None,
+            candidate_right=int(after_K[k]) if complete else None,
+        )
+        for k in worst
     )
 
 
@@ -244,15 +310,32 @@ def _check_comparable(model: ModelFile, reference: ModelFile) -> None:
             reason = f"its {name} are not those of {reference.source}"
             remedy = "compare a file with the one it was made from"
             raise InputError("cannot compare the models", file=model.source, reason=reason, remedy=remedy)
+    made_from = model.manifest.provenance.get("float_model_sha256")
+    if made_from not in (None, reference.sha256):
+        _log.warning("%s was not made from %s, by the hash in its manifest", model.source, reference.source)
 
 
-def _check_disjoint(model: ModelFile, hashes: dict[str, Path]) -> None:
-    refuse_overlap((model.manifest.quantization or {}).get("images", ()), hashes)
+def _near_copies(model: ModelFile, run: PairedRun) -> tuple[str, ...]:
+    """Return the pictures that look like one that calibrated, encoded again; with a warning."""
+    calibration = (model.manifest.quantization or {}).get("fingerprints")
+    if not calibration:  # a file of an older version has none
+        return ()
+    try:
+        positions = sorted({position for _, position in near_duplicates(calibration, run.fingerprints)})
+    except (TypeError, ValueError) as error:
+        _log.warning("%s: its fingerprints of calibration pictures cannot be used (%s)", model.source, error)
+        return ()
+    paths = tuple(printable(run.paths[position]) for position in positions)
+    if paths:
+        named = ", ".join(paths[:_NUM_NAMED]) + (" ..." if len(paths) > _NUM_NAMED else "")
+        message = "%d of the pictures that judge look like calibration pictures that were encoded again: %s"
+        _log.warning(message, len(paths), named)
+    return paths
 
 
-def _check_reference(run: _Run, reference: ModelFile) -> None:
+def _check_reference(run: PairedRun, reference: ModelFile) -> None:
     """Raise DataRejected where even the float model is no better than chance: then INT8 is not to blame."""
-    right, num_classes = int(np.sum(run.reference_BK.argmax(axis=1) == run.labels_B)), len(reference.manifest.labels)
+    right, num_classes = int(np.sum(run.answers.reference_BT[:, 0] == run.labels_B)), len(reference.manifest.labels)
     stats = require("scipy.stats", extra="export", what="verify")
     by_chance = stats.binomtest(right, len(run.labels_B), 1 / num_classes, alternative="greater").pvalue
     if len(run.labels_B) >= _ENOUGH_TO_DOUBT and num_classes > 1 and by_chance > 0.05:

@@ -24,6 +24,7 @@ FIRST = (
     "metrics",
     "data",
     "releases",
+    "similarity",
     "ir",
     "targets",
     "doctor",

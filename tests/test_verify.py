@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from tests.conftest import Workspace, vit_edge
 from vit_edge.data import find_images
 from vit_edge.errors import DataRejected, InputError, UsageError
 from vit_edge.export import verify
+from vit_edge.export.judgement import judge_logits
 from vit_edge.metrics import best_certifiable_points, drop_upper_bound_points
 
 
@@ -43,10 +45,13 @@ def test_too_few_pictures_are_inconclusive_with_the_number_needed(workspace: Wor
         "0.5", "--json",
     )  # fmt: skip
     assert done.returncode == 6
-    assert "40 pictures can certify a drop of 7.22 points at best" in done.stderr
+    first = done.stderr.splitlines()[:2]
+    assert first[0] == "40 pictures can certify a drop of 7.22 points at best; asked: 0.5"
+    assert first[1] == "even an unchanged model could not pass with so few: at least 598 are needed"
     printed = json.loads(done.stdout)
     assert printed["verdict"] == "inconclusive"
-    assert 590 <= printed["images_needed"] <= 650
+    assert printed["images_needed"] == printed["images_needed_at_best"] == 598
+    assert printed["too_few_images"] is True
     assert printed["error"]["exit_code"] == 6
 
 
@@ -100,15 +105,92 @@ def test_a_damaged_model_with_golden_vectors_of_its_own_fails_on_accuracy(worksp
     assert printed["drop_points"] > 4
 
 
+def _logits(*, images: int, worse: int = 0, better: int = 0, neither: int = 0) -> tuple[Any, Any, Any]:
+    """Return logits of three classes and labels with so many answers changed; the rest is right on both sides."""
+    eye = np.eye(3, dtype=np.float32)
+    before, after = np.zeros(images, dtype=np.int64), np.zeros(images, dtype=np.int64)
+    after[:worse], before[worse : worse + better], after[worse + better : worse + better + neither] = 1, 1, 1
+    labels = np.zeros(images, dtype=np.int64)
+    labels[worse + better : worse + better + neither] = 2
+    return eye[before], eye[after], labels
+
+
+@pytest.mark.parametrize(
+    ("changed", "budget", "expected", "needed"),
+    [
+        ({"images": 300}, {"max_drop_points": 1}, "pass", None),
+        ({"images": 300, "worse": 4}, {"max_drop_points": 1}, "fail", None),
+        ({"images": 300, "worse": 1}, {"max_drop_points": 1}, "inconclusive", range(500, 1500)),
+        ({"images": 300, "neither": 9}, {"max_drop_points": 1}, "pass", None),
+        ({"images": 40}, {"max_drop_points": 0.5}, "inconclusive", [598]),
+        # One lost answer of 40 proves nothing about half a point; five do.
+        ({"images": 40, "worse": 1}, {"max_drop_points": 0.5}, "inconclusive", [598]),
+        ({"images": 40, "worse": 5}, {"max_drop_points": 0.5}, "fail", None),
+        ({"images": 550, "worse": 2, "better": 1}, {"min_agreement": 98.5}, "pass", None),
+        ({"images": 550, "neither": 3}, {"min_agreement": 99}, "inconclusive", range(900, 4000)),
+        ({"images": 550, "neither": 6}, {"min_agreement": 99}, "fail", None),
+        ({"images": 40}, {"min_agreement": 99}, "inconclusive", [299]),
+        ({"images": 550}, {"min_agreement": 100}, "inconclusive", None),
+        ({"images": 550, "neither": 30}, {"max_drop_points": 1, "min_agreement": 99}, "fail", None),
+        ({"images": 300}, {"max_drop_points": 1, "min_agreement": 99.5}, "inconclusive", [598]),
+    ],
+)  # fmt: skip
+def test_the_verdict_rests_on_bounds_in_one_place(
+    changed: dict[str, int], budget: dict[str, float], expected: str, needed: Any
+) -> None:
+    reference, candidate, labels = _logits(**changed)
+    verdict, figures, images_needed = judge_logits(reference, candidate, labels, **budget)
+    assert verdict == expected
+    assert figures.images == changed["images"]
+    assert images_needed is None if needed is None else images_needed in needed
+
+
+def test_without_labels_a_changed_answer_counts_as_lost_and_never_fails() -> None:
+    reference, candidate, labels = _logits(images=600, neither=30)
+    assert judge_logits(reference, candidate, labels, max_drop_points=1)[0] == "pass"
+    verdict, figures, needed = judge_logits(reference, candidate, None, max_drop_points=1)
+    assert (verdict, figures.unlabelled, needed) == ("inconclusive", 30, None)
+    assert judge_logits(reference, candidate, None, max_drop_points=7)[0] == "pass"
+    with pytest.raises(UsageError, match="nothing to judge by"):
+        judge_logits(reference, candidate, labels)
+
+
+def test_the_classes_that_lost_and_the_answers_that_changed_are_told(workspace: Workspace, tmp_path: Path) -> None:
+    from vit_edge.artifact import open_model, reseal
+    from vit_edge.export.quantization import _with_golden
+
+    _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled", "head.weight.quantized")
+    finished = _with_golden(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
+    (tmp_path / "m.onnx").write_bytes(finished.data)
+    found = verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_pictures)
+    result = found.decisive
+    assert result.reference_top5 is not None
+    assert result.reference_top5 > (result.candidate_top5 or 0)
+    losses = [entry.lost for entry in result.worst_classes]
+    assert losses == sorted(losses, reverse=True)
+    for entry in result.worst_classes:
+        assert entry.images == len(list((workspace.test_pictures / entry.label).iterdir()))
+        assert entry.reference_right is not None
+        assert entry.lost == entry.reference_right - (entry.candidate_right or 0)
+    assert len(result.changed) == result.num_changed > 20
+    for change in result.changed:
+        assert change.label == Path(change.path).parent.name
+        assert change.reference != change.candidate
+        assert min(change.reference_margin, change.candidate_margin) >= 0
+    assert sum(change.effect == "worse" for change in result.changed) == result.worse
+    assert sum(change.effect == "better" for change in result.changed) == result.better
+
+
 def test_agreement_can_be_asked_for(workspace: Workspace) -> None:
     found = verify(
         workspace.int8_model,
         reference=workspace.float_model,
         data=workspace.test_pictures,
         max_drop_points=4,
-        min_agreement=98,
+        min_agreement=96,
     )
     assert found.verdict == "pass"
+    assert all(result.agreement_lower_bound >= 96 for result in found.results)
     with pytest.raises(UsageError, match="min agreement"):
         verify(
             workspace.int8_model,

@@ -26,9 +26,11 @@ __all__ = [
     "Splits",
     "find_images",
     "hold_out",
+    "lies_loose",
     "pixel_hashes",
     "read_labelled",
     "read_splits",
+    "read_unlabelled",
     "refuse_overlap",
     "set_hash",
     "stream",
@@ -115,21 +117,32 @@ def read_labelled(
     (a model's labels) every class must be one of them; where not one is, all must be indices.
     """
     root = _split_folder(_existing_folder(folder), splits)
-    for name, column in _LABEL_FILES.items():
-        if (root / name).is_file():
-            pairs = _read_label_file(root / name, column)
-            break
-        if (root.parent / name).is_file() and root != Path(folder):  # one file for all splits
-            pairs = [pair for pair in _read_label_file(root.parent / name, column) if root in pair[0].parents]
-            break
-    else:
-        pairs = _read_class_folders(root)
+    listed = _listed(root, Path(folder))
+    pairs = _read_class_folders(root) if listed is None else listed
     names = tuple(class_names) if class_names is not None else tuple(sorted({label for _, label in pairs}))
     index = _indices(names, {label for _, label in pairs}, root)
     pairs.sort(key=lambda pair: os.fsencode(pair[0]))
     return LabelledImages(
         paths=tuple(path for path, _ in pairs), labels=tuple(index[label] for _, label in pairs), class_names=names
     )
+
+
+def read_unlabelled(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> tuple[Path, ...]:
+    """Return the pictures of `folder`, sorted, whatever their labels; raises DataRejected.
+
+    They are those that `read_labelled` takes: of the same split, and of the label file where there is one.
+    """
+    root = _split_folder(_existing_folder(folder), splits, labelled=False)
+    listed = _listed(root, Path(folder), labelled=False)
+    if listed is None:
+        return find_images(root)
+    return tuple(sorted((path for path, _ in listed), key=os.fsencode))
+
+
+def lies_loose(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> bool:
+    """Return whether the pictures of `folder` have no labels: no label file, and no folder around any of them."""
+    root = _split_folder(_existing_folder(folder), splits)
+    return _listed(root, Path(folder)) is None and all(path.parent == root for path in find_images(root))
 
 
 def read_splits(
@@ -259,9 +272,18 @@ def set_hash(hashes: Sequence[str]) -> str:
     return sha256_hex("\n".join(sorted(hashes)).encode())
 
 
-def refuse_overlap(tuning: Sequence[str], judging: Mapping[str, Path], *, used_for: str = "calibration") -> None:
-    """Raise DataRejected where a picture that tuned the model would also judge it; both by pixel hash."""
-    shared = sorted(printable(judging[h]) for h in set(tuning) & judging.keys())
+def refuse_overlap(
+    tuning: Sequence[str] | Mapping[str, Path], judging: Mapping[str, Path], *, used_for: str = "calibration"
+) -> None:
+    """Raise DataRejected where a picture that tuned the model would also judge it; both by pixel hash.
+
+    Where the paths of those that tuned are known too, both names are in the message.
+    """
+    paths = tuning if isinstance(tuning, Mapping) else {}
+    shared = sorted(
+        printable(judging[h]) + (f" (as {printable(paths[h])})" if h in paths else "")
+        for h in set(tuning) & judging.keys()
+    )
     if shared:
         reason = f"{len(shared)} of the pictures that judge were used for {used_for}: {', '.join(shared[:_NUM_NAMED])}"
         remedy = "judge on other pictures: those that tuned a model flatter it"
@@ -276,17 +298,18 @@ def _existing_folder(folder: str | os.PathLike[str]) -> Path:
     return root
 
 
-def _present_splits(root: Path) -> list[str]:
+def _present_splits(root: Path, *, labelled: bool = True) -> list[str]:
     present = [name for name in _SPLITS if (root / name).is_dir()]
     for name, column in _LABEL_FILES.items():
         if (root / name).is_file():  # it may name the pictures of every split
-            tops = {path.relative_to(root).parts[0] for path, _ in _read_label_file(root / name, column)}
+            pairs = _read_label_file(root / name, column, labelled=labelled)
+            tops = {path.relative_to(root).parts[0] for path, _ in pairs}
             return [split for split in present if split in tops] if tops <= set(present) else []
     return present
 
 
-def _split_folder(root: Path, splits: Sequence[str]) -> Path:
-    present = _present_splits(root)
+def _split_folder(root: Path, splits: Sequence[str], *, labelled: bool = True) -> Path:
+    present = _present_splits(root, labelled=labelled)
     if not present:
         return root
     for name in splits:
@@ -294,6 +317,17 @@ def _split_folder(root: Path, splits: Sequence[str]) -> Path:
             return root / name
     wanted = " or ".join(splits) or "one of them"
     raise _rejected(root, f"it is divided into {', '.join(present)}", f"give the path of {wanted}")
+
+
+def _listed(root: Path, folder: Path, *, labelled: bool = True) -> list[tuple[Path, str]] | None:
+    """Return what a label file says of the pictures below `root`, which is `folder` or a split of it; None without."""
+    for name, column in _LABEL_FILES.items():
+        if (root / name).is_file():
+            return _read_label_file(root / name, column, labelled=labelled)
+        if (root.parent / name).is_file() and root != folder:  # one file for all splits
+            pairs = _read_label_file(root.parent / name, column, labelled=labelled)
+            return [pair for pair in pairs if root in pair[0].parents]
+    return None
 
 
 def _read_class_folders(root: Path) -> list[tuple[Path, str]]:
@@ -305,16 +339,17 @@ def _read_class_folders(root: Path) -> list[tuple[Path, str]]:
     return [(path, printable(path.relative_to(root).parts[0])) for path in paths]
 
 
-def _read_label_file(file: Path, column: str) -> list[tuple[Path, str]]:
+def _read_label_file(file: Path, column: str, *, labelled: bool = True) -> list[tuple[Path, str]]:
     text = read_file(file, what="label file", max_bytes=_MAX_LABEL_BYTES, error=DataRejected)
     try:
         rows = list(csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise _rejected(file, str(error), "write it as UTF-8 with commas") from error
-    if not rows or not {column, "label"} <= rows[0].keys():
-        raise _rejected(file, f"it needs the columns {column},label and at least one row", "mend its first line")
-    pairs = [(file.parent / (row[column] or ""), (row["label"] or "").strip()) for row in rows]
-    if not all(label for _, label in pairs):
+    columns = (column, "label") if labelled else (column,)
+    if not rows or not set(columns) <= rows[0].keys():
+        raise _rejected(file, f"it needs the columns {','.join(columns)} and at least one row", "mend its first line")
+    pairs = [(file.parent / (row[column] or ""), (row.get("label") or "").strip()) for row in rows]
+    if labelled and not all(label for _, label in pairs):
         raise _rejected(file, "a row has no label", "give every picture one")
     missing = [printable(path) for path, _ in pairs if not _is_file(path)]
     if missing:

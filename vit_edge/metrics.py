@@ -7,6 +7,7 @@ certainty.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,12 +18,24 @@ from vit_edge.errors import require
 
 __all__ = [
     "CONFIDENCE",
+    "NO_CLASS",
+    "UNKNOWN",
     "Comparison",
     "Logits",
+    "PairedAnswers",
+    "agreement_lower_bound",
+    "agreement_upper_bound",
+    "best_certifiable_agreement",
     "best_certifiable_points",
     "compare",
+    "compare_answers",
     "drop_upper_bound_points",
+    "fewest_images",
+    "fewest_images_for_agreement",
     "images_needed",
+    "images_needed_for_agreement",
+    "join_answers",
+    "pair_answers",
     "softmax",
     "sqnr_db",
 ]
@@ -32,31 +45,69 @@ Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
+# Labels that are no class: not known, and known to be none of the network's.
+UNKNOWN, NO_CLASS = -1, -2
+TOP = 5
 # The share of the nuisance rate's confidence interval that is left out, and added to the p-value instead.
 _RULED_OUT = 1e-5
 # Nobody labels more.
 _MOST_IMAGES = 1_000_000
-# What the bound is called wherever it is printed.
+# What the bounds are called wherever they are printed.
 BOUND_METHOD = (
     "exact unconditional test, score-ordered (Tango 1998; Chan and Zhang 1999; Berger and Boos 1994), one-sided 95 %"
 )
+AGREEMENT_METHOD = "exact (Clopper and Pearson 1934), one-sided 95 %; its interval is two-sided"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedAnswers:
+    """What two networks answer on the same images, without the logits: 5,000 images of 1,000 classes take 0.5 MB.
+
+    `reference_BT` and `candidate_BT` are the top classes (five, or all where there are fewer), the best first; a margin
+    is the distance of the two largest logits.
+    """
+
+    reference_BT: Indices
+    candidate_BT: Indices
+    reference_margin_B: Floats
+    candidate_margin_B: Floats
+    num_classes: int
+    signal_power: float
+    noise_power: float
+
+    @property
+    def num_images(self) -> int:
+        """Return how many images were answered."""
+        return len(self.reference_BT)
+
+    @property
+    def changed(self) -> npt.NDArray[np.bool_]:
+        """Return where the two answers differ: only these images can change what is said of the accuracy."""
+        return np.asarray(self.reference_BT[:, 0] != self.candidate_BT[:, 0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A candidate against its reference on the same labelled images."""
+    """A candidate against its reference on the same images; None is what the labels do not tell.
+
+    `unlabelled` images changed their answer and have no label: they are counted among `worse`.
+    """
 
     images: int
-    reference_top1: float
-    candidate_top1: float
+    reference_top1: float | None
+    candidate_top1: float | None
+    reference_top5: float | None
+    candidate_top5: float | None
     worse: int
     better: int
+    unlabelled: int
     drop_points: float
     drop_upper_bound_points: float
-    mcnemar_p: float
-    changed: int
+    mcnemar_p: float | None
+    num_changed: int
     agreement: float
     agreement_interval: tuple[float, float]
+    agreement_lower_bound: float
     sqnr_db: float
 
 
@@ -64,10 +115,7 @@ def sqnr_db(reference: Logits, candidate: Logits) -> float:
     """Return the signal to quantization noise ratio over all logits in dB; infinite where they are equal."""
     signal = np.asarray(reference, np.float64)
     noise_power = float(np.sum((signal - np.asarray(candidate, np.float64)) ** 2))
-    signal_power = float(np.sum(signal**2))
-    if noise_power == 0:
-        return float("inf")
-    return float("-inf") if signal_power == 0 else 10 * float(np.log10(signal_power / noise_power))
+    return _decibels(float(np.sum(signal**2)), noise_power)
 
 
 def softmax(logits_BK: Logits) -> Logits:
@@ -76,30 +124,82 @@ def softmax(logits_BK: Logits) -> Logits:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), dtype=np.float32)
 
 
+def pair_answers(reference_BK: Logits, candidate_BK: Logits) -> PairedAnswers:
+    """Return what is kept of two sets of logits [images, classes]; equal logits count in the order of the classes."""
+    reference, candidate = np.asarray(reference_BK, np.float64), np.asarray(candidate_BK, np.float64)
+    (reference_BT, reference_margin_B), (candidate_BT, candidate_margin_B) = _top(reference), _top(candidate)
+    return PairedAnswers(
+        reference_BT=reference_BT,
+        candidate_BT=candidate_BT,
+        reference_margin_B=reference_margin_B,
+        candidate_margin_B=candidate_margin_B,
+        num_classes=reference.shape[1],
+        signal_power=float(np.sum(reference**2)),
+        noise_power=float(np.sum((reference - candidate) ** 2)),
+    )
+
+
+def join_answers(parts: Sequence[PairedAnswers]) -> PairedAnswers:
+    """Return the answers of all batches as one."""
+    return PairedAnswers(
+        reference_BT=np.concatenate([part.reference_BT for part in parts]),
+        candidate_BT=np.concatenate([part.candidate_BT for part in parts]),
+        reference_margin_B=np.concatenate([part.reference_margin_B for part in parts]),
+        candidate_margin_B=np.concatenate([part.candidate_margin_B for part in parts]),
+        num_classes=parts[0].num_classes,
+        signal_power=sum(part.signal_power for part in parts),
+        noise_power=sum(part.noise_power for part in parts),
+    )
+
+
 def compare(reference_BK: Logits, candidate_BK: Logits, labels_B: Indices) -> Comparison:
     """Return every paired figure of two sets of logits [images, classes] against labels [images]."""
-    stats = _scipy_stats()
-    images = len(labels_B)
-    reference_right = reference_BK.argmax(axis=1) == labels_B
-    candidate_right = candidate_BK.argmax(axis=1) == labels_B
-    worse = int(np.sum(reference_right & ~candidate_right))
-    better = int(np.sum(~reference_right & candidate_right))
-    changed = int(np.sum(reference_BK.argmax(axis=1) != candidate_BK.argmax(axis=1)))
-    interval = stats.binomtest(images - changed, images).proportion_ci(CONFIDENCE, method="exact")
+    return compare_answers(pair_answers(reference_BK, candidate_BK), labels_B)
+
+
+def compare_answers(answers: PairedAnswers, labels_B: Indices) -> Comparison:
+    """Return every paired figure of two sets of answers; a label is a class, UNKNOWN, or NO_CLASS.
+
+    The drop needs the labels of the changed images only: where both answer the same, both are right or both are wrong.
+    A changed image whose label is UNKNOWN counts as if the reference were right.
+    """
+    stats, images, changed_B = _scipy_stats(), answers.num_images, answers.changed
+    unknown_B = changed_B & (labels_B == UNKNOWN)
+    worse = int(np.sum(changed_B & (answers.reference_BT[:, 0] == labels_B))) + int(unknown_B.sum())
+    better = int(np.sum(changed_B & (answers.candidate_BT[:, 0] == labels_B)))
+    unlabelled, num_same = int(unknown_B.sum()), images - int(changed_B.sum())
+    interval = stats.binomtest(num_same, images).proportion_ci(CONFIDENCE, method="exact")
+    mcnemar_p = float(stats.binomtest(worse, worse + better).pvalue) if worse + better else 1.0
     return Comparison(
         images=images,
-        reference_top1=float(reference_right.mean() * 100),
-        candidate_top1=float(candidate_right.mean() * 100),
+        reference_top1=_share_right(answers.reference_BT[:, :1], labels_B),
+        candidate_top1=_share_right(answers.candidate_BT[:, :1], labels_B),
+        reference_top5=_share_right(answers.reference_BT, labels_B) if answers.num_classes > TOP else None,
+        candidate_top5=_share_right(answers.candidate_BT, labels_B) if answers.num_classes > TOP else None,
         worse=worse,
         better=better,
+        unlabelled=unlabelled,
         drop_points=(worse - better) / images * 100,
         drop_upper_bound_points=drop_upper_bound_points(images, worse=worse, better=better),
-        mcnemar_p=float(stats.binomtest(worse, worse + better).pvalue) if worse + better else 1.0,
-        changed=changed,
-        agreement=(images - changed) / images * 100,
+        mcnemar_p=None if unlabelled else mcnemar_p,
+        num_changed=images - num_same,
+        agreement=num_same / images * 100,
         agreement_interval=(float(interval.low) * 100, float(interval.high) * 100),
-        sqnr_db=sqnr_db(reference_BK, candidate_BK),
+        agreement_lower_bound=agreement_lower_bound(images, changed=images - num_same),
+        sqnr_db=_decibels(answers.signal_power, answers.noise_power),
     )
+
+
+def agreement_lower_bound(images: int, *, changed: int) -> float:
+    """Return the one-sided 95 % lower bound of the agreement in percent (Clopper and Pearson, Biometrika 26, 1934)."""
+    test = _scipy_stats().binomtest(images - changed, images, alternative="greater")
+    return float(test.proportion_ci(CONFIDENCE, method="exact").low) * 100
+
+
+def agreement_upper_bound(images: int, *, changed: int) -> float:
+    """Return the one-sided 95 % upper bound of the agreement in percent, by the same method."""
+    test = _scipy_stats().binomtest(images - changed, images, alternative="less")
+    return float(test.proportion_ci(CONFIDENCE, method="exact").high) * 100
 
 
 def drop_upper_bound_points(images: int, *, worse: int, better: int, confidence: float = CONFIDENCE) -> float:
@@ -132,22 +232,56 @@ def best_certifiable_points(images: int) -> float:
     return float(1 - (1 - CONFIDENCE - _RULED_OUT) ** (1 / images)) * 100
 
 
+def best_certifiable_agreement(images: int) -> float:
+    """Return the largest agreement in percent that this many images can certify: the bound where none differs."""
+    return agreement_lower_bound(images, changed=0)
+
+
+def fewest_images(*, max_drop_points: float) -> int | None:
+    """Return how many images certify a drop where not one answer differs; None where it is over a million."""
+    return _fewest(lambda images: best_certifiable_points(images) <= max_drop_points)
+
+
+def fewest_images_for_agreement(min_agreement: float) -> int | None:
+    """Return how many images certify an agreement where not one answer differs; None where no number does."""
+    return _fewest(lambda images: best_certifiable_agreement(images) >= min_agreement)
+
+
 def images_needed(images: int, *, worse: int, better: int, max_drop_points: float) -> int | None:
     """Return about how many images would certify `max_drop_points` at the rates seen, or None where none would."""
     if (worse - better) / images * 100 >= max_drop_points:
         return None
+    if worse + better == 0:
+        return fewest_images(max_drop_points=max_drop_points)
 
     def enough(number: int) -> bool:
         scale = number / images
         seen = round(worse * scale), round(better * scale)
         return _p_value(number, *seen, drop=max_drop_points / 100) <= 1 - CONFIDENCE
 
-    few, many = images, images
+    # To one percent: the rates themselves are known less well.
+    return _fewest(enough, start=images, precision=0.01)
+
+
+def images_needed_for_agreement(images: int, *, changed: int, min_agreement: float) -> int | None:
+    """Return about how many images would certify `min_agreement` at the rate seen, or None where none would."""
+    if (images - changed) / images * 100 <= min_agreement:
+        return None
+
+    def enough(number: int) -> bool:
+        return agreement_lower_bound(number, changed=round(changed * number / images)) >= min_agreement
+
+    return _fewest(enough, start=images, precision=0.01)
+
+
+def _fewest(enough: Callable[[int], bool], *, start: int = 1, precision: float = 0.0) -> int | None:
+    """Return the smallest number from `start` that is enough, to a share of it; None where it is over a million."""
+    few, many = start - 1, start
     while not enough(many):
         few, many = many, many * 2
         if many > _MOST_IMAGES:
             return None
-    while many - few > max(1, many // 100):  # to one percent: the rates themselves are known less well
+    while many - few > max(1, int(many * precision)):
         middle = (few + many) // 2
         few, many = (few, middle) if enough(middle) else (middle, many)
     return many
@@ -215,6 +349,27 @@ def _score(images: int, losses: Any, gains: Any, drop: float) -> Any:
     variance = images * (2 * gain_rate + drop * (1 - drop))
     difference = losses - gains - images * drop
     return difference / np.sqrt(np.maximum(variance, 1e-12))
+
+
+def _top(logits_BK: Floats) -> tuple[Indices, Floats]:
+    """Return the top classes, the best first, and the distance of the first two (infinite where there is one class)."""
+    order_BT: Indices = np.argsort(-logits_BK, axis=1, kind="stable")[:, :TOP]
+    best_B2 = np.take_along_axis(logits_BK, order_BT[:, :2], axis=1)
+    margin_B = best_B2[:, 0] - best_B2[:, 1] if best_B2.shape[1] > 1 else np.full(len(best_B2), np.inf)
+    return order_BT, margin_B
+
+
+def _share_right(answers_BT: Indices, labels_B: Indices) -> float | None:
+    """Return the percentage of images whose label is among the answers; None where a label is not known."""
+    if (labels_B == UNKNOWN).any():
+        return None
+    return float((answers_BT == labels_B[:, None]).any(axis=1).mean() * 100)
+
+
+def _decibels(signal_power: float, noise_power: float) -> float:
+    if noise_power == 0:
+        return float("inf")
+    return float("-inf") if signal_power == 0 else 10 * float(np.log10(signal_power / noise_power))
 
 
 def _scipy_stats() -> Any:

@@ -1,0 +1,69 @@
+"""Find re-encoded copies: pictures that differ in every pixel's last bits and still show the very same thing.
+
+A picture that calibrated a model and judges it too is found by its pixel hash, but one more JPEG encoding changes that
+hash. Such copies are common where data sets meet (3 and 10 % of CIFAR's test pictures: Barz and Denzler, "Do we train
+on test data?", 2020). Compared here are grey thumbnails, as "80 million tiny images" did (Torralba, Fergus and Freeman,
+IEEE PAMI 30, 2008): the means over a grid of 8 x 8 hardly move when a file is encoded again or scaled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vit_edge.image import Pixels
+
+__all__ = ["fingerprint", "near_duplicates"]
+
+_SIDE = 8
+_DIGITS = 2 * _SIDE * _SIDE
+_FORM = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
+# Root mean square distance of two thumbnails, in grey levels of 255. 150 photographs encoded again (JPEG and WebP at
+# quality 30 to 95, PNG, a quarter, half and twice the size, half and back) moved by at most 2.9; different ones are
+# 11.6 apart at least (150 x 550 photographs), or 7.1 (1,797 handwritten digits).
+_MOST_DISTANCE = 3.5
+# The same as a share of the thumbnail's own contrast: copies moved by at most 0.19, different photographs are 0.44
+# apart at least. Without it all pictures of fog would be copies of each other.
+_MOST_RELATIVE = 0.3
+# A picture of one colour shows nothing to know it by.
+_LEAST_CONTRAST = 1.0
+_ROWS_AT_ONCE = 1024
+
+
+def fingerprint(pixels: Pixels) -> str:
+    """Return 128 hexadecimal digits that hardly change when the picture is encoded again: an 8 x 8 grey thumbnail.
+
+    `pixels` is uint8 [height, width, 3] after preprocessing.
+    """
+    grey = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
+    return np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8).tobytes().hex()
+
+
+def near_duplicates(fingerprints: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the positions (in `fingerprints`, in `others`) of pictures that are copies, encoded again or scaled.
+
+    Raises ValueError where a text is no fingerprint. 2,000 against 5,000 take a third of a second.
+    """
+    first_AP, second_BP = _thumbnails(fingerprints), _thumbnails(others)
+    contrast_B = second_BP.std(axis=1)
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(first_AP), _ROWS_AT_ONCE):
+        rows_RP = first_AP[start : start + _ROWS_AT_ONCE]
+        contrast_RB = np.minimum(rows_RP.std(axis=1)[:, None], contrast_B)
+        # Whole numbers below 2^24: float32 sums them exactly.
+        squares_RB = (rows_RP**2).sum(axis=1)[:, None] + (second_BP**2).sum(axis=1) - 2 * rows_RP @ second_BP.T
+        most_RB = np.minimum(_MOST_DISTANCE, _MOST_RELATIVE * contrast_RB)
+        near_RB = (squares_RB <= most_RB**2 * _SIDE * _SIDE) & (contrast_RB >= _LEAST_CONTRAST)
+        pairs += [(start + int(row), int(column)) for row, column in np.argwhere(near_RB)]
+    return pairs
+
+
+def _thumbnails(fingerprints: Sequence[str]) -> npt.NDArray[np.float32]:
+    if not all(isinstance(text, str) and _FORM.fullmatch(text) for text in fingerprints):
+        raise ValueError(f"a fingerprint has {_DIGITS} hexadecimal digits")
+    joined = b"".join(bytes.fromhex(text) for text in fingerprints)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, _SIDE * _SIDE).astype(np.float32)
