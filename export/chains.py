@@ -13,7 +13,20 @@ __all__ = ["find_chains", "only_for_onnxruntime"]
 # Sums, products and means of integers that engines compute in integers.
 _JOINS = ("Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid")
 # Computed in float between integers: what follows takes integers again.
-_FUNCTIONS = ("Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "Mish", "PRelu", "Relu", "Selu", "Softplus", "Tanh")
+_FUNCTIONS = (
+    "Celu",
+    "Clip",
+    "Elu",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Mish",
+    "PRelu",
+    "Relu",
+    "Selu",
+    "Softplus",
+    "Tanh",
+)
 # What gives the values it takes: the range stays, and so do scale and zero point.
 _MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 # What rounding to uint8 does by itself, where the range ends at their bounds.

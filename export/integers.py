@@ -10,7 +10,15 @@ import numpy.typing as npt
 
 from vit_edge.export.calibration import Range
 
-__all__ = ["Activation", "QuantizedWeight", "activation_parameters", "quantize_weight", "rounded_bias", "with_room"]
+__all__ = [
+    "Activation",
+    "QuantizedWeight",
+    "activation_parameters",
+    "dequantized",
+    "quantize_weight",
+    "rounded_bias",
+    "with_room",
+]
 
 Activation: TypeAlias = Literal["uint8", "int8"]
 Float32: TypeAlias = npt.NDArray[np.float32]
@@ -74,3 +82,8 @@ def _scale(width: float, levels: int) -> np.float32:
 def _along(values_O: Float32, axis: int, num_axes: int) -> Float32:
     """Return the values of `axis` shaped to go with an array of `num_axes` axes."""
     return values_O.reshape([-1 if other == axis % num_axes else 1 for other in range(num_axes)])
+
+
+def dequantized(weight: QuantizedWeight, *, axis: int) -> Float32:
+    """Return the float32 weight that the integers stand for."""
+    return weight.integers.astype(np.float32) * _along(weight.scales, axis, weight.integers.ndim)

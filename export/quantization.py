@@ -17,7 +17,7 @@ from vit_edge.data import EVALUATION_SPLITS, find_images, pixel_hashes, read_lab
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export.calibration import Range, observe_channels, observe_ranges
 from vit_edge.export.placement import find_products, insert_qdq
-from vit_edge.export.reparameterisation import find_norms, reparameterise
+from vit_edge.export.algorithms.reparameterisation import find_norms, reparameterise
 from vit_edge.export.verification import Verification, verify_models
 from vit_edge.files import may_write, write_atomic
 from vit_edge.image import Pixels, Preprocessing, pixel_hash

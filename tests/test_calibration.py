@@ -33,7 +33,7 @@ from vit_edge.export.calibration_cache import CalibrationCache, default_folder
 from vit_edge.export.histograms import BINS, Histogram, entropy_range, mse_range, percentile_range
 from vit_edge.export.pictures import CalibrationPictures
 from vit_edge.export.placement import find_products
-from vit_edge.export.reparameterisation import find_norms
+from vit_edge.export.algorithms.reparameterisation import find_norms
 from vit_edge.export.tracing import trace
 from vit_edge.files import sha256_hex
 from vit_edge.image import Preprocessing

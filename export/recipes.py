@@ -1,0 +1,52 @@
+"""Which algorithms a recipe takes, and how much work each effort is: chosen by measurements, docs/quantization.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from vit_edge.errors import UsageError
+
+__all__ = ["ALGORITHMS", "EFFORTS", "RECIPES", "Algorithm", "Effort", "EffortName", "Recipe", "choose_algorithms"]
+
+Algorithm: TypeAlias = Literal[
+    "repq", "value-scaling", "range-search", "rounding", "bias-correction", "mixed-precision"
+]
+Recipe: TypeAlias = Literal["fast", "accurate"]
+EffortName: TypeAlias = Literal["fast", "balanced", "thorough"]
+
+# In the order in which they are applied.
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+_STATIC: tuple[Algorithm, ...] = ("repq", "value-scaling", "range-search", "rounding")
+# `fast` keeps every product in integers with ranges that are constants; `accurate` leaves those float that err most.
+RECIPES: dict[Recipe, tuple[Algorithm, ...]] = {"fast": _STATIC, "accurate": (*_STATIC, "mixed-precision")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effort:
+    """What an optimiser may do: pictures that it looks at, steps of a range, sweeps over the weights."""
+
+    num_images: int
+    range_steps: int
+    sweeps: int
+
+
+EFFORTS: dict[EffortName, Effort] = {
+    "fast": Effort(num_images=32, range_steps=4, sweeps=2),
+    "balanced": Effort(num_images=64, range_steps=8, sweeps=8),
+    "thorough": Effort(num_images=128, range_steps=16, sweeps=32),
+}
+
+
+def choose_algorithms(
+    recipe: Recipe, *, algorithms: Sequence[str] | None = None, without: Sequence[str] = ()
+) -> tuple[Algorithm, ...]:
+    """Return the recipe's algorithms, or `algorithms` instead, less those in `without`; raises UsageError."""
+    unknown = [name for name in (*(algorithms or ()), *without) if name not in ALGORITHMS]
+    if recipe not in RECIPES or unknown:
+        reason = f"no algorithm is named {unknown[0]!r}" if unknown else f"no recipe is named {recipe!r}"
+        remedy = f"recipes: {', '.join(RECIPES)}; algorithms: {', '.join(ALGORITHMS)}"
+        raise UsageError("cannot quantize", reason=reason, remedy=remedy)
+    asked = RECIPES[recipe] if algorithms is None else algorithms
+    return tuple(name for name in ALGORITHMS if name in asked and name not in without)
