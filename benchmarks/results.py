@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -10,16 +11,36 @@ from vit_edge.cpu import cpu_name, instruction_set, usable_threads
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 
 
-def write_section(name: str, markdown: str) -> None:
-    """Replace what docs/results.md has between `<!-- name:begin -->` and `<!-- name:end -->`."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = RESULTS.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise SystemExit(f"{RESULTS} has no section {begin} ... {end}; add the two lines where it belongs")
+def write_section(name: str, markdown: str, path: Path = RESULTS) -> None:
+    """Replace what docs/results.md, or `path`, has between `<!-- name:begin -->` and `<!-- name:end -->`."""
+    begin, end, text = find_section(name, path)
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", flags=re.DOTALL)
-    RESULTS.write_text(pattern.sub(lambda _: f"{begin}\n{markdown.strip()}\n{end}", text), encoding="utf-8")
+    path.write_text(pattern.sub(lambda _: f"{begin}\n{markdown.strip()}\n{end}", text), encoding="utf-8")
+
+
+def find_section(name: str, path: Path = RESULTS) -> tuple[str, str, str]:
+    """Return the section's two markers and the whole text; ends the program where they are not there."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}") from error
+    if begin not in text or end not in text:
+        raise SystemExit(f"{path} has no section {begin} ... {end}; add the two lines where it belongs")
+    return begin, end, text
 
 
 def machine() -> str:
     """Return the CPU, its strongest integer instructions and the threads that this process may use."""
     return f"{cpu_name()} ({instruction_set()}), {usable_threads()} threads"
+
+
+def versions() -> str:
+    """Return the versions of the engines and tools that are installed."""
+    found = []
+    for name in ("onnxruntime", "openvino", "nncf"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)

@@ -1,0 +1,122 @@
+"""Measure how much faster INT8 is than float32, and than what other tools make of the same file: in one run, in turn.
+
+    python benchmarks/int8_speed.py FLOAT.onnx INT8.onnx... [--calibration DIR] [--rounds 30] [--json FILE]
+
+Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in f32). With --calibration the peers are
+made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF's `model_type=TRANSFORMER`.
+Needs the machine for itself, and says where it was not. Writes a section of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from contestants import FLOAT, ORT, Setting, TimedSamples, float_file, latency, make_peers, our_file, time_all
+from quantizing import NNCF_TRANSFORMER, ORT_STATIC
+from results import RESULTS, find_section, machine, versions, write_section
+from timing import count, ratio
+
+from vit_edge.errors import VitEdgeError
+
+SECTION = "int8-speed"
+PEERS = (ORT_STATIC, NNCF_TRANSFORMER)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("float_model", type=Path, metavar="FLOAT.onnx")
+    parser.add_argument("int8_models", type=Path, nargs="+", metavar="INT8.onnx")
+    parser.add_argument("--calibration", type=Path, help="pictures for the peers; without it there are none")
+    parser.add_argument("--rounds", type=count, default=30)
+    parser.add_argument("--queries", type=count, default=20, help="of each candidate in each round")
+    parser.add_argument("--json", type=Path, help="write every figure and sample here too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
+    arguments = parser.parse_args()
+    find_section(SECTION, arguments.results)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run(arguments, Path(folder))
+    except VitEdgeError as error:
+        sys.exit(f"error: {error}")
+    written = table(result)
+    print(written)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, default=asdict) + "\n", encoding="utf-8")
+    write_section(SECTION, written, arguments.results)
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    reference = float_file(arguments.float_model)
+    ours = [our_file(path, reference) for path in arguments.int8_models]
+    peers, notes = make_peers(PEERS, reference, calibration=arguments.calibration, folder=folder)
+    contestants = [reference, *ours, *peers]
+    samples_ms, load = time_all(contestants, rounds=arguments.rounds, queries=arguments.queries)
+    return {
+        "rows": rows(samples_ms),
+        "files": {contestant.name: contestant.sha256 for contestant in contestants},
+        "calibration_images": max((peer.made.images for peer in peers if peer.made), default=0),
+        "notes": notes,
+        "machine": machine(),
+        "versions": versions(),
+        "load": load.to_dict(),
+        "rounds": arguments.rounds,
+        "queries": arguments.queries,
+        "samples_ms": [
+            {"file": name, "setting": setting, "by_round": samples_RQ.tolist()}
+            for (name, setting), samples_RQ in samples_ms.items()
+        ],
+    }
+
+
+def rows(samples_ms: TimedSamples) -> list[dict[str, Any]]:
+    """Return one row for each file and setting, grouped by setting."""
+    settings = dict.fromkeys(setting for _, setting in samples_ms)
+    return [row(name, where, samples_ms) for setting in settings for name, where in samples_ms if where == setting]
+
+
+def row(name: str, setting: Setting, samples_ms: TimedSamples) -> dict[str, Any]:
+    """Return latencies, and how many times as fast as our float file and as the peer of this engine it is."""
+    peer = ORT_STATIC if setting == ORT else NNCF_TRANSFORMER
+    bases = {"than_float": FLOAT, "than_peer": peer}
+    samples_RQ = samples_ms[name, setting]
+    ratios = {
+        key: ratio(samples_ms[base, setting], samples_RQ)
+        for key, base in bases.items()
+        if (base, setting) in samples_ms and base != name
+    }
+    return {"file": name, "setting": setting, **latency(samples_RQ), **ratios}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the section."""
+    asked = f"{result['rounds']} rounds of {result['queries']} queries of each, in turn in one process"
+    made = f"made from our float32 file and {result['calibration_images']} calibration pictures, with their defaults"
+    lines = [
+        f"Batch 1, 1 thread, {asked}; {result['machine']}, {result['versions']}; OpenVINO computes in f32. The machine: "
+        f"{result['load']['said']}.",
+        "",
+        f"Times as fast: by the medians / by the minima / median of the rounds (95 % bootstrap). Peers are {made}: "
+        f"{ORT_STATIC} in ONNX Runtime, {NNCF_TRANSFORMER} in OpenVINO.",
+        *([""] + result["notes"] if result["notes"] else []),
+        "",
+        "| in | file | median | minimum | times as fast as our float32 | as the peer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in result["rows"]:
+        ratios = " | ".join(str(entry.get(key, "")) for key in ("than_float", "than_peer"))
+        times = f"{entry['median_ms']:.2f} ms | {entry['min_ms']:.2f} ms"
+        lines.append(f"| {entry['setting']} | {entry['file']} | {times} | {ratios} |")
+    lines += ["", "| file | SHA-256 |", "|---|---|"]
+    for name, hashes in result["files"].items():
+        lines += [f"| {name} | {part}: `{digest}` |" for part, digest in hashes.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
