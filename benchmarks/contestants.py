@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from timing import Load, Samples, Watch, take_turns
 from vit_edge.artifact import Manifest, ModelFile, open_model
 from vit_edge.errors import UsageError, VitEdgeError
 from vit_edge.files import sha256_hex
-from vit_edge.metrics import Logits
+from vit_edge.image import Pixels
+from vit_edge.metrics import Logits, sqnr_db
 from vit_edge.runtime import ov
 from vit_edge.runtime.engine import Array, Engine, EngineOptions, make_engine
 from vit_edge.runtime.golden import golden_images
@@ -29,7 +30,9 @@ OV_FIXED: Setting = "OpenVINO, batch fixed"
 OV_FREE: Setting = "OpenVINO, batch free"
 OPENVINO: tuple[Setting, ...] = (OV_FIXED, OV_FREE)
 SETTINGS: tuple[Setting, ...] = (ORT, *OPENVINO)
-FLOAT = "float32"
+FLOAT, PLAIN = "float32", ", plain graph"
+# Of two float graphs of one network; ours are 110 dB apart.
+_SAME_SQNR_DB = 80.0
 # Milliseconds [rounds, queries] by file and setting.
 TimedSamples: TypeAlias = "dict[tuple[str, Setting], Samples]"
 
@@ -61,13 +64,22 @@ class Contestant:
 
 
 def float_file(path: Path) -> Contestant:
-    """Return our float32 file, from which all others were made; raises UsageError where it is another."""
-    model = _opened(path)
-    if model.manifest.precision != "float32" or model.weights is not None:
-        reason = f"its precision is {model.manifest.precision}, its weights in {2 if model.weights else 1} file"
-        remedy = "give the float32 file that `vit-edge export` wrote, in one file"
-        raise UsageError("cannot compare with", file=path, reason=reason, remedy=remedy)
-    return Contestant(name=FLOAT, path=path, model=model, settings=SETTINGS)
+    """Return our float32 file, from which all others are made; raises UsageError where it is another."""
+    return Contestant(name=FLOAT, path=path, model=_opened_float(path), settings=SETTINGS)
+
+
+def plain_file(path: Path, reference: Contestant) -> Contestant:
+    """Return the same network, exported without the deploy form: what other tools usually get."""
+    plain = Contestant(name=f"{FLOAT}{PLAIN}", path=path, model=_opened_float(path), settings=SETTINGS)
+    preprocessing = reference.model.manifest.preprocessing
+    if plain.model.manifest.preprocessing == preprocessing:
+        images_NHWC = golden_images(range(4), height=preprocessing.crop[0], width=preprocessing.crop[1])
+        logits = [answers(contestant, ORT, images_NHWC) for contestant in (reference, plain)]
+        if logits[0].shape == logits[1].shape and sqnr_db(*logits) > _SAME_SQNR_DB:
+            return plain
+    reason = f"it does not answer as {reference.path.name} does"
+    remedy = "give what `vit-edge export --no-deploy-form` makes of the same checkpoint"
+    raise UsageError("cannot compare with", file=path, reason=reason, remedy=remedy)
 
 
 def our_file(path: Path, reference: Contestant, *, made: Made | None = None, options: str = "") -> Contestant:
@@ -82,32 +94,32 @@ def our_file(path: Path, reference: Contestant, *, made: Made | None = None, opt
     return Contestant(name=f"ours, {what}", path=path, model=model, settings=SETTINGS, made=made)
 
 
-def peer(method: str, reference: Contestant, made: Made) -> Contestant:
-    """Return what another tool made: in its own engine, with our manifest, which says how to feed it."""
+def peer(method: str, source: Contestant, made: Made) -> Contestant:
+    """Return what another tool made of `source`: in its own engine, with our manifest, which says how to feed it."""
     in_onnx = method in (ORT_STATIC, ORT_DYNAMIC)
     data = made.path.read_bytes() if in_onnx else b""
-    model = ModelFile(data=data, proto=None, manifest=reference.model.manifest, source=str(made.path))
-    return Contestant(name=method, path=made.path, model=model, settings=(ORT,) if in_onnx else OPENVINO, made=made)
+    model = ModelFile(data=data, proto=None, manifest=source.model.manifest, source=str(made.path))
+    name = method + source.name.removeprefix(FLOAT)
+    return Contestant(name=name, path=made.path, model=model, settings=(ORT,) if in_onnx else OPENVINO, made=made)
 
 
 def make_peers(
-    methods: Sequence[str], reference: Contestant, *, calibration: Path | None, folder: Path
+    methods: Sequence[str], sources: Sequence[Contestant], *, calibration: Path, folder: Path
 ) -> tuple[list[Contestant], list[str]]:
-    """Return what other tools make of the float file, and a sentence for each that makes nothing."""
-    if calibration is None:
-        return [], ["Without --calibration no other tool was asked."]
+    """Return what other tools make of the float files, and a sentence for each that makes nothing."""
     peers, notes = [], []
-    for method in methods:
-        reason = why_not(method)
-        if reason is None:
-            try:
-                made = make(method, reference.path, calibration=calibration, folder=folder)
-                peers.append(peer(method, reference, made))
-            except VitEdgeError as error:  # the others are still to be measured
-                reason = str(error)
-        if reason is not None:
+    for source in sources:
+        for method in methods:
+            reason = why_not(method)
+            if reason is None:
+                try:
+                    made = make(method, source.path, calibration=calibration, folder=folder)
+                    peers.append(peer(method, source, made))
+                    continue
+                except VitEdgeError as error:  # the others are still to be measured
+                    reason = str(error)
             print(f"warning: {method}: {reason}", file=sys.stderr, flush=True)
-            notes.append(f"Not measured: {method}: {reason}.")
+            notes.append(f"Not measured: {method} of {source.path.name}: {reason}.")
     return peers, notes
 
 
@@ -127,9 +139,18 @@ class Runner:
         self.engine.close()
 
 
-def prepare(contestant: Contestant, images_NHWC: Array) -> list[Array]:
-    """Return what the graph takes for each image by itself."""
-    return [np.ascontiguousarray(contestant.model.manifest.network_input(image[None])) for image in images_NHWC]
+def prepare(contestant: Contestant, images_NHWC: Sequence[Pixels] | Pixels) -> Iterator[Array]:
+    """Yield what the graph takes for each image by itself."""
+    for image in images_NHWC:
+        yield np.ascontiguousarray(contestant.model.manifest.network_input(image[None]))
+
+
+def answers(contestant: Contestant, setting: Setting, images_NHWC: Sequence[Pixels] | Pixels) -> Logits:
+    """Return logits float32 [images, classes], image by image: what was made may look at a whole batch."""
+    runner = Runner(contestant, setting)
+    logits_BK = np.concatenate([runner.answer(prepared) for prepared in prepare(contestant, images_NHWC)])
+    runner.close()
+    return logits_BK
 
 
 def time_all(contestants: Sequence[Contestant], *, rounds: int, queries: int) -> tuple[TimedSamples, Load]:
@@ -137,7 +158,7 @@ def time_all(contestants: Sequence[Contestant], *, rounds: int, queries: int) ->
     runners = [Runner(contestant, setting) for contestant in contestants for setting in contestant.settings]
     height, width = contestants[0].model.manifest.preprocessing.crop
     images_NHWC = golden_images(range(4), height=height, width=width)
-    asked = [partial(_ask, runner, prepare(runner.contestant, images_NHWC)) for runner in runners]
+    asked = [partial(_ask, runner, list(prepare(runner.contestant, images_NHWC))) for runner in runners]
     print(f"timing: {len(asked)} candidates, {rounds} rounds", file=sys.stderr, flush=True)
     watch = Watch()
     samples_CRQ = take_turns(asked, rounds=rounds, queries=queries)
@@ -155,6 +176,15 @@ def latency(samples_RQ: Samples) -> dict[str, float]:
 
 def _ask(runner: Runner, prepared: Sequence[Array], number: int) -> None:
     runner.answer(prepared[number % len(prepared)])
+
+
+def _opened_float(path: Path) -> ModelFile:
+    model = _opened(path)
+    if model.manifest.precision != "float32" or model.weights is not None:
+        reason = f"its precision is {model.manifest.precision}{', its weights lie beside it' if model.weights else ''}"
+        remedy = "give the float32 file that `vit-edge export` wrote, in one file"
+        raise UsageError("cannot compare with", file=path, reason=reason, remedy=remedy)
+    return model
 
 
 def _opened(path: Path) -> ModelFile:

@@ -1,10 +1,12 @@
 """Measure how much faster INT8 is than float32, and than what other tools make of the same file: in one run, in turn.
 
-    python benchmarks/int8_speed.py FLOAT.onnx INT8.onnx... [--calibration DIR] [--rounds 30] [--json FILE]
+    python benchmarks/int8_speed.py FLOAT.onnx INT8.onnx... [--calibration DIR] [--plain PLAIN.onnx] [--json FILE]
 
 Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in f32). With --calibration the peers are
-made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF's `model_type=TRANSFORMER`.
-Needs the machine for itself, and says where it was not. Writes a section of docs/results.md.
+made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF with
+`model_type=TRANSFORMER`. Our deploy form makes these faster too; with --plain, the same network from
+`vit-edge export --no-deploy-form`, they are made from that as well: it is what they get elsewhere. Needs the machine
+for itself, and says where it was not. Writes a section of docs/results.md.
 """
 
 from __future__ import annotations
@@ -17,7 +19,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from contestants import FLOAT, ORT, Setting, TimedSamples, float_file, latency, make_peers, our_file, time_all
+from contestants import (
+    FLOAT,
+    ORT,
+    PLAIN,
+    Contestant,
+    Setting,
+    TimedSamples,
+    float_file,
+    latency,
+    make_peers,
+    our_file,
+    plain_file,
+    time_all,
+)
 from quantizing import NNCF_TRANSFORMER, ORT_STATIC
 from results import RESULTS, find_section, machine, versions, write_section
 from timing import count, ratio
@@ -33,6 +48,7 @@ def main() -> None:
     parser.add_argument("float_model", type=Path, metavar="FLOAT.onnx")
     parser.add_argument("int8_models", type=Path, nargs="+", metavar="INT8.onnx")
     parser.add_argument("--calibration", type=Path, help="pictures for the peers; without it there are none")
+    parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the deploy form")
     parser.add_argument("--rounds", type=count, default=30)
     parser.add_argument("--queries", type=count, default=20, help="of each candidate in each round")
     parser.add_argument("--json", type=Path, help="write every figure and sample here too")
@@ -54,8 +70,12 @@ def main() -> None:
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reference = float_file(arguments.float_model)
     ours = [our_file(path, reference) for path in arguments.int8_models]
-    peers, notes = make_peers(PEERS, reference, calibration=arguments.calibration, folder=folder)
-    contestants = [reference, *ours, *peers]
+    sources = [reference, *([plain_file(arguments.plain, reference)] if arguments.plain else [])]
+    peers: list[Contestant] = []
+    notes = ["Without --calibration no other tool was asked."]
+    if arguments.calibration:
+        peers, notes = make_peers(PEERS, sources, calibration=arguments.calibration, folder=folder)
+    contestants = [reference, *ours, *sources[1:], *peers]
     samples_ms, load = time_all(contestants, rounds=arguments.rounds, queries=arguments.queries)
     return {
         "rows": rows(samples_ms),
@@ -83,7 +103,7 @@ def rows(samples_ms: TimedSamples) -> list[dict[str, Any]]:
 def row(name: str, setting: Setting, samples_ms: TimedSamples) -> dict[str, Any]:
     """Return latencies, and how many times as fast as our float file and as the peer of this engine it is."""
     peer = ORT_STATIC if setting == ORT else NNCF_TRANSFORMER
-    bases = {"than_float": FLOAT, "than_peer": peer}
+    bases = {"than_float": FLOAT, "than_peer": peer, "than_plain_peer": f"{peer}{PLAIN}"}
     samples_RQ = samples_ms[name, setting]
     ratios = {
         key: ratio(samples_ms[base, setting], samples_RQ)
@@ -96,26 +116,32 @@ def row(name: str, setting: Setting, samples_ms: TimedSamples) -> dict[str, Any]
 def table(result: dict[str, Any]) -> str:
     """Return the section."""
     asked = f"{result['rounds']} rounds of {result['queries']} queries of each, in turn in one process"
-    made = f"made from our float32 file and {result['calibration_images']} calibration pictures, with their defaults"
+    source = f"our float32 file and {result['calibration_images']} calibration pictures"
+    plain = "plain graph: from the same network without the deploy form"
+    shown = {"than_float": "as our float32", "than_peer": "as the peer", "than_plain_peer": "as the peer, plain graph"}
+    keys = [key for key in shown if any(key in entry for entry in result["rows"])]
+    where = f"{result['machine']}, {result['versions']}. The machine: {result['load']['said']}"
+    means = "Times as fast: by the medians / by the minima / median of the rounds (its 95 % bootstrap interval)"
+    peers = f"Peers, with their defaults from {source} ({plain}): {ORT_STATIC} in ONNX Runtime, {NNCF_TRANSFORMER} in"
     lines = [
-        f"Batch 1, 1 thread, {asked}; {result['machine']}, {result['versions']}; OpenVINO computes in f32. The machine: "
-        f"{result['load']['said']}.",
+        f"Batch 1, 1 thread, {asked}; OpenVINO computes in f32. {where}.",
         "",
-        f"Times as fast: by the medians / by the minima / median of the rounds (95 % bootstrap). Peers are {made}: "
-        f"{ORT_STATIC} in ONNX Runtime, {NNCF_TRANSFORMER} in OpenVINO.",
-        *([""] + result["notes"] if result["notes"] else []),
+        f"{means}. {peers} OpenVINO. {' '.join(result['notes'])}".strip(),
         "",
-        "| in | file | median | minimum | times as fast as our float32 | as the peer |",
-        "|---|---|---|---|---|---|",
+        f"| in | file | median | minimum | {' | '.join(shown[key] for key in keys)} |",
+        "|---|---|---|---|" + len(keys) * "---|",
     ]
     for entry in result["rows"]:
-        ratios = " | ".join(str(entry.get(key, "")) for key in ("than_float", "than_peer"))
+        ratios = " | ".join(str(entry.get(key, "")) for key in keys)
         times = f"{entry['median_ms']:.2f} ms | {entry['min_ms']:.2f} ms"
         lines.append(f"| {entry['setting']} | {entry['file']} | {times} | {ratios} |")
-    lines += ["", "| file | SHA-256 |", "|---|---|"]
-    for name, hashes in result["files"].items():
-        lines += [f"| {name} | {part}: `{digest}` |" for part, digest in hashes.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *hashes(result["files"])])
+
+
+def hashes(files: dict[str, dict[str, str]]) -> list[str]:
+    """Return a table of the SHA-256 of every file; OpenVINO's format has two."""
+    rows = [f"| {name} | {part}: `{digest}` |" for name, parts in files.items() for part, digest in parts.items()]
+    return ["| file | SHA-256 |", "|---|---|", *rows]
 
 
 if __name__ == "__main__":

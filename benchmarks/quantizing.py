@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -43,19 +44,19 @@ def make(method: str, float_model: Path, *, calibration: Path, folder: Path, opt
 
     Raises VitEdgeError with the end of what the process said.
     """
-    number = len(list(folder.iterdir()))
-    out = folder / f"{number}.{'xml' if method in (NNCF_TRANSFORMER, NNCF_PLAIN) else 'onnx'}"
-    told = folder / f"{number}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", " ".join((float_model.stem, method, *options)).lower())
+    out = folder / f"{name}.{'xml' if method in (NNCF_TRANSFORMER, NNCF_PLAIN) else 'onnx'}"
+    told = folder / f"{name}.json"
     job = {"method": method, "model": str(float_model), "calibration": str(calibration), "out": str(out)}
     command = [sys.executable, __file__, json.dumps({**job, "told": str(told), "options": list(options)})]
-    print(f"making: {method} {' '.join(options)}", file=sys.stderr, flush=True)
+    print(f"making: {out.name}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     # NNCF tells its makers over the network that it was used, but for this variable.
     environment = {**os.environ, "NNCF_CI": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
     seconds = time.perf_counter() - started
     if done.returncode:
-        reason = f"its process ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+        reason = f"its process ended with {done.returncode}: {' '.join(done.stderr.split())[-500:]}"
         raise VitEdgeError(f"{method} makes no file", file=float_model, reason=reason, remedy="run it by itself")
     return Made(path=out, seconds=seconds, **json.loads(told.read_bytes()))
 
@@ -70,11 +71,7 @@ def why_not(method: str) -> str | None:
 def main(text: str) -> None:
     """Do one job in this process, and write what it took."""
     job = json.loads(text)
-    if job["method"] == OURS:
-        images = _ours(job)
-    else:
-        # The shapes of pictures and the graph are all that a tool needs; the manifest is of no use to it.
-        images = _PEERS[job["method"]](open_model(job["model"]), job)
+    images = _ours(job) if job["method"] == OURS else _PEERS[job["method"]](open_model(job["model"]), job)
     told = {"peak_rss_bytes": _peak_rss_bytes(), "images": images}
     Path(job["told"]).write_text(json.dumps(told), encoding="utf-8")
 

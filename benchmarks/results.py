@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from pathlib import Path
 
+from vit_edge import __version__
 from vit_edge.cpu import cpu_name, instruction_set, usable_threads
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -36,11 +38,6 @@ def machine() -> str:
 
 
 def versions() -> str:
-    """Return the versions of the engines and tools that are installed."""
-    found = []
-    for name in ("onnxruntime", "openvino", "nncf"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    """Return the versions of ours, of the engines and of the tools that are installed."""
+    names = [name for name in ("onnxruntime", "openvino", "nncf") if importlib.util.find_spec(name)]
+    return ", ".join([f"vit-edge {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in names)])

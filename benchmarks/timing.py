@@ -105,7 +105,9 @@ class Load:
     def __str__(self) -> str:
         others = "not known" if self.other_cores is None else f"{self.other_cores:.2f} of a core"
         share = f"own CPU time {100 * self.own_cpu_s / self.wall_s:.0f} % of {self.wall_s:.0f} s"
-        said = f"{share}, other processes {others}, load average {self.load_average[0]:.1f} to {self.load_average[1]:.1f}"
+        said = (
+            f"{share}, other processes {others}, load average {self.load_average[0]:.1f} to {self.load_average[1]:.1f}"
+        )
         return said if self.is_quiet else f"**the machine was not quiet, measure again: {said}**"
 
     def to_dict(self) -> dict[str, Any]:
