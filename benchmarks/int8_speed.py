@@ -29,12 +29,12 @@ from contestants import (
     float_file,
     latency,
     make_peers,
-    our_file,
+    our_files,
     plain_file,
     time_all,
 )
 from quantizing import NNCF_TRANSFORMER, ORT_STATIC
-from results import RESULTS, find_section, machine, versions, write_section
+from results import RESULTS, find_section, machine, new_file, versions, write_section
 from timing import count, ratio
 
 from vit_edge.errors import VitEdgeError
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the deploy form")
     parser.add_argument("--rounds", type=count, default=30)
     parser.add_argument("--queries", type=count, default=20, help="of each candidate in each round")
-    parser.add_argument("--json", type=Path, help="write every figure and sample here too")
+    parser.add_argument("--json", type=new_file, help="write every figure and sample here too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
     arguments = parser.parse_args()
     find_section(SECTION, arguments.results)
@@ -69,7 +69,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reference = float_file(arguments.float_model)
-    ours = [our_file(path, reference) for path in arguments.int8_models]
+    ours = our_files(arguments.int8_models, reference)
     sources = [reference, *([plain_file(arguments.plain, reference)] if arguments.plain else [])]
     peers: list[Contestant] = []
     notes = ["Without --calibration no other tool was asked."]
@@ -122,11 +122,12 @@ def table(result: dict[str, Any]) -> str:
     keys = [key for key in shown if any(key in entry for entry in result["rows"])]
     where = f"{result['machine']}, {result['versions']}. The machine: {result['load']['said']}"
     means = "Times as fast: by the medians / by the minima / median of the rounds (its 95 % bootstrap interval)"
-    peers = f"Peers, with their defaults from {source} ({plain}): {ORT_STATIC} in ONNX Runtime, {NNCF_TRANSFORMER} in"
+    peers = f"Peers, with their defaults from {source} ({plain}): {ORT_STATIC} and {NNCF_TRANSFORMER}. "
+    peers = peers if result["calibration_images"] else ""
     lines = [
         f"Batch 1, 1 thread, {asked}; OpenVINO computes in f32. {where}.",
         "",
-        f"{means}. {peers} OpenVINO. {' '.join(result['notes'])}".strip(),
+        f"{means}. {peers}{' '.join(result['notes'])}".strip(),
         "",
         f"| in | file | median | minimum | {' | '.join(shown[key] for key in keys)} |",
         "|---|---|---|---|" + len(keys) * "---|",

@@ -31,12 +31,13 @@ from contestants import (
     latency,
     make_peers,
     our_file,
+    our_files,
     plain_file,
     time_all,
 )
 from int8_speed import hashes
 from quantizing import NNCF_PLAIN, NNCF_TRANSFORMER, ORT_DYNAMIC, ORT_STATIC, OURS, make
-from results import RESULTS, find_section, machine, versions, write_section
+from results import RESULTS, find_section, machine, new_file, versions, write_section
 from timing import count
 
 from vit_edge.artifact import ModelFile
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--limit", type=count, help="judge by so many of the pictures only")
     parser.add_argument("--rounds", type=count, default=30)
     parser.add_argument("--queries", type=count, default=20, help="of each candidate in each round")
-    parser.add_argument("--json", type=Path, help="write every figure here too")
+    parser.add_argument("--json", type=new_file, help="write every figure here too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
     arguments = parser.parse_args()
     find_section(SECTION, arguments.results)
@@ -86,7 +87,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reference = float_file(arguments.float_model)
-    ours = [our_file(path, reference) for path in arguments.ours]
+    ours = our_files(arguments.ours, reference)
     sources = [reference, *([plain_file(arguments.plain, reference)] if arguments.plain else [])]
     judges = read_judges(arguments, reference.model)
     ours += [make_ours(text, reference, arguments.calibration, folder) for text in arguments.make]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import re
@@ -30,6 +31,14 @@ def find_section(name: str, path: Path = RESULTS) -> tuple[str, str, str]:
     if begin not in text or end not in text:
         raise SystemExit(f"{path} has no section {begin} ... {end}; add the two lines where it belongs")
     return begin, end, text
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file to write, from the command line: better refused now than after the run."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no such folder, or a folder itself")
+    return path
 
 
 def machine() -> str:

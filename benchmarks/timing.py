@@ -20,7 +20,7 @@ Samples: TypeAlias = npt.NDArray[np.float64]
 WARM_UP = 30
 # Asked first in every block and not measured: the candidate before has pushed these weights out of the caches.
 _UNMEASURED = 3
-# Of a core. With nobody else there, this machine's own services take 0.01.
+# What others may take of a core, and what this process must get of the time: beyond these the figures are marked.
 _QUIET_CORES = 0.05
 _QUIET_SHARE = 0.98
 

@@ -144,6 +144,7 @@ def test_what_could_not_be_measured_is_said_with_the_way_out(inputs: Inputs, jud
         ("int8_speed.py", "float.onnx float.onnx", "it is float32"),
         ("int8_speed.py", "plain.onnx int8.onnx", "not from plain.onnx"),
         ("int8_speed.py", "float.onnx gone.onnx", "gone.onnx"),
+        ("int8_speed.py", "float.onnx int8.onnx int8.onnx", "one name: int8.onnx, int8.onnx"),
         ("peers.py", "float.onnx --calibration calibration --data gone", "gone"),
         ("peers.py", "float.onnx --calibration evaluation --data evaluation", "used for calibration"),
         ("peers.py", "float.onnx --calibration calibration --data evaluation --make=--nonsense", "--nonsense"),
