@@ -28,6 +28,7 @@ __all__ = [
     "Method",
     "Range",
     "observe_channels",
+    "observe_extremes",
     "observe_histograms",
     "observe_ranges",
     "range_of",
@@ -92,19 +93,36 @@ def observe_ranges(
     """
     _check(method, METHODS, batch_size=batch_size, percentile=percentile, levels=levels)
     if method in _FROM_EXTREMES:
-        found = _observe(
-            model,
-            tensors,
-            images,
-            lambda: Extremes(axis=None),
-            statistic="extremes",
-            batch_size=batch_size,
-            cache=cache,
-        )
-        ends = {name: extremes.ends(averaged=method == "averaged min-max") for name, extremes in found.items()}
-        return {name: _with_zero(float(low[0]), float(high[0])) for name, (low, high) in ends.items()}
+        averaged, overall = observe_extremes(model, tensors, images, batch_size=batch_size, cache=cache)
+        return averaged if method == "averaged min-max" else overall
     histograms = observe_histograms(model, tensors, images, batch_size=batch_size, cache=cache)
     return {name: range_of(h, method, percentile=percentile, levels=levels) for name, h in histograms.items()}
+
+
+def observe_extremes(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    images: Iterable[Image],
+    *,
+    batch_size: int = 1,
+    cache: CalibrationCache | None = None,
+) -> tuple[Mapping[str, Range], Mapping[str, Range]]:
+    """Return the "averaged min-max" and the "min-max" of each tensor from one pass; the rest is as for `observe_ranges`."""
+    found = _observe(
+        model,
+        tensors,
+        images,
+        lambda: Extremes(axis=None),
+        statistic="extremes",
+        batch_size=batch_size,
+        cache=cache,
+    )
+
+    def ranges(*, averaged: bool) -> Mapping[str, Range]:
+        ends = {name: extremes.ends(averaged=averaged) for name, extremes in found.items()}
+        return {name: _with_zero(float(low[0]), float(high[0])) for name, (low, high) in ends.items()}
+
+    return ranges(averaged=True), ranges(averaged=False)
 
 
 def observe_channels(

@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vit_edge.artifact import Manifest
-from vit_edge.data import refuse_overlap, stream_pixels
+from vit_edge.data import Rejections, refuse_overlap, stream_pixels
 from vit_edge.image import pixel_hash
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engine import Array
+from vit_edge.similarity import fingerprint
 
 __all__ = ["CalibrationPictures"]
 
 
 class CalibrationPictures:
-    """What the graph takes for each picture of `paths`, in order; `hashes` are the pixel hashes of the last pass.
+    """What the graph takes for each picture of `paths`, in order.
+
+    `hashes` and `fingerprints` are those of the last pass: of the pixels, and what `near_duplicates` compares.
 
     Pictures that cannot be used are skipped and named in the log; a pass raises DataRejected when they are over 1 %,
     or where a picture is among `judging`, the pixel hashes of those that will judge.
@@ -31,15 +34,24 @@ class CalibrationPictures:
         progress: Progress = silent,
     ) -> None:
         self.hashes: list[str] = []
+        self.fingerprints: list[str] = []
         self._paths, self._manifest = paths, manifest
         self._stage, self._judging, self._progress = stage, judging or {}, progress
 
     def __iter__(self) -> Iterator[Array]:
         """Begin a pass."""
-        self.hashes = hashes = []
+        self.hashes, self.fingerprints = hashes, fingerprints = [], []
         for position, pixels in stream_pixels(self._paths, self._manifest.preprocessing):
             self._progress(self._stage, position, len(self._paths))
             hashes.append(pixel_hash(pixels))
+            fingerprints.append(fingerprint(pixels))
             refuse_overlap(hashes[-1:], self._judging)
             yield self._manifest.network_input(pixels[None])[0]
         self._progress(self._stage, len(self._paths), len(self._paths))
+
+    def sample(self, num_images: int) -> list[Array]:
+        """Return what the graph takes for so many of the pictures, evenly spaced; those that cannot be used are left out."""
+        number = min(num_images, len(self._paths))
+        paths = [self._paths[position * len(self._paths) // number] for position in range(number)]
+        pixels = stream_pixels(paths, self._manifest.preprocessing, rejections=Rejections(len(self._paths)))
+        return [self._manifest.network_input(found[None])[0] for _, found in pixels]

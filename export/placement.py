@@ -58,7 +58,7 @@ class Scheme:
             raise UsageError("cannot quantize", reason=f"activation is {self.activation!r}", remedy="uint8 or int8")
 
 
-def tensors_to_observe(model: onnx.ModelProto, scheme: Scheme = Scheme()) -> list[str]:  # noqa: B008 - it is frozen
+def tensors_to_observe(model: onnx.ModelProto, scheme: Scheme = Scheme()) -> list[str]:
     """Return the tensors whose ranges `insert_qdq` asks for, in graph order."""
     plan = _Plan.of(model, scheme)
     return list(dict.fromkeys(name for name in plan.ranges.values() if name != PIXELS))
@@ -68,7 +68,7 @@ def insert_qdq(
     model: onnx.ModelProto,
     ranges: Mapping[str, Range],
     *,
-    scheme: Scheme = Scheme(),  # noqa: B008 - it is frozen
+    scheme: Scheme = Scheme(),
     weights: Mapping[str, QuantizedWeight] | None = None,
 ) -> onnx.ModelProto:
     """Return a copy of a prepared `model` whose products take integers, int8 weights with a scale for each channel.

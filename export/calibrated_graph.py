@@ -1,0 +1,172 @@
+"""A float graph with everything found out to quantize it: each algorithm of a recipe applied, in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from vit_edge.errors import VerificationFailed
+from vit_edge.export.activations import Activations
+from vit_edge.export.algorithms.mixed_precision import choose_float
+from vit_edge.export.algorithms.reconstruction import Reconstruction, reconstruct
+from vit_edge.export.algorithms.reparameterisation import find_norms, reparameterise
+from vit_edge.export.algorithms.value_scaling import find_mixings, scale_values
+from vit_edge.export.calibration import Method, Range, observe_channels, observe_extremes, observe_ranges
+from vit_edge.export.calibration_cache import CalibrationCache
+from vit_edge.export.costs import shapes_for_one_image
+from vit_edge.export.integers import QuantizedWeight
+from vit_edge.export.pictures import CalibrationPictures
+from vit_edge.export.placement import Scheme, insert_qdq, tensors_to_observe
+from vit_edge.export.preparation import prepare
+from vit_edge.export.products import Product, find_products, is_convolutional
+from vit_edge.export.recipes import ALGORITHMS, Algorithm, Effort
+from vit_edge.export.sensitivity import noise_by_product
+from vit_edge.metrics import sqnr_db
+from vit_edge.progress import Progress, silent
+
+__all__ = ["CalibratedGraph", "Plan", "calibrate"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+# Exact algorithms leave float32 rounding only; over a hundred dB was measured.
+_EXACT_DB = 60.0
+_NUM_PROOFS = 4
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is to be done: which algorithms with how much effort, which integers, how ranges are found at first."""
+
+    algorithms: tuple[Algorithm, ...]
+    effort: Effort
+    scheme: Scheme
+    method: Method = "averaged min-max"
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibratedGraph:
+    """What `calibrate` found; `quantized` makes the INT8 graph of it.
+
+    `noise` is each product's share of noise in the logits, where it was measured. `float_products` are those that the
+    recipe leaves float.
+    """
+
+    graph: onnx.ModelProto
+    products: tuple[Product, ...]
+    ranges: Mapping[str, Range]
+    weights: Mapping[str, QuantizedWeight]
+    scheme: Scheme
+    applied: tuple[Algorithm, ...]
+    noise: Mapping[str, float]
+    float_products: frozenset[str]
+
+    def only(self, node: str) -> onnx.ModelProto:
+        """Return the graph with one product in integers."""
+        return self.quantized(frozenset(product.node for product in self.products if product.node != node))
+
+    def quantized(self, exclude: frozenset[str] | None = None) -> onnx.ModelProto:
+        """Return the INT8 graph; the products `exclude` stay float, by default those of the recipe."""
+        left = self.float_products if exclude is None else exclude
+        scheme = Scheme(weight_bits=self.scheme.weight_bits, activation=self.scheme.activation, exclude=left)
+        if left >= {product.node for product in self.products}:
+            return self.graph
+        return insert_qdq(self.graph, self.ranges, scheme=scheme, weights=self.weights)
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    pictures: CalibrationPictures,
+    plan: Plan,
+    *,
+    needs_noise: bool = False,
+    cache: CalibrationCache | None = None,
+    progress: Progress = silent,
+) -> CalibratedGraph:
+    """Return the float32 graph `model` with ranges and weights for integers, from calibration pictures.
+
+    Algorithms that do not fit the graph are left out: all of them where convolutions do most of the work, whose ranges
+    are then as `plan.method` finds them. Raises DataRejected, ModelRejected, UsageError.
+    """
+    graph = prepare(model)
+    products = tuple(find_products(graph))
+    sample = [image[None] for image in pictures.sample(plan.effort.num_images)]
+    transformer = not is_convolutional(graph)
+    wanted = frozenset(plan.algorithms) if transformer else frozenset[Algorithm]()
+    if plan.algorithms and not transformer:
+        _log.warning("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
+    aligned, exact = _align(graph, pictures, wanted, plan, cache)
+    _check_exact(graph, aligned, sample[:_NUM_PROOFS])
+    tensors = tensors_to_observe(aligned, plan.scheme)
+    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    start = averaged
+    if plan.method != "averaged min-max":
+        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
+    fitted = Reconstruction(model=aligned, ranges=dict(start))
+    fitting = wanted & {"range-search", "rounding", "bias-correction"}
+    if fitting:
+        fitted = reconstruct(
+            aligned, start, overall, products, sample,
+            scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
+        )  # fmt: skip
+    calibrated = CalibratedGraph(
+        graph=fitted.model,
+        products=products,
+        ranges=fitted.ranges,
+        weights=fitted.weights,
+        scheme=plan.scheme,
+        applied=tuple(name for name in ALGORITHMS if name in exact | fitting),
+        noise={},
+        float_products=plan.scheme.exclude,
+    )
+    if not (needs_noise or "mixed-precision" in wanted):
+        return calibrated
+    noise = noise_by_product(calibrated.graph, products, calibrated.only, sample, progress=progress)
+    calibrated = replace(calibrated, noise=noise)
+    if "mixed-precision" not in wanted:
+        return calibrated
+    left = plan.scheme.exclude | choose_float(calibrated.graph, products, noise)
+    return replace(calibrated, float_products=left, applied=(*calibrated.applied, "mixed-precision"))
+
+
+def _align(
+    graph: onnx.ModelProto,
+    pictures: CalibrationPictures,
+    wanted: frozenset[Algorithm],
+    plan: Plan,
+    cache: CalibrationCache | None,
+) -> tuple[onnx.ModelProto, frozenset[Algorithm]]:
+    """Return the same function with channels of nearer ranges, and which algorithms found something to do."""
+    norms = find_norms(graph) if "repq" in wanted else []
+    mixings = find_mixings(graph, shapes_for_one_image(graph)) if "value-scaling" in wanted else []
+    observed = [*norms, *(mixing.input for mixing in mixings)]
+    # Hashes of the pictures come with this pass, even where nothing is to be observed.
+    ranges = observe_channels(graph, observed, pictures, batch_size=plan.batch_size, cache=cache)
+    norms = [name for name in norms if ranges[name].varies]
+    mixings = [mixing for mixing in mixings if ranges[mixing.input].varies]
+    aligned = reparameterise(graph, {name: ranges[name] for name in norms})
+    aligned = scale_values(aligned, mixings, {mixing.input: ranges[mixing.input] for mixing in mixings})
+    applied: dict[Algorithm, bool] = {"repq": bool(norms), "value-scaling": bool(mixings)}
+    return aligned, frozenset(name for name, done in applied.items() if done)
+
+
+def _check_exact(before: onnx.ModelProto, after: onnx.ModelProto, images: Sequence[Array]) -> None:
+    """Raise VerificationFailed where what should be the same function is another one."""
+    logits = [_logits(model, images) for model in (before, after)]
+    level = sqnr_db(*logits)
+    if level < _EXACT_DB:
+        reason = f"an exact rewriting changed the logits: {level:.1f} dB, at least {_EXACT_DB:g} are expected"
+        remedy = "leave them out (--without repq --without value-scaling), and report it with the model"
+        raise VerificationFailed("cannot quantize", reason=reason, remedy=remedy)
+
+
+def _logits(model: onnx.ModelProto, images: Sequence[Array]) -> npt.NDArray[np.float32]:
+    name = model.graph.output[0].name
+    return np.concatenate([values[0] for values in Activations(model, [name]).of([image[0] for image in images])])
