@@ -13,7 +13,20 @@ __all__ = ["find_chains", "only_for_onnxruntime"]
 # Sums, products and means of integers that engines compute in integers.
 _JOINS = ("Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid")
 # Computed in float between integers: what follows takes integers again.
-_FUNCTIONS = ("Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "Mish", "PRelu", "Relu", "Selu", "Softplus", "Tanh")
+_FUNCTIONS = (
+    "Celu",
+    "Clip",
+    "Elu",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Mish",
+    "PRelu",
+    "Relu",
+    "Selu",
+    "Softplus",
+    "Tanh",
+)
 # What gives the values it takes: the range stays, and so do scale and zero point.
 _MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 # What rounding to uint8 does by itself, where the range ends at their bounds.
@@ -25,8 +38,8 @@ def find_chains(model: onnx.ModelProto, products: Collection[Product], *, joins:
     """Return every tensor that all its readers take as integers, with the tensor whose range it has.
 
     Those are the outputs of convolutions, which ONNX Runtime computes in integers only where integers come out too, and
-    with `joins` those of sums and poolings between them. Where only a Relu or Clip follows, it is what that gives: uint8
-    cuts there by itself, and accelerators fuse it.
+    with `joins` those of sums, poolings and functions between them. Where only a Relu or Clip follows, it is what that
+    gives: uint8 cuts there by itself, and accelerators fuse it.
     """
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
