@@ -38,8 +38,8 @@ def find_chains(model: onnx.ModelProto, products: Collection[Product], *, joins:
     """Return every tensor that all its readers take as integers, with the tensor whose range it has.
 
     Those are the outputs of convolutions, which ONNX Runtime computes in integers only where integers come out too, and
-    with `joins` those of sums and poolings between them. Where only a Relu or Clip follows, it is what that gives: uint8
-    cuts there by itself, and accelerators fuse it.
+    with `joins` those of sums, poolings and functions between them. Where only a Relu or Clip follows, it is what that
+    gives: uint8 cuts there by itself, and accelerators fuse it.
     """
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["Costs", "costs", "macs_by_node", "macs_per_image", "shapes_for_one_image", "without_weights"]
+__all__ = ["PRODUCTS", "Costs", "costs", "macs_by_node", "macs_per_image", "shapes_for_one_image", "without_weights"]
 
+PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "ConvInteger")
 # Shapes and axes: small constants that shape inference reads.
 _SMALL = 1024
 _TYPES: dict[int, tuple[str, int]] = {
@@ -86,11 +87,7 @@ def macs_by_node(model: onnx.ModelProto) -> dict[str, int] | None:
     batch = model.graph.input[0].type.tensor_type.shape.dim
     images = (batch[0].dim_value if batch else 0) or 1
     shapes = shapes_for_one_image(model)
-    found = {
-        node.name or node.output[0]: _macs(node, shapes)
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm", "Conv")
-    }
+    found = {node.name or node.output[0]: _macs(node, shapes) for node in model.graph.node if node.op_type in PRODUCTS}
     known = {name: macs // images for name, macs in found.items() if macs is not None}
     return known if len(known) == len(found) else None
 
@@ -114,7 +111,7 @@ def _macs(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int] | None]) -> i
     left, right, out = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
     if not left or not right or not out:
         return None
-    if node.op_type == "Conv":
+    if node.op_type in ("Conv", "ConvInteger"):
         return math.prod(out) * math.prod(right[1:])
     transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
     return math.prod(out) * (left[0] if transposed else left[-1])

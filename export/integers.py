@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +79,7 @@ def _scale(width: float, levels: int) -> np.float32:
     return np.float32(max(width / levels, _SMALLEST_SCALE) if width > 0 else _NO_RANGE_SCALE)
 
 
-def _along(values_O: Float32, axis: int, num_axes: int) -> Float32:
+def _along(values_O: npt.NDArray[Any], axis: int, num_axes: int) -> npt.NDArray[Any]:
     """Return the values of `axis` shaped to go with an array of `num_axes` axes."""
     return values_O.reshape([-1 if other == axis % num_axes else 1 for other in range(num_axes)])
 

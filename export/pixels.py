@@ -1,4 +1,4 @@
-"""How pixels reach the first convolution: normalised in its weights where that is exact, else in rows, which is fast."""
+"""How pixels reach the first convolution: normalised by its weights where that is exact, else in rows, for speed."""
 
 from __future__ import annotations
 

@@ -30,7 +30,16 @@ from vit_edge.export.integers import (
 )
 from vit_edge.export.products import Product, find_products, is_convolutional, is_padded
 
-__all__ = ["PIXELS", "Scheme", "insert_qdq", "tensors_to_observe"]
+__all__ = [
+    "PIXELS",
+    "Product",
+    "QuantizedWeight",
+    "Scheme",
+    "find_products",
+    "insert_qdq",
+    "quantize_weight",
+    "tensors_to_observe",
+]
 
 # Scale and zero point of uint8 pixels: they are integers already, so quantizing them loses nothing.
 PIXELS = "pixels"
@@ -73,8 +82,9 @@ def insert_qdq(
 ) -> onnx.ModelProto:
     """Return a copy of a prepared `model` whose products take integers, int8 weights with a scale for each channel.
 
-    `ranges` holds the range of each of `tensors_to_observe`. `weights` holds by name what others rounded; the others
-    are rounded to the nearest. Raises UsageError where there is nothing to quantize, or `scheme` excludes unknown nodes.
+    `ranges` holds the range of each of `tensors_to_observe`. `weights` holds by name what was rounded elsewhere; the
+    others are rounded to the nearest. Raises UsageError where nothing can be quantized, or `scheme` excludes what is no
+    product.
     """
     plan = _Plan.of(model, scheme)
     quantized = onnx.ModelProto()
@@ -242,7 +252,8 @@ class _Writer:
         if self._plan.ranges[product.input] != PIXELS or self._scheme.activation == "uint8":
             return None
         others = tuple(axis for axis in range(weight.integers.ndim) if axis != product.axis)
-        return _PIXELS_MIDDLE * weight.integers.sum(axis=others, dtype=np.int32)
+        moved_O: npt.NDArray[np.int32] = _PIXELS_MIDDLE * weight.integers.sum(axis=others, dtype=np.int32)
+        return moved_O
 
     def _add_moved(self, node: onnx.NodeProto, moved_O: npt.NDArray[np.int32]) -> None:
         """Add behind a MatMul what is missing in its outputs."""
@@ -253,8 +264,10 @@ class _Writer:
         self._node("Add", [node.output[0], name], output, name=f"{output}.moved.add")
 
     def _node(self, operator: str, inputs: list[str], output: str, *, name: str = "", axis: int | None = None) -> str:
-        chosen = {} if axis is None else {"axis": axis}
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=name or output, **chosen))
+        node = helper.make_node(operator, inputs, [output], name=name or output)
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        self.nodes.append(node)
         return output
 
     def _parameters(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,8 @@ def _fold_constants(rewriting: Rewriting) -> None:
             rewriting.add_tensor(node.output[0], numpy_helper.to_array(attribute(node, "value", None)))
         elif node.op_type in _FOLDABLE and rewriting.are_constant(node.input):
             values = {name: rewriting.array(name) for name in node.input if name}
-            rewriting.add_tensor(node.output[0], ReferenceEvaluator(node).run(None, values)[0])
+            found: Any = ReferenceEvaluator(node).run(None, values)
+            rewriting.add_tensor(node.output[0], found[0])
         else:
             continue
         rewriting.replace(node, [])

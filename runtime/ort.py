@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -12,7 +13,7 @@ from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
 
-__all__ = ["ENGINE", "OnnxRuntimeEngine"]
+__all__ = ["ENGINE", "OnnxRuntimeEngine", "make_session"]
 
 _PROVIDER = "CPUExecutionProvider"
 # This fusion turns a product of two-dimensional input, such as the head, into Gemm before integers are recognised: its
@@ -31,16 +32,7 @@ class OnnxRuntimeEngine:
         self._manifest = model.manifest
         self.version: str = onnxruntime.__version__
         self.threads = options.num_threads
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = self.threads
-        settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3
-        # Idle threads that spin take a core from the application (onnxruntime#8313).
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session: Any = _load(model, settings)
-        except Exception as error:  # its exceptions share no base but this
-            raise _failed("load", error) from error
+        self._session: Any = make_session(model, options)
         if self._session.get_providers() != [_PROVIDER]:
             raise _failed("load", RuntimeError(f"it runs on {self._session.get_providers()}, not on {_PROVIDER}"))
 
@@ -61,6 +53,22 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+def make_session(model: ModelFile, options: EngineOptions, *, optimised: Path | None = None) -> Any:
+    """Return a session over the verified bytes; its optimised graph is written to `optimised`. Raises ModelRejected."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.num_threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    # Idle threads that spin take a core from the application (onnxruntime#8313).
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimised is not None:
+        settings.optimized_model_filepath = str(optimised)
+    try:
+        return _load(model, settings)
+    except Exception as error:  # its exceptions share no base but this
+        raise _failed("load", error) from error
 
 
 def _load(model: ModelFile, settings: Any) -> Any:

@@ -15,7 +15,10 @@ from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
 
-__all__ = ["ENGINE", "OpenVinoEngine"]
+__all__ = ["ENGINE", "OpenVinoEngine", "compile_model"]
+
+# What the manifest's entry on quantization calls the list of roundings that are there for ONNX Runtime alone.
+_SKIPS = "openvino_skips"
 
 
 class OpenVinoEngine:
@@ -31,19 +34,7 @@ class OpenVinoEngine:
         self._manifest = model.manifest
         self.version: str = openvino.__version__.split("-")[0]
         self._lock = threading.Lock()
-        settings = {
-            # Its own choice is bfloat16 where the CPU has it: logits off by up to 0.3.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": options.num_threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        try:
-            # The batch stays dynamic: with a fixed one OpenVINO takes other kernels, and an INT8 network gives other
-            # logits (DeiT-tiny: 24.8 dB apart) than those that were verified.
-            self._compiled: Any = _compile(_core(), model, settings)
-        except Exception as error:  # its exceptions share no base but this
-            raise _failed("load", error) from error
+        self._compiled: Any = compile_model(model, options)
         self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
         self.float_precision = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
         self._request: Any = self._compiled.create_infer_request()
@@ -72,6 +63,23 @@ class OpenVinoEngine:
             self._request = self._compiled = None
 
 
+def compile_model(model: ModelFile, options: EngineOptions) -> Any:
+    """Return what OpenVINO compiles from the verified bytes; raises ModelRejected."""
+    settings = {
+        # Its own choice is bfloat16 where the CPU has it: logits off by up to 0.3.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": options.num_threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    try:
+        # The batch stays dynamic: with a fixed one OpenVINO takes other kernels, and an INT8 network gives other
+        # logits (DeiT-tiny: 24.8 dB apart) than those that were verified.
+        return _compile(_core(), model, settings)
+    except Exception as error:  # its exceptions share no base but this
+        raise _failed("load", error) from error
+
+
 @functools.cache
 def _core() -> Any:
     """Return the one Core of this process, kept to its end.
@@ -86,9 +94,27 @@ def _core() -> Any:
 def _compile(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:
     """Compile from the verified bytes."""
     if model.weights is None:
-        return core.compile_model(core.read_model(model.data), "CPU", settings)
+        graph = core.read_model(model.data)
+        _skip(graph, set((model.manifest.quantization or {}).get(_SKIPS, ())))
+        return core.compile_model(graph, "CPU", settings)
     with private_copy(model) as path:
         return core.compile_model(core.read_model(path), "CPU", settings)
+
+
+def _skip(graph: Any, names: set[str]) -> None:
+    """Take the roundings that end in the DequantizeLinear nodes `names` out of the graph.
+
+    Integers at both sides of a convolution are what ONNX Runtime needs; OpenVINO computes the activation behind it in
+    float before it rounds, at no cost (mobilenet_v3_small: 1.35 ms without these roundings, 2.3 ms with, float 2.1).
+    """
+    for end in graph.get_ordered_ops() if names else ():
+        if end.get_friendly_name() in names and end.get_type_name() == "Multiply":
+            start = end
+            while start.get_type_name() in ("Convert", "Multiply", "Subtract"):
+                start = start.input_value(0).get_node()
+            if start.get_type_name() == "FakeQuantize":
+                for reader in end.output(0).get_target_inputs():
+                    reader.replace_source_output(start.input_value(0))
 
 
 def _failed(verb: str, error: Exception) -> ModelRejected:
