@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from vit_edge.cpu import usable_threads
 from vit_edge.errors import ModelRejected
 
 __all__ = ["main", "probe", "with_outputs"]
@@ -25,8 +26,9 @@ __all__ = ["main", "probe", "with_outputs"]
 Array: TypeAlias = npt.NDArray[Any]
 
 _TIMEOUT_S = 600
-# Of address space: ONNX Runtime maps a few, a ViT-L with all its tensors a few more.
-_MOST_BYTES = 2**35
+# Of address space: what ONNX Runtime maps by itself, and so much for each byte of the file: tensors at three batches.
+_BASE_BYTES, _TIMES_FILE = 2**33, 16
+_THREADS = 4
 
 
 def probe(model: bytes, feeds: Sequence[Mapping[str, Array]], outputs: Sequence[str]) -> list[dict[str, Array] | str]:
@@ -73,16 +75,16 @@ def _rejected(reason: str) -> ModelRejected:
 
 def main(folder: str, text: str) -> int:
     """Run the job in `folder`; print a list with the error of each feed, empty where there was none."""
-    _limit_memory()
+    path = Path(folder) / "model.onnx"
+    _limit_memory(_BASE_BYTES + _TIMES_FILE * path.stat().st_size)
     import onnxruntime
 
     job = json.loads(text)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
+    settings.intra_op_num_threads = min(usable_threads(), _THREADS)
     try:
-        session = onnxruntime.InferenceSession(
-            str(Path(folder) / "model.onnx"), settings, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base but this
         sys.stderr.write(str(error))
         return 1
@@ -101,13 +103,13 @@ def main(folder: str, text: str) -> int:
     return 0
 
 
-def _limit_memory() -> None:
+def _limit_memory(most_bytes: int) -> None:
     try:
         import resource
     except ImportError:  # not on Windows
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    most = _MOST_BYTES if hard == resource.RLIM_INFINITY else min(hard, _MOST_BYTES)
+    most = most_bytes if hard == resource.RLIM_INFINITY else min(hard, most_bytes)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 

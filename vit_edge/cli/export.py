@@ -15,6 +15,7 @@ from vit_edge.files import is_file
 
 if TYPE_CHECKING:
     from vit_edge.export import ExportResult
+    from vit_edge.export.parity import Parity
 
 _PATH = click.Path(path_type=Path)
 _OUTPUTS = ("logits", "probabilities", "top5", "features", "attention")
@@ -53,6 +54,12 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
 @image_size_option("Size of the input, where it is to be another.")
 @click.option("--like", metavar="timm:NAME", help="Network of timm to ask for what weights from elsewhere do not tell.")
 @click.option("--weights", type=_PATH, help="Weights for package.module:factory.")
+@click.option(
+    "--layout", type=click.Choice(["NCHW", "NHWC"]), help="Of the input of an ONNX file, where it is unclear."
+)
+@click.option(
+    "--logits", metavar="NAME", help="Output of an ONNX file that has several [default: the first that fits]."
+)
 @click.option("--force", is_flag=True, help="Replace what is there.")
 def export(source: str, out: Path | None, data: Path | None, force: bool, **values: Any) -> Result:
     """Export SOURCE to one ONNX file that needs nothing beside it.
@@ -60,15 +67,21 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     SOURCE is a checkpoint, or whatever `vit-edge convert` takes, or package.module:factory for any torch image
     classifier, whose code is run. The file takes uint8 RGB pixels of any batch size and holds its preprocessing, labels
     and golden vectors. It appears under its name only after ONNX Runtime and OpenVINO gave PyTorch's answers at batches
-    1, 2, 3, 7 and 16.
+    1, 2, 3, 7 and 16. An ONNX classifier made elsewhere, with --labels and --preprocessing, keeps the input that it has
+    and is held against itself.
 
     \b
     Examples:
       vit-edge export run/best.safetensors -o model.onnx
       vit-edge export torchvision.models:swin_t --weights swin.safetensors --labels names.txt
+      vit-edge export theirs.onnx --labels names.txt --preprocessing preprocessing.json -o model.onnx
     """
     for module in ("torch", "onnx", "onnxscript", "safetensors"):
         require(module, extra="export,onnxruntime", what="export")
+    if is_file(source) and Path(source).suffix.lower() == ".onnx":
+        return _adopt(Path(source), out or Path("model.onnx"), data, force, values)
+    for name in ("layout", "logits"):
+        _refuse(source, name, values, "is for an ONNX file made elsewhere")
     from vit_edge.export import ExportOptions, export_onnx
     from vit_edge.export.formats import may_write_format
 
@@ -113,19 +126,79 @@ def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# What a network that is a graph already can no longer be told, and what says that nobody did.
+_NOT_FOR_ONNX = {
+    "precision": "fp32",
+    "batch": None,
+    "input_": "uint8-nhwc",
+    "outputs": ("logits",),
+    "min_onnxruntime": "1.17",
+    "format_": "onnx",
+    "no_deploy_form": False,
+    "like": None,
+    "weights": None,
+}
+
+
+def _adopt(source: Path, out: Path, data: Path | None, force: bool, values: dict[str, Any]) -> Result:
+    """Make a model file of an ONNX classifier made elsewhere."""
+    require("onnxruntime", extra="export,onnxruntime", what="export")
+    from vit_edge.data import find_images, stream_pixels
+    from vit_edge.export.adoption import adopt
+    from vit_edge.export.factory import factory_preprocessing
+    from vit_edge.files import may_write, write_atomic
+    from vit_edge.foreign.label_names import read_labels
+
+    for name, default in _NOT_FOR_ONNX.items():
+        if values[name] != default:
+            option = name.strip("_").replace("_", "-")
+            reason = f"--{option} is for a network that is traced; an ONNX file is taken as it is"
+            raise UsageError("cannot export", file=source, reason=reason, remedy=f"leave --{option} out")
+    for name in ("labels", "preprocessing"):
+        if values[name] is None:
+            reason = f"an ONNX file made elsewhere does not say its {name}"
+            raise UsageError("cannot export", file=source, reason=reason, remedy=f"give --{name}")
+    target = may_write(out, force=force, made_from=source)
+    preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
+    pictures = [] if data is None else find_images(data)
+    with progress_bar() as progress:
+        adopted = adopt(
+            source,
+            preprocessing=preprocessing,
+            labels=read_labels(values["labels"]),
+            layout=values["layout"],
+            output=values["logits"],
+            assumed=assumed,
+            pictures=(pixels for _, pixels in stream_pixels(pictures, preprocessing)) if pictures else (),
+            progress=progress,
+        )
+    write_atomic(target, adopted.model.data)
+    size_bytes, sha256 = len(adopted.model.data), adopted.model.sha256
+    fields = {"model": str(target), "sha256": sha256, "size_bytes": size_bytes, "changes": list(adopted.notes)}
+    shown = [
+        _parity_table("Against the file it was made from", adopted.parity),
+        f"model: {target} ({megabytes(size_bytes)}, sha256 {sha256})",
+    ]
+    return Result(data={**fields, "parity": [asdict(entry) for entry in adopted.parity]}, shown=shown)
+
+
 def _refuse(source: str, name: str, values: dict[str, Any], why: str) -> None:
     if values[name] is not None:
         raise UsageError("cannot export", file=source, reason=f"--{name} {why}", remedy=f"leave --{name} out")
 
 
 def _shown(result: ExportResult) -> Sequence[Any]:
+    return [
+        _parity_table("Against PyTorch in float32", result.parity),
+        f"model: {result.model} ({megabytes(result.size_bytes)}, sha256 {result.sha256})",
+    ]
+
+
+def _parity_table(title: str, parity: Sequence[Parity]) -> Any:
     columns = ("engine", "on", "batch", "max difference", "mean", "SQNR dB", "same answer")
     rows = [
         (p.engine, p.inputs, p.batch_size, f"{p.max_difference:.1e}", f"{p.mean_difference:.1e}", f"{p.sqnr_db:.0f}",
          f"{p.top1_equal} of {p.num_images}")
-        for p in result.parity
+        for p in parity
     ]  # fmt: skip
-    return [
-        make_table("Against PyTorch in float32", columns, rows),
-        f"model: {result.model} ({megabytes(result.size_bytes)}, sha256 {result.sha256})",
-    ]
+    return make_table(title, columns, rows)
