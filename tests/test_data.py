@@ -12,9 +12,11 @@ from PIL import Image
 from vit_edge.data import (
     Rejections,
     find_images,
+    lies_loose,
     pixel_hashes,
     read_labelled,
     read_splits,
+    read_unlabelled,
     refuse_overlap,
     set_hash,
     stream,
@@ -234,3 +236,23 @@ def test_label_files_are_split_as_folders_are(tmp_path: Path, file: str, column:
     assert (splits.train.num_images, splits.validation.num_images) == (16, 4)
     assert (splits.test is not None) == divided
     assert splits.train.class_names == ("a", "b")
+
+
+def test_pictures_without_labels_are_those_of_the_split_and_of_the_label_file(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / "test" / name, seed) for seed, name in enumerate(("a.png", "b.png", "c.png"))]
+    assert lies_loose(tmp_path, splits=("test",))
+    assert read_unlabelled(tmp_path, splits=("test",)) == tuple(paths)
+    (tmp_path / "test" / "metadata.csv").write_text("file_name\nc.png\na.png\n")
+    assert read_unlabelled(tmp_path, splits=("test",)) == (paths[0], paths[2])
+    (tmp_path / "test" / "metadata.csv").write_text("file_name,label\nc.png,x\na.png,\n")
+    assert read_unlabelled(tmp_path / "test") == (paths[0], paths[2])
+    (tmp_path / "test" / "metadata.csv").unlink()
+    picture(tmp_path / "test" / "x" / "d.png", 4)
+    assert not lies_loose(tmp_path / "test")
+    assert len(read_unlabelled(tmp_path / "test")) == 4
+
+
+def test_an_overlap_names_both_pictures_where_both_are_known(tmp_path: Path) -> None:
+    first, second = picture(tmp_path / "a.png", 1), picture(tmp_path / "copy.png", 1)
+    with pytest.raises(DataRejected, match=r"copy\.png \(as .*a\.png\)"):
+        refuse_overlap(pixel_hashes([first], PREPROCESSING), pixel_hashes([second], PREPROCESSING))

@@ -93,7 +93,7 @@ def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     for parent, folders, files in os.walk(root, onerror=_raise_unreadable):
         folders.sort()
         num_links += sum((Path(parent) / name).is_symlink() for name in folders)
-        found += [Path(parent) / name for name in files if name.lower().endswith(SUFFIXES)]
+        found += [Path(parent) / name for name in files if _is_picture(name)]
         if len(found) > _MAX_FILES:
             raise _rejected(root, f"it holds more than {_MAX_FILES:,} pictures", "give a smaller folder")
     if num_links:
@@ -142,7 +142,10 @@ def read_unlabelled(folder: str | os.PathLike[str], *, splits: Sequence[str] = (
 def lies_loose(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> bool:
     """Return whether the pictures of `folder` have no labels: no label file, and no folder around any of them."""
     root = _split_folder(_existing_folder(folder), splits)
-    return _listed(root, Path(folder)) is None and all(path.parent == root for path in find_images(root))
+    if _listed(root, Path(folder)) is not None:
+        return False
+    holding = {Path(parent) for parent, _, files in os.walk(root) if any(_is_picture(name) for name in files)}
+    return holding == {root}
 
 
 def read_splits(
@@ -288,6 +291,10 @@ def refuse_overlap(
         reason = f"{len(shared)} of the pictures that judge were used for {used_for}: {', '.join(shared[:_NUM_NAMED])}"
         remedy = "judge on other pictures: those that tuned a model flatter it"
         raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
 
 
 def _existing_folder(folder: str | os.PathLike[str]) -> Path:
