@@ -11,18 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_edge.export.exporter import ExportResult, export_onnx
     from vit_edge.export.options import ExportOptions
-    from vit_edge.export.quantization import QuantizationResult, quantize
+    from vit_edge.export.quantization import QuantizationOptions, QuantizationResult, quantize, quantize_model
     from vit_edge.export.verification import Verification, verify
 
-__all__ = ["ExportOptions", "ExportResult", "QuantizationResult", "Verification", "export_onnx", "quantize", "verify"]
+__all__ = [
+    "ExportOptions",
+    "ExportResult",
+    "QuantizationOptions",
+    "QuantizationResult",
+    "Verification",
+    "export_onnx",
+    "quantize",
+    "quantize_model",
+    "verify",
+]
 
 _MODULES = {
     "ExportOptions": "options",
     "ExportResult": "exporter",
+    "QuantizationOptions": "quantization",
     "QuantizationResult": "quantization",
     "Verification": "verification",
     "export_onnx": "exporter",
     "quantize": "quantization",
+    "quantize_model": "quantization",
     "verify": "verification",
 }
 

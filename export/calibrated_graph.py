@@ -145,7 +145,7 @@ def _align(
 ) -> tuple[onnx.ModelProto, frozenset[Algorithm]]:
     """Return the same function with channels of nearer ranges, and which algorithms found something to do."""
     norms = find_norms(graph) if "repq" in wanted else []
-    mixings = find_mixings(graph, shapes_for_one_image(graph)) if "value-scaling" in wanted else []
+    mixings = find_mixings(graph, _known_shapes(graph)) if "value-scaling" in wanted else []
     observed = [*norms, *(mixing.input for mixing in mixings)]
     # Hashes of the pictures come with this pass, even where nothing is to be observed.
     ranges = observe_channels(graph, observed, pictures, batch_size=plan.batch_size, cache=cache)
@@ -155,6 +155,10 @@ def _align(
     aligned = scale_values(aligned, mixings, {mixing.input: ranges[mixing.input] for mixing in mixings})
     applied: dict[Algorithm, bool] = {"repq": bool(norms), "value-scaling": bool(mixings)}
     return aligned, frozenset(name for name, done in applied.items() if done)
+
+
+def _known_shapes(graph: onnx.ModelProto) -> dict[str, list[int]]:
+    return {name: shape for name, shape in shapes_for_one_image(graph).items() if shape is not None}
 
 
 def _check_exact(before: onnx.ModelProto, after: onnx.ModelProto, images: Sequence[Array]) -> None:

@@ -11,7 +11,7 @@ from vit_edge.artifact import PRODUCER
 from vit_edge.export.half import to_half
 from vit_edge.export.options import ExportOptions
 
-__all__ = ["finish"]
+__all__ = ["finish", "fix_batch"]
 
 _TOP = 5
 
@@ -24,10 +24,16 @@ def finish(graph: onnx.ModelProto, options: ExportOptions) -> onnx.ModelProto:
     if options.format == "huggingface":
         _rename_input(graph.graph, "pixel_values")
     if options.batch is not None:
-        for value in (*graph.graph.input, *graph.graph.output):
-            value.type.tensor_type.shape.dim[0].dim_value = options.batch
+        fix_batch(graph.graph, options.batch)
     graph.producer_name, graph.producer_version = PRODUCER, vit_edge.__version__
     return graph
+
+
+def fix_batch(graph: onnx.GraphProto, batch: int) -> None:
+    """Fix the batch of inputs and outputs, in place."""
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.shape.dim:
+            value.type.tensor_type.shape.dim[0].dim_value = batch
 
 
 def _add_answers(graph: onnx.GraphProto, options: ExportOptions) -> None:

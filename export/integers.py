@@ -86,4 +86,5 @@ def _along(values_O: npt.NDArray[Any], axis: int, num_axes: int) -> npt.NDArray[
 
 def dequantized(weight: QuantizedWeight, *, axis: int) -> Float32:
     """Return the float32 weight that the integers stand for."""
-    return weight.integers.astype(np.float32) * _along(weight.scales, axis, weight.integers.ndim)
+    found: Float32 = weight.integers.astype(np.float32) * _along(weight.scales, axis, weight.integers.ndim)
+    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ import numpy as np
 import onnx
 
 from vit_edge.artifact import ModelFile, open_model, pack
-from vit_edge.data import EVALUATION_SPLITS, find_images, pixel_hashes
+from vit_edge.cpu import instruction_set
+from vit_edge.data import find_images, pixel_hashes
 from vit_edge.errors import DataRejected, UsageError
-from vit_edge.export.budget import Ladder, climb
+from vit_edge.export.budget import Ladder, RungMemory, climb, order_of
 from vit_edge.export.calibrated_graph import CalibratedGraph, Plan, calibrate
 from vit_edge.export.calibration import METHODS, Method, Range
-from vit_edge.export.calibration_cache import CalibrationCache
+from vit_edge.export.calibration_cache import CalibrationCache, default_folder
 from vit_edge.export.costs import macs_by_node
 from vit_edge.export.coverage import Coverage, coverage
+from vit_edge.export.finishing import fix_batch
 from vit_edge.export.judgement import Budget
 from vit_edge.export.paired_run import find_pictures
 from vit_edge.export.pictures import CalibrationPictures
@@ -28,7 +32,7 @@ from vit_edge.export.placement import Scheme
 from vit_edge.export.recipes import EFFORTS, EffortName, Recipe, choose_algorithms
 from vit_edge.export.speed import Speed, compare_speed
 from vit_edge.export.verification import Verification, verify_models
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import may_write, sha256_hex, write_atomic
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engine import EngineOptions, installed_engines, make_engine
 from vit_edge.runtime.golden import Tolerance, expectation, golden_images, made_here
@@ -117,7 +121,7 @@ def quantize(
     calibration: str | os.PathLike[str],
     out: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
-    options: QuantizationOptions = QuantizationOptions(),  # noqa: B008 - it is frozen
+    options: QuantizationOptions = QuantizationOptions(),
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizationResult:
@@ -138,30 +142,224 @@ def quantize_model(
     calibration: str | os.PathLike[str],
     out: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
-    options: QuantizationOptions = QuantizationOptions(),  # noqa: B008 - it is frozen
+    options: QuantizationOptions = QuantizationOptions(),
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizationResult:
     """Write what `quantize` writes, from a file that was opened already."""
     resolved = resolve_target(options.target)
     _check_source(source, options, data)
+    # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
+    load_model(source, options=EngineOptions()).close()
     paths = find_images(calibration)
     written = may_write(out, force=force, made_from=source.source)
-    judging = _judging_hashes(source, data, options)
+    judging, judged_by = _judging(source, data, options)
     pictures = CalibrationPictures(paths, source.manifest, judging=judging, progress=progress)
+    found = _calibrated(source, pictures, resolved.target, options, progress)
+    _check_calibration(pictures.hashes, calibration)
+
+    def make(left: frozenset[str]) -> ModelFile:
+        return _finished(source, found, left, _record(resolved.target, found, left, pictures, options))
+
+    def judge(candidate: ModelFile) -> Verification:
+        assert data is not None
+        return verify_models(
+            candidate,
+            reference=source,
+            data=data,
+            max_drop_points=options.max_drop_points,
+            min_agreement=options.min_agreement,
+            unlabelled=options.unlabelled,
+            progress=progress,
+        )
+
+    ladder, verification = None, None
+    if options.budget is not None:
+        order = order_of(found.noise, macs_by_node(found.graph) or {})
+        memory = RungMemory(default_folder().parent / "budget", judged_by=judged_by) if options.use_cache else None
+        ladder, finished, verification = climb(
+            order, make, judge, memory=memory, time_limit_s=options.time_limit_s, progress=progress
+        )
+        left = frozenset(ladder.float_products)
+    else:
+        left = found.float_products
+        finished = make(left)
+        verification = judge(finished) if data is not None else None
+    if verification is not None:
+        finished = _evaluated(finished, verification, ladder)
+    write_atomic(written, finished.data)
+    if ladder is not None and ladder.cut_short == "interrupted":
+        _log.warning("interrupted: %s holds the best file so far, its verdict in it", written)
+        raise KeyboardInterrupt
+    all_integer = make(frozenset()) if left and options.measure_speed else None
+    return QuantizationResult(
+        model=written,
+        sha256=finished.sha256,
+        size_bytes=len(finished.data),
+        size_ratio=len(finished.data) / len(source.data),
+        target=resolved.target,
+        target_reason=resolved.reason,
+        recipe=options.recipe,
+        algorithms=found.applied,
+        num_calibration_images=len(pictures.hashes),
+        num_products=len(found.products) - len(left),
+        float_products=tuple(sorted(left)),
+        float_share=_share(found, left),
+        coverage=tuple(coverage(finished, engine) for engine in installed_engines()),
+        speed=compare_speed(source, finished, all_integer, progress=progress) if options.measure_speed else (),
+        ladder=ladder,
+        verification=verification,
+    )
+
+
+def _check_source(source: ModelFile, options: QuantizationOptions, data: str | os.PathLike[str] | None) -> None:
+    if source.manifest.precision != "float32":
+        reason = f"its precision is {source.manifest.precision}; quantization starts from float32"
+        remedy = "give the file that `vit-edge export` wrote"
+        raise UsageError("cannot quantize", file=source.source, reason=reason, remedy=remedy)
+    if source.weights is not None:
+        reason = "its weights lie beside it, being over 2 GiB; quantization works within one file"
+        raise UsageError("cannot quantize", file=source.source, reason=reason, remedy="take a smaller network")
+    if options.budget is not None and data is None:
+        reason = "a budget needs pictures to judge by, which did not calibrate"
+        raise UsageError("cannot quantize", reason=reason, remedy="give --data; for --min-agreement it needs no labels")
+
+
+def _judging(
+    source: ModelFile, data: str | os.PathLike[str] | None, options: QuantizationOptions
+) -> tuple[dict[str, Path], str]:
+    """Return the pixel hashes of the pictures that judge, and one hash of all that decides on a budget."""
+    if data is None:
+        return {}, ""
+    labels = source.manifest.labels
+    found = find_pictures(data, labels, unlabelled=options.unlabelled)
+    hashes = pixel_hashes(found.paths, source.manifest.preprocessing)
+    label_of = dict(zip(found.paths, found.labels, strict=True))
+    parts = {
+        "reference": source.sha256,
+        "pictures": sorted((digest, label_of[path]) for digest, path in hashes.items()),
+        "budget": asdict(options.budget) if options.budget else None,
+        "engines": [(name, metadata.version(name)) for name in installed_engines()],
+        "cpu": instruction_set(),
+    }
+    return hashes, sha256_hex(json.dumps(parts).encode())
+
+
+def _calibrated(
+    source: ModelFile, pictures: CalibrationPictures, target: Target, options: QuantizationOptions, progress: Progress
+) -> CalibratedGraph:
     graph = onnx.load_model_from_string(source.data)
     del graph.metadata_props[:]
-    cache = CalibrationCache(preprocessing=source.manifest.preprocessing) if options.use_cache else None
     plan = Plan(
         algorithms=choose_algorithms(options.recipe, algorithms=options.algorithms, without=options.without),
         effort=EFFORTS[options.effort],
-        scheme=Scheme(weight_bits=resolved.target.weight_bits, activation=resolved.target.activation),
+        scheme=Scheme(weight_bits=target.weight_bits, activation=target.activation),
         method=options.ranges,
         batch_size=options.batch_size,
     )
-    found = calibrate(
-        graph, pictures, plan, needs_noise=options.budget is not None, cache=cache, progress=progress
+    cache = CalibrationCache(preprocessing=source.manifest.preprocessing) if options.use_cache else None
+    needs_noise = options.budget is not None
+    return calibrate(graph, pictures, plan, needs_noise=needs_noise, cache=cache, progress=progress)
+
+
+def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) -> None:
+    if len(hashes) > 1 and len(set(hashes)) == 1:
+        reason = f"all {len(hashes)} pictures are the same"
+        raise DataRejected("cannot calibrate", file=folder, reason=reason, remedy="give pictures like those in use")
+    if len(hashes) < _FEW_IMAGES:
+        _log.warning("few calibration pictures (%d): ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
+
+
+def _finished(source: ModelFile, found: CalibratedGraph, left: frozenset[str], record: Mapping[str, Any]) -> ModelFile:
+    """Return the INT8 file with its manifest and with what each installed engine answers for the golden inputs."""
+    quantized = found.quantized(left)
+    entry = dict(source.manifest.input)
+    batch = record["batch"]
+    if batch is not None:
+        fix_batch(quantized.graph, batch)
+        entry["batch"] = batch
+    manifest = replace(
+        source.manifest,
+        precision="int8",
+        input=entry,
+        evaluation=None,
+        golden=None,
+        quantization=dict(record),
+        provenance={**source.manifest.provenance, "float_model_sha256": source.sha256, "onnx": onnx.__version__},
     )
-    _check_calibration(pictures.hashes, calibration)
-    maker = _Maker(source, resolved.target, found, pictures, options)
-    return maker.result
+    packed = open_model(pack(quantized.SerializeToString(deterministic=True), manifest), warn=False)
+    return _with_golden(packed, source)
+
+
+def _record(
+    target: Target,
+    found: CalibratedGraph,
+    left: frozenset[str],
+    pictures: CalibrationPictures,
+    options: QuantizationOptions,
+) -> dict[str, Any]:
+    """Return what the manifest says of the quantization; nothing in it depends on this machine's folders."""
+    scheme = found.scheme
+    known = sorted(set(zip(pictures.hashes, pictures.fingerprints, strict=True)))
+    symmetric = scheme.activation == "int8"
+    return {
+        "scheme": "static QDQ",
+        "target": target.name,
+        "batch": target.static_batch,
+        "recipe": options.recipe,
+        "effort": options.effort,
+        "algorithms": list(found.applied),
+        "weights": {"dtype": "int8", "bits": scheme.weight_bits, "granularity": "per-channel", "symmetric": True},
+        "activations": {"dtype": scheme.activation, "granularity": "per-tensor", "symmetric": symmetric},
+        "float_products": sorted(left),
+        "ranges": {"method": options.ranges, "values": {name: _rounded(r) for name, r in found.ranges.items()}},
+        "images": [digest for digest, _ in known],
+        "fingerprints": [text for _, text in known],
+    }
+
+
+def _rounded(observed: Range) -> list[float]:
+    return [float(np.float32(observed.low)), float(np.float32(observed.high))]
+
+
+def _share(found: CalibratedGraph, left: frozenset[str]) -> float:
+    """Return the share of multiplications with constant weights that stay float."""
+    macs = macs_by_node(found.graph) or {}
+    total = sum(macs.get(product.node, 0) for product in found.products)
+    return sum(macs.get(node, 0) for node in left) / total if total else 0.0
+
+
+def _evaluated(model: ModelFile, verification: Verification, ladder: Ladder | None) -> ModelFile:
+    """Return the file with the figures in its manifest; no path of this machine, a verdict only where one was asked."""
+    results = []
+    for result in verification.results:
+        fields = {name: value for name, value in asdict(result).items() if name not in ("changed", "images_needed")}
+        results.append(fields if ladder else {name: value for name, value in fields.items() if name != "verdict"})
+    evaluation: dict[str, Any] = {"data_sha256": verification.data_sha256, "results": results}
+    if ladder is not None:
+        evaluation |= {
+            "verdict": verification.verdict,
+            "max_drop_points": verification.max_drop_points,
+            "min_agreement": verification.min_agreement,
+            "rungs": [asdict(rung) for rung in ladder.rungs],
+            "cut_short": ladder.cut_short,
+        }
+    return open_model(model.with_manifest(replace(model.manifest, evaluation=evaluation)), warn=False)
+
+
+def _with_golden(model: ModelFile, source: ModelFile) -> ModelFile:
+    """Return the file with what each installed engine answers for the float file's golden inputs, checked by a load."""
+    golden = source.manifest.golden or {}
+    height, width = source.manifest.preprocessing.crop
+    images_NHWC = golden_images(golden.get("seeds", ()), height=height, width=width)
+    expected = []
+    for name in installed_engines():
+        engine = make_engine(name, model, EngineOptions())
+        entry = expectation(engine.run(images_NHWC), engines=[name], tolerance=_GOLDEN_TOLERANCE)
+        expected.append({**entry, "made_on": made_here(engine)})
+        engine.close()
+    manifest = replace(model.manifest, golden={**golden, "expected": expected})
+    finished = open_model(model.with_manifest(manifest), warn=False)
+    for name in installed_engines():
+        load_model(finished, engine=name, options=EngineOptions()).close()
+    return finished

@@ -11,9 +11,9 @@ from onnx import numpy_helper
 from tests.conftest import ROOT, Workspace
 from vit_edge.artifact import open_model
 from vit_edge.data import find_images
+from vit_edge.export.algorithms.reparameterisation import find_norms, reparameterise
 from vit_edge.export.calibration import ChannelRange, observe_channels, observe_ranges
 from vit_edge.export.placement import find_products, insert_qdq
-from vit_edge.export.algorithms.reparameterisation import find_norms, reparameterise
 from vit_edge.metrics import sqnr_db
 
 

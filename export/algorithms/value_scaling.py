@@ -137,7 +137,7 @@ def _mixing(projection: onnx.NodeProto, graph: _Graph, shapes: Mapping[str, Sequ
     if (
         softmax is None
         or softmax.op_type != "Softmax"
-        or not _over_last_axis(softmax, len(shapes[attention.output[0]]))
+        or not _over_last_axis(softmax, len(shapes.get(attention.output[0], ())))
     ):
         return None
     source, moved_before = _back(attention.input[1], graph)

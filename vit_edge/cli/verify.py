@@ -86,7 +86,7 @@ def verify(
     labels, budget, at_best = certifiable(data, reference, **asked, unlabelled=unlabelled, flips=flips is not None)
     target = _flips_target(flips_out, labels, budget, force=force)
     if not click.get_current_context().meta["quiet"]:
-        click.echo(_outlook_text(at_best, budget, labels), err=True)
+        click.echo(outlook_text(at_best, budget, labels), err=True)
     with progress_bar() as progress:
         result = run(
             model,
@@ -230,7 +230,7 @@ def _flips_target(flips_out: Path | None, labels: Labels, budget: Budget, *, for
     return None if flips_out is None else may_write_flips(flips_out, force=force)
 
 
-def _outlook_text(at_best: Outlook, budget: Budget, labels: Labels) -> str:
+def outlook_text(at_best: Outlook, budget: Budget, labels: Labels) -> str:
     """Return what the pictures can certify at best, and whether that is enough."""
     kind = "unlabelled pictures" if labels == "none" else "pictures"
     certified = []
