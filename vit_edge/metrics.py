@@ -267,6 +267,8 @@ def images_needed_for_agreement(images: int, *, changed: int, min_agreement: flo
     """Return about how many images would certify `min_agreement` at the rate seen, or None where none would."""
     if (images - changed) / images * 100 <= min_agreement:
         return None
+    if changed == 0:
+        return fewest_images_for_agreement(min_agreement)
 
     def enough(number: int) -> bool:
         return agreement_lower_bound(number, changed=round(changed * number / images)) >= min_agreement
