@@ -29,32 +29,32 @@ _PATH = click.Path(path_type=Path)
 _NUM_NAMED = 8
 
 
-# fmt: off
 @command("quantize")
 @file_argument("model")
 @click.option("--calibration", type=_PATH, required=True,
-              help="Folder of pictures like those in use; labels are not needed.")
+              help="Folder of pictures like those in use; labels are not needed.")  # fmt: skip
 @click.option("--data", type=_PATH, help="Pictures to judge the result by; none of them may calibrate.")
-@click.option("-o", "--out", type=_PATH, default=Path("model.int8.onnx"), show_default=True, help="Model file to write.")
+@click.option("-o", "--out", type=_PATH, default=Path("model.int8.onnx"), show_default=True, help="File to write.")
 @click.option("--target", default=DEFAULT_TARGET, show_default=True, metavar="NAME|auto|FILE",
-              help="portable: the same answers on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for that "
-                   "hardware. auto: this machine. FILE: what `vit-edge doctor --json` printed on the device.")
+              help="portable: the same answers on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for "
+                   "that hardware. auto: this machine. FILE: what `vit-edge doctor --json` printed on the device.")  # fmt: skip
 @click.option("--recipe", default="fast", show_default=True, metavar="fast|accurate",
-              help="fast: every product in integers. accurate: those that err most stay float.")
+              help="fast: every product in integers. accurate: those that err most stay float.")  # fmt: skip
 @click.option("--effort", default="balanced", show_default=True, metavar="fast|balanced|thorough",
-              help="How many steps the optimisers take.")
+              help="How many steps the optimisers take.")  # fmt: skip
 @click.option("--algorithm", "algorithms", multiple=True, metavar="NAME",
-              help="Take this algorithm, repeatable, in place of the recipe's.")
+              help="Take this algorithm, repeatable, in place of the recipe's.")  # fmt: skip
 @click.option("--without", multiple=True, metavar="NAME", help="Leave this algorithm of the recipe out, repeatable.")
 @click.option("--ranges", default="averaged min-max", show_default=True, metavar="METHOD",
-              help="How ranges are found at first: min-max, averaged min-max, percentile, entropy or mse.")
+              help="How ranges are found at first: min-max, averaged min-max, percentile, entropy or mse.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
-              help="Pictures that calibrate at once; the ranges are the same for any.")
+              help="Pictures that calibrate at once; the ranges are the same for any.")  # fmt: skip
 @click.option("--max-drop", type=float, help="Points of top-1 that may be lost, at 95 % confidence; needs --data.")
 @click.option("--min-agreement", type=float,
-              help="Percent of answers that must be those of the float file; --data needs no labels then.")
+              help="Percent of answers that must be those of the float file; --data needs no labels then.")  # fmt: skip
 @click.option("--unlabelled", is_flag=True, help="Take --data as pictures without labels.")
-@click.option("--time-limit", type=float, metavar="MINUTES", help="End the search for a budget with the best file so far.")
+@click.option("--time-limit", type=float, metavar="MINUTES",
+              help="End the search for a budget with the best file so far.")  # fmt: skip
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names of an ONNX file made elsewhere.")
 @click.option("--preprocessing", type=_PATH, metavar="FILE", help="Preprocessing of an ONNX file made elsewhere.")
 @image_size_option("Size of the input of an ONNX file made elsewhere.")
