@@ -10,8 +10,9 @@ from vit_edge.export.products import Product
 
 __all__ = ["find_chains", "only_for_onnxruntime"]
 
-# Sums, products and means of integers that engines compute in integers.
-_JOINS = ("Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid")
+# Sums, products and means of integers that engines compute in integers; the functions in ONNX Runtime alone.
+_JOINS = ("Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul")
+_TABLES = ("LeakyRelu", "Sigmoid")
 # Computed in float between integers: what follows takes integers again.
 _FUNCTIONS = (
     "Celu",
@@ -28,7 +29,7 @@ _FUNCTIONS = (
     "Tanh",
 )
 # What gives the values it takes: the range stays, and so do scale and zero point.
-_MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_MOVES = ("Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 # What rounding to uint8 does by itself, where the range ends at their bounds.
 _CLIPS = ("Clip", "Relu")
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -57,12 +58,17 @@ def find_chains(model: onnx.ModelProto, products: Collection[Product], *, joins:
             continue
         if node.output[0] in convolutions:
             chained[end] = end
-        elif joins and node.op_type in _JOINS and len(moving) == len(node.input) and chained.keys() & set(moving):
+        elif (
+            joins
+            and node.op_type in (*_JOINS, *_TABLES)
+            and len(moving) == len(node.input)
+            and chained.keys() & set(moving)
+        ):
             chained |= {name: chained.get(name, name) for name in [*moving, end]}
         elif joins and node.op_type in _FUNCTIONS and moving[0] in chained:
             chained[end] = end
         elif node.op_type in _MOVES and moving[:1] and moving[0] in chained:
-            chained[node.output[0]] = chained[moving[0]]
+            chained |= dict.fromkeys((name for name in node.output if name not in outputs), chained[moving[0]])
     return chained
 
 
@@ -88,7 +94,8 @@ def _fed_by(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> set[str
     found: set[str] = set()
     for node in readers.get(tensor, []):
         if node.op_type in (*_MOVES, "QuantizeLinear", "DequantizeLinear"):
-            found |= _fed_by(node.output[0], readers)
+            for output in node.output:
+                found |= _fed_by(output, readers)
         else:
             found.add(node.op_type)
     return found

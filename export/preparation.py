@@ -40,7 +40,6 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     _fold_batch_norms(rewriting)
     _settle_gemms(rewriting)
     _put_weights_right(rewriting)
-    fold_pixels(rewriting)
     if is_convolutional(rewriting.model()):
         lay_pixels_in_rows(rewriting)
         _pool_by_pooling(rewriting)
@@ -162,14 +161,20 @@ def _pool_by_pooling(rewriting: Rewriting) -> None:
     """Write the mean over an image as GlobalAveragePool, which ONNX Runtime has in integers, unlike ReduceMean."""
     shapes = shapes_for_one_image(rewriting.model())
     for node in list(rewriting.nodes):
-        if node.op_type != "ReduceMean" or not attribute(node, "keepdims", 1) or len(shapes[node.input[0]] or ()) != 4:
+        if node.op_type != "ReduceMean" or len(shapes.get(node.input[0]) or ()) != 4:
             continue
         axes = attribute(node, "axes", ())
         if len(node.input) > 1 and node.input[1] in rewriting.tensors:
             axes = rewriting.array(node.input[1])
-        if sorted(int(axis) % 4 for axis in axes) == [2, 3]:
-            pooling = helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output), name=node.name)
-            rewriting.replace(node, [pooling])
+        if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+            continue
+        output = node.output[0]
+        if attribute(node, "keepdims", 1):
+            rewriting.replace(node, [helper.make_node("GlobalAveragePool", [node.input[0]], [output], name=node.name)])
+        else:
+            pooled = f"{node.name}.pooled"
+            pooling = helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=pooled)
+            rewriting.replace(node, [pooling, helper.make_node("Flatten", [pooled], [output], name=node.name)])
 
 
 def _unfold_patches(rewriting: Rewriting) -> None:
@@ -185,6 +190,7 @@ def _unfold_patches(rewriting: Rewriting) -> None:
             continue
         fits = all(size % step == 0 for size, step in zip(image[2:], kernel, strict=True))
         if tuple(strides) == kernel and tuple(dilations) == (1, 1) and fits and kernel != (1, 1):
+            fold_pixels(rewriting, node)
             _unfold(rewriting, node, image)
 
 

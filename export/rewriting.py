@@ -61,7 +61,7 @@ class Rewriting:
 
     def add_tensor(self, name: str, values: npt.NDArray[Any]) -> str:
         """Add a constant, and return its name."""
-        self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        self.tensors[name] = numpy_helper.from_array(np.asarray(values), name)
         return name
 
     def replace(self, node: onnx.NodeProto, others: Sequence[onnx.NodeProto]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,12 @@ def test_where_shapes_are_not_known_every_product_counts_the_same() -> None:
     assert macs_by_node(model) is None
     assert macs_per_image(model) is None
     assert coverage(_file(model), "onnxruntime").percent == 100
+
+
+def test_a_malformed_list_of_what_openvino_skips_is_refused() -> None:
+    manifest = replace(_file(_right()).manifest, quantization={"openvino_skips": [["x.d"]]})
+    with pytest.raises(ModelRejected, match="OpenVINO"):
+        coverage(open_model(pack(_right().SerializeToString(), manifest)), "openvino")
 
 
 def test_what_cannot_be_looked_up_gets_one_sentence() -> None:

@@ -127,6 +127,16 @@ FORMS: dict[str, Callable[[], onnx.ModelProto]] = {
         {},
         [5, WIDE],
     ),
+    "a number without axes in a node": lambda: _graph(
+        [
+            _node("Constant", "", "i", value=numpy_helper.from_array(np.array(2))),
+            _node("Gather", "x i", "g", axis=1),
+            _node("MatMul", "g w", "m"),
+            _node("Unsqueeze", "m one", "y"),
+        ],
+        {"w": _weight(WIDE, OUT), "one": np.array([1])},
+        [5, WIDE],
+    ),
     "weight reshaped by a node": lambda: _graph(
         [_node("Reshape", "w s", "t"), _node("MatMul", "x t", "y")],
         {"w": _weight(2, WIDE // 2, OUT), "s": np.array([WIDE, OUT])},
@@ -177,22 +187,6 @@ def test_however_a_product_is_written_both_engines_compute_it_in_integers(form: 
         assert (found.num_integer, found.num_products, found.alone) == (num_products, num_products, ())
 
 
-def _convolutions(kind: str) -> nn.Module:
-    convolution = {
-        "plain": lambda: nn.Conv2d(16, 24, 3, padding=1),
-        "no bias": lambda: nn.Conv2d(16, 24, 3, stride=2, bias=False),
-        "pointwise": lambda: nn.Conv2d(16, 24, 1),
-        "depthwise": lambda: nn.Conv2d(16, 16, 5, padding=2, groups=16),
-        "grouped": lambda: nn.Conv2d(16, 32, 3, groups=4),
-        "dilated": lambda: nn.Conv2d(16, 24, 3, padding=2, dilation=2),
-    }[kind]()
-    activations = nn.ReLU6() if kind == "plain" else nn.ReLU()
-    pooled = nn.Sequential(
-        nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(convolution.out_channels, 7)
-    )
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), convolution, activations, pooled)
-
-
 def _traced(network: nn.Module, *, pixels: bool = True, size: tuple[int, int] = SIZE) -> onnx.ModelProto:
     wrapped = PlainNetwork(network.eval(), Preprocessing(resize=size, crop=size), pixels=pixels)
     return trace(wrapped, height=size[0], width=size[1], pixels=pixels)
@@ -202,11 +196,46 @@ def _pictures(number: int, size: tuple[int, int] = SIZE) -> Array:
     return np.random.default_rng(1).integers(0, 256, (number, *size, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["plain", "no bias", "pointwise", "depthwise", "grouped", "dilated"])
+# Weight of the second convolution over 16 channels, and its attributes.
+CONVOLUTIONS: dict[str, tuple[Array, dict[str, Any]]] = {
+    "3 x 3": (_weight(24, 16, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "strides": (_weight(24, 16, 3, 3), {"strides": [2, 2]}),
+    "pointwise": (_weight(24, 16, 1, 1), {}),
+    "depthwise": (_weight(16, 1, 5, 5), {"pads": [2, 2, 2, 2], "group": 16}),
+    "groups": (_weight(32, 4, 3, 3), {"group": 4}),
+    "dilations": (_weight(24, 16, 3, 3), {"pads": [2, 2, 2, 2], "dilations": [2, 2]}),
+}
+
+
+def _chain(kind: str) -> onnx.ModelProto:
+    weight, attributes = CONVOLUTIONS[kind]
+    nodes = [
+        _node("Conv", "x first", "a", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        _node("Relu", "a", "b"),
+        _node("Conv", "b second bias", "c", kernel_shape=list(weight.shape[2:]), **attributes),
+        _node("Clip", "c zero six", "d"),
+        _node("MaxPool", "d", "e", kernel_shape=[2, 2], strides=[2, 2]),
+        _node("ReduceMean", "e axes", "f", keepdims=0),
+        _node("Gemm", "f head", "g"),
+        _node("Reshape", "g shape", "y"),
+    ]
+    tensors = {
+        "first": _weight(16, 3, 3, 3),
+        "second": weight,
+        "bias": _weight(len(weight)),
+        "zero": np.float32(0),
+        "six": np.float32(6),
+        "axes": np.array([2, 3]),
+        "head": _weight(len(weight), 7),
+        "shape": np.array([0, 7, 1, 1]),
+    }
+    return _graph(nodes, tensors, [3, 24, 16])
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_integers_go_from_one_convolution_to_the_next(kind: str) -> None:
-    torch.manual_seed(0)
-    model = _traced(_convolutions(kind))
-    images = _pictures(6)
+    model = _chain(kind)
+    images = RNG.normal(size=(6, 3, 24, 16)).astype(np.float32)
     quantized = _quantized(model, images)
     for engine in ENGINES:
         assert _sqnr_db(_run(model, images), _run(quantized, images, engine)) > 25
@@ -267,7 +296,7 @@ def test_mobilenet_is_integer_in_both_engines_and_may_be_loaded() -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     size = (64, 64)
     model = _traced(network, size=size)
-    images = _pictures(3, size)
+    images = _pictures(2, size)
     quantized = _quantized(model, images)
     for engine in ENGINES:
         assert coverage(_file(quantized), engine).percent >= 95
@@ -342,20 +371,22 @@ def test_pixels_divided_and_shifted_in_another_order_are_folded_as_exactly() -> 
         "s": np.float32(255),
         "m": np.array([0.5, 0.4, 0.3], np.float32).reshape(1, 3, 1, 1),
         "d": np.array([0.2, 0.3, 0.4], np.float32).reshape(3, 1, 1),
-        "w": _weight(8, 3, 3, 3),
+        "w": _weight(8, 3, 4, 4),
+        "v": _weight(4, 100),
     }
     nodes = [
         _node("Cast", "x", "c", to=TensorProto.FLOAT),
         _node("Div", "c s", "p"),
         _node("Sub", "p m", "q"),
         _node("Div", "q d", "n"),
-        _node("Conv", "n w", "y", kernel_shape=[3, 3]),
+        _node("Conv", "n w", "f", kernel_shape=[4, 4], strides=[4, 4]),
+        _node("MatMul", "f v", "y"),
     ]
-    model = _graph(nodes, tensors, [3, 10, 10], TensorProto.UINT8)
+    model = _graph(nodes, tensors, [3, 16, 16], TensorProto.UINT8)
     prepared = prepare(model)
-    images = RNG.integers(0, 256, (3, 3, 10, 10), dtype=np.uint8)
-    assert np.abs(_run(prepared, images) - _run(model, images)).max() < 1e-3
-    assert [product.takes_pixels for product in find_products(prepared)] == [True]
+    images = RNG.integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
+    assert _sqnr_db(_run(model, images), _run(prepared, images)) > 100
+    assert [product.takes_pixels for product in find_products(prepared)] == [True, False]
 
 
 def test_batch_normalisation_goes_into_the_convolution_before_it() -> None:
