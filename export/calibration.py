@@ -107,7 +107,7 @@ def observe_extremes(
     batch_size: int = 1,
     cache: CalibrationCache | None = None,
 ) -> tuple[Mapping[str, Range], Mapping[str, Range]]:
-    """Return the "averaged min-max" and the "min-max" of each tensor from one pass; the rest is as for `observe_ranges`."""
+    """Return the "averaged min-max" and the "min-max" of each tensor from one pass; else as `observe_ranges`."""
     found = _observe(
         model,
         tensors,

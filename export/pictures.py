@@ -45,12 +45,12 @@ class CalibrationPictures:
             self._progress(self._stage, position, len(self._paths))
             hashes.append(pixel_hash(pixels))
             fingerprints.append(fingerprint(pixels))
-            refuse_overlap(hashes[-1:], self._judging)
+            refuse_overlap({hashes[-1]: self._paths[position]}, self._judging)
             yield self._manifest.network_input(pixels[None])[0]
         self._progress(self._stage, len(self._paths), len(self._paths))
 
     def sample(self, num_images: int) -> list[Array]:
-        """Return what the graph takes for so many of the pictures, evenly spaced; those that cannot be used are left out."""
+        """Return what the graph takes for so many of the pictures, evenly spaced, less those that cannot be used."""
         number = min(num_images, len(self._paths))
         paths = [self._paths[position * len(self._paths) // number] for position in range(number)]
         pixels = stream_pixels(paths, self._manifest.preprocessing, rejections=Rejections(len(self._paths)))

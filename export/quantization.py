@@ -22,6 +22,7 @@ from vit_edge.export.budget import Ladder, RungMemory, climb, order_of
 from vit_edge.export.calibrated_graph import CalibratedGraph, Plan, calibrate
 from vit_edge.export.calibration import METHODS, Method, Range
 from vit_edge.export.calibration_cache import CalibrationCache, default_folder
+from vit_edge.export.chains import only_for_onnxruntime
 from vit_edge.export.costs import macs_by_node
 from vit_edge.export.coverage import Coverage, coverage
 from vit_edge.export.finishing import fix_batch
@@ -46,6 +47,8 @@ __all__ = ["QuantizationOptions", "QuantizationResult", "quantize", "quantize_mo
 # Answers changed only where the two largest logits were less than 0.5 apart.
 _GOLDEN_TOLERANCE = Tolerance(sqnr_db=20.0, top1_gap=0.5)
 _FEW_IMAGES = 32
+# Of a verification: paths of this machine, and what is too long or of no use later.
+_NOT_KEPT = ("changed", "images_needed", "worst_classes")
 _log = logging.getLogger(__name__)
 
 
@@ -284,9 +287,12 @@ def _finished(source: ModelFile, found: CalibratedGraph, left: frozenset[str], r
         input=entry,
         evaluation=None,
         golden=None,
-        quantization=dict(record),
         provenance={**source.manifest.provenance, "float_model_sha256": source.sha256, "onnx": onnx.__version__},
     )
+    skips = only_for_onnxruntime(quantized)
+    if skips:
+        record = {**record, "openvino_skips": skips}
+    manifest = replace(manifest, quantization=dict(record))
     packed = open_model(pack(quantized.SerializeToString(deterministic=True), manifest), warn=False)
     return _with_golden(packed, source)
 
@@ -333,7 +339,7 @@ def _evaluated(model: ModelFile, verification: Verification, ladder: Ladder | No
     """Return the file with the figures in its manifest; no path of this machine, a verdict only where one was asked."""
     results = []
     for result in verification.results:
-        fields = {name: value for name, value in asdict(result).items() if name not in ("changed", "images_needed")}
+        fields = {name: value for name, value in asdict(result).items() if name not in _NOT_KEPT}
         results.append(fields if ladder else {name: value for name, value in fields.items() if name != "verdict"})
     evaluation: dict[str, Any] = {"data_sha256": verification.data_sha256, "results": results}
     if ladder is not None:
@@ -353,13 +359,15 @@ def _with_golden(model: ModelFile, source: ModelFile) -> ModelFile:
     height, width = source.manifest.preprocessing.crop
     images_NHWC = golden_images(golden.get("seeds", ()), height=height, width=width)
     expected = []
-    for name in installed_engines():
+    promised = {name for entry in golden.get("expected", ()) for name in entry["engines"]}
+    engines = [name for name in installed_engines() if name in promised]
+    for name in engines:
         engine = make_engine(name, model, EngineOptions())
         entry = expectation(engine.run(images_NHWC), engines=[name], tolerance=_GOLDEN_TOLERANCE)
         expected.append({**entry, "made_on": made_here(engine)})
         engine.close()
     manifest = replace(model.manifest, golden={**golden, "expected": expected})
     finished = open_model(model.with_manifest(manifest), warn=False)
-    for name in installed_engines():
+    for name in engines:
         load_model(finished, engine=name, options=EngineOptions()).close()
     return finished

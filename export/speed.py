@@ -79,7 +79,7 @@ def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> lis
             for classifier, kept in zip(loaded, samples, strict=True):
                 taken = _turn(classifier, image_NHWC)
                 if number >= _WARM_UP_ROUNDS:
-                    kept += taken
+                    kept.extend(taken)
         progress(stage, _WARM_UP_ROUNDS + _ROUNDS, _WARM_UP_ROUNDS + _ROUNDS)
         return [statistics.median(kept) for kept in samples]
     finally:

@@ -13,7 +13,8 @@ from vit_edge.artifact import open_model
 from vit_edge.data import find_images
 from vit_edge.export.algorithms.reparameterisation import find_norms, reparameterise
 from vit_edge.export.calibration import ChannelRange, observe_channels, observe_ranges
-from vit_edge.export.placement import find_products, insert_qdq
+from vit_edge.export.placement import Scheme, insert_qdq
+from vit_edge.export.products import find_products
 from vit_edge.metrics import sqnr_db
 
 
@@ -56,7 +57,7 @@ def test_uneven_channels_lose_less_to_int8(workspace: Workspace) -> None:
     aligned = reparameterise(uneven, observe_channels(uneven, norms, images))
     for name, graph in (("plain", uneven), ("aligned", aligned)):
         tensors = [product.input for product in find_products(graph) if not product.takes_pixels]
-        quantized = insert_qdq(graph, observe_ranges(graph, tensors, images), weight_bits=8)
+        quantized = insert_qdq(graph, observe_ranges(graph, tensors, images), scheme=Scheme(weight_bits=8))
         found[name] = sqnr_db(expected, _logits(quantized, images))
     assert found["aligned"] > found["plain"] + 3, found
 

@@ -1,10 +1,10 @@
 """Channel scaling at the input of an attention's output projection: exact, and free at run time.
 
-What the projection reads are the values mixed by weights that add up to 1. So a scale and a shift of a value's channel go
-through the mixing unchanged: they fold into the product that makes the values, and out of it again in the projection.
-Half the ratio (its square root) evens the ranges without making the projection's weights uneven. DeiT-tiny, 50
-photographs: the noise of these inputs falls from -29.1 to -31.6 dB; with the whole ratio it is -29.3 dB and that of the
-weights rises from -39 to -36 dB.
+What the projection reads are the values mixed by weights that add up to 1. So a scale and a shift of a value's channel
+go through the mixing unchanged: they fold into the product that makes the values, and out of it again in the
+projection. Half the ratio (its square root) evens the ranges without making the projection's weights uneven. DeiT-tiny,
+50 photographs: the noise of these inputs falls from -29.1 to -31.6 dB; with the whole ratio it is -29.3 dB and that of
+the weights rises from -39 to -36 dB.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Mixing:
 
 
 def find_mixings(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> list[Mixing]:
-    """Return every attention whose values come from a constant product and go to one; `shapes` are those of one picture.
+    """Return every attention whose values come from a constant product and go to one.
 
-    Left alone are those whose constants are shared, whose weights do not come from a softmax over the last axis, or
-    whose channels are not each one column of the value product.
+    `shapes` are those of the tensors for one picture. Left alone are those whose constants are shared, whose weights do
+    not come from a softmax over the last axis, or whose channels are not each one column of the value product.
     """
     graph = _Graph(model)
     found = []

@@ -37,7 +37,7 @@ _NUM_NAMED = 8
 @click.option("-o", "--out", type=_PATH, default=Path("model.int8.onnx"), show_default=True, help="File to write.")
 @click.option("--target", default=DEFAULT_TARGET, show_default=True, metavar="NAME|auto|FILE",
               help="portable: the same answers on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for "
-                   "that hardware. auto: this machine. FILE: what `vit-edge doctor --json` printed on the device.")  # fmt: skip
+                   "that hardware. auto: this machine. FILE: from `vit-edge doctor --json` on the device.")  # fmt: skip
 @click.option("--recipe", default="fast", show_default=True, metavar="fast|accurate",
               help="fast: every product in integers. accurate: those that err most stay float.")  # fmt: skip
 @click.option("--effort", default="balanced", show_default=True, metavar="fast|balanced|thorough",

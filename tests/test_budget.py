@@ -1,0 +1,218 @@
+"""A budget is certified by pictures that judge, in an order that they did not choose; what ruins INT8 stays float."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import vit_edge
+from tests.networks import PREPROCESSING, SIZE, random_network, small_config
+from vit_edge.artifact import open_model
+from vit_edge.checkpoint import Checkpoint, save_checkpoint
+from vit_edge.errors import UsageError
+from vit_edge.export import QuantizationOptions, export_onnx, quantize
+from vit_edge.export.budget import order_of, rung_sizes
+from vit_edge.runtime import load
+from vit_edge.runtime.golden import golden_images
+
+_BAD = "block.1.fc2"
+_QUICK = {"effort": "fast", "measure_speed": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network with one product that INT8 ruins, 32 calibration pictures and 400 others labelled as it answers."""
+    folder = tmp_path_factory.mktemp("budget")
+    model = random_network(small_config(depth=3))
+    with torch.no_grad():
+        # A weight so large that all others of its output have no step left, on an input that is always zero.
+        model.blocks[1].mlp.fc1.weight[0] = 0
+        model.blocks[1].mlp.fc1.bias[0] = 0
+        model.blocks[1].mlp.fc2.weight[:, 0] = 300.0
+    checkpoint = folder / "c.safetensors"
+    save_checkpoint(
+        checkpoint, Checkpoint(name="bad", model=model, preprocessing=PREPROCESSING, labels=tuple("abcdefg"))
+    )
+    export_onnx(checkpoint, out=folder / "m.onnx")
+    (folder / "calibration").mkdir()
+    for number, pixels in enumerate(golden_images(range(32), height=SIZE[0], width=SIZE[1])):
+        Image.fromarray(pixels).save(folder / "calibration" / f"{number}.png")
+    judging = golden_images(range(1000, 1400), height=SIZE[0], width=SIZE[1])
+    with load(folder / "m.onnx") as classifier:
+        answers = classifier.logits(judging).argmax(axis=1)
+    for number, (pixels, answer) in enumerate(zip(judging, answers, strict=True)):
+        path = folder / "judging" / "abcdefg"[answer] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def test_the_ruined_product_is_found_and_spared_and_the_bound_holds(folder: Path, tmp_path: Path) -> None:
+    options = QuantizationOptions(max_drop_points=1.5, use_cache=False, **_QUICK)  # type: ignore[arg-type]
+    result = quantize(
+        folder / "m.onnx",
+        calibration=folder / "calibration",
+        data=folder / "judging",
+        out=tmp_path / "q.onnx",
+        options=options,
+    )
+    assert result.verification is not None
+    assert result.ladder is not None
+    assert result.verification.verdict == "pass"
+    assert _BAD in result.float_products
+    assert len(result.float_products) <= 3
+    assert [rung.verdict for rung in result.ladder.rungs[:-1]] == ["pass"] * (len(result.ladder.rungs) - 1)
+    assert all(entry.drop_upper_bound_points <= 1.5 for entry in result.verification.results)
+    manifest = open_model(tmp_path / "q.onnx").manifest
+    assert manifest.evaluation is not None
+    assert manifest.quantization is not None
+    assert manifest.evaluation["verdict"] == "pass"
+    assert manifest.quantization["float_products"] == list(result.float_products)
+    done = vit_edge(
+        "verify",
+        tmp_path / "q.onnx",
+        "--reference",
+        folder / "m.onnx",
+        "--data",
+        folder / "judging",
+        "--max-drop",
+        "1.5",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_budget_the_same_network_is_ruined(folder: Path, tmp_path: Path) -> None:
+    quantize(
+        folder / "m.onnx",
+        calibration=folder / "calibration",
+        out=tmp_path / "q.onnx",
+        options=QuantizationOptions(**_QUICK),  # type: ignore[arg-type]
+    )
+    done = vit_edge(
+        "verify",
+        tmp_path / "q.onnx",
+        "--reference",
+        folder / "m.onnx",
+        "--data",
+        folder / "judging",
+        "--max-drop",
+        "1.5",
+    )
+    assert done.returncode == 6
+
+
+def test_too_few_pictures_are_said_first_and_the_file_holds_its_verdict(folder: Path, tmp_path: Path) -> None:
+    for path in sorted((folder / "judging").rglob("*.png"))[:40]:
+        target = tmp_path / "few" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    done = vit_edge(
+        "quantize", folder / "m.onnx", "--calibration", folder / "calibration", "--data", tmp_path / "few",
+        "--max-drop", "0.5", "--effort", "fast", "--no-speed", "--no-cache", "-o", tmp_path / "q.onnx", "--json",
+    )  # fmt: skip
+    assert done.returncode == 6
+    assert "598" in done.stderr.splitlines()[0] + done.stderr.splitlines()[1]
+    printed = json.loads(done.stdout)
+    assert printed["verdict"] == "inconclusive"
+    assert printed["images_needed"] >= 598
+    evaluation = open_model(tmp_path / "q.onnx").manifest.evaluation
+    assert evaluation is not None
+    assert evaluation["verdict"] == "inconclusive"
+
+
+def test_without_labels_agreement_is_certified(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "loose").mkdir()
+    for path in (folder / "judging").rglob("*.png"):
+        shutil.copy(path, tmp_path / "loose" / path.name)
+    options = QuantizationOptions(min_agreement=98, use_cache=False, **_QUICK)  # type: ignore[arg-type]
+    result = quantize(
+        folder / "m.onnx",
+        calibration=folder / "calibration",
+        data=tmp_path / "loose",
+        out=tmp_path / "q.onnx",
+        options=options,
+    )
+    assert result.verification is not None
+    assert result.verification.verdict == "pass"
+    assert _BAD in result.float_products
+
+
+def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIT_EDGE_CACHE", str(tmp_path / "cache"))
+
+    def run(name: str, **more: float) -> tuple[str, float]:
+        options = QuantizationOptions(max_drop_points=1.5, **_QUICK, **more)  # type: ignore[arg-type]
+        started = time.monotonic()
+        result = quantize(
+            folder / "m.onnx",
+            calibration=folder / "calibration",
+            data=folder / "judging",
+            out=tmp_path / name,
+            options=options,
+        )
+        assert result.ladder is not None
+        if more:
+            assert result.ladder.cut_short == "time limit"
+            assert len(result.ladder.rungs) == 1
+            evaluation = open_model(tmp_path / name).manifest.evaluation
+            assert evaluation is not None
+            assert evaluation["cut_short"] == "time limit"
+        return result.sha256, time.monotonic() - started
+
+    cut, _ = run("cut.onnx", time_limit_s=1e-6)
+    whole, _ = run("whole.onnx")
+    again, _ = run("again.onnx")
+    assert whole == again != cut
+    kept = list((tmp_path / "cache" / "budget").iterdir())
+    assert kept
+    kept[0].write_text("{")  # damaged: judged again
+    assert run("mended.onnx")[0] == whole
+
+
+def test_ctrl_c_leaves_the_best_file_so_far(folder: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "vit_edge", "quantize", folder / "m.onnx", "--calibration", folder / "calibration",
+        "--data", folder / "judging", "--max-drop", "1.5", "--effort", "fast", "--no-speed", "-o", tmp_path / "q.onnx",
+    ]  # fmt: skip
+    environment = {"VIT_EDGE_CACHE": str(tmp_path / "cache"), "PATH": ""}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "cache").glob("budget/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    evaluation = open_model(tmp_path / "q.onnx").manifest.evaluation
+    assert evaluation is not None
+    assert evaluation["verdict"] == "pass"
+    assert evaluation["cut_short"] == "interrupted"
+
+
+def test_the_last_rungs_differ_by_one_and_the_noisiest_come_last() -> None:
+    assert rung_sizes(51) == [26, 39, 45, 48, 50, 51]
+    assert rung_sizes(1) == [1]
+    assert rung_sizes(2) == [1, 2]
+    noise = {"a": 1e-3, "b": 1e-6, "c": 1e-3}
+    assert order_of(noise, {"a": 10, "b": 10, "c": 1000}) == ["b", "c", "a"]
+
+
+def test_a_budget_needs_pictures_that_judge(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pictures to judge by"):
+        quantize(
+            folder / "m.onnx",
+            calibration=folder / "calibration",
+            out=tmp_path / "q.onnx",
+            options=QuantizationOptions(max_drop_points=1.0),
+        )
+    assert np.array([path.name for path in tmp_path.iterdir()]).size == 0
