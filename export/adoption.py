@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 
 import vit_edge
 from vit_edge.artifact import PRODUCER, Manifest, ModelFile, open_model, pack, seal_state, warn_of_assumed
@@ -37,7 +38,8 @@ from vit_edge.runtime.guard import check_graph
 __all__ = ["Adoption", "Layout", "adopt", "is_foreign_onnx"]
 
 _MAX_BYTES = 2**31 - 1
-_STAGES = 4
+_STAGES = 3
+_VERSIONS = {"vit_edge": vit_edge.__version__, "onnx": onnx.__version__}
 _log = logging.getLogger(__name__)
 
 
@@ -81,69 +83,79 @@ def adopt(
     Raises ModelRejected with the operator where there is one that no classifier has, UsageError where what is told does
     not fit the graph, VerificationFailed.
     """
-    source = printable(path)
-    try:
-        return _adopted(path, preprocessing, tuple(labels), layout, output, name, tuple(assumed), pictures, progress)
-    except (ModelRejected, UsageError, VerificationFailed) as error:
-        error.file = error.file if error.file not in (None, "the bytes given") else source
-        raise
-
-
-def _adopted(
-    path: str | os.PathLike[str],
-    preprocessing: Preprocessing,
-    labels: tuple[str, ...],
-    layout: Layout | None,
-    output: str | None,
-    name: str | None,
-    assumed: tuple[str, ...],
-    pictures: Iterable[Pixels],
-    progress: Progress,
-) -> Adoption:
-    progress("taking the network", 0, _STAGES)
-    data = _read(path)
-    original = onnx.load_model_from_string(data)
-    graph = tidy(onnx.load_model_from_string(data))
-    entry = input_of(graph, preprocessing, layout)
-    reference = ForeignReference(original, entry, preprocessing)
-    notes: list[str] = []
-    logits = choose_output(graph, reference, output, len(labels), notes)
-    progress("taking the network", 1, _STAGES)
-
-    graph, batch = settle_batch(graph, logits, reference)
-    if batch is not None:
-        notes.append(f"its batch stays {batch}: it does not run, or answers otherwise, at another")
-    set_interface(graph, logits, entry, preprocessing, batch)
-    graph.producer_name, graph.producer_version = PRODUCER, vit_edge.__version__
-    manifest = Manifest(
-        name=name or Path(path).stem,
-        architecture={"family": "onnx", "producer": original.producer_name},
+    told = _Told(
         preprocessing=preprocessing,
-        labels=labels,
-        precision="float32",
-        input=_input_entry(graph, entry, batch),
-        assumed=assumed,
-        provenance={
-            "source_sha256": sha256_hex(data),
-            "form": "plain",
-            "changes": notes,
-            "vit_edge": vit_edge.__version__,
-            "onnx": onnx.__version__,
-        },
+        labels=tuple(labels),
+        layout=layout,
+        output=output,
+        name=name,
+        assumed=tuple(assumed),
     )
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
-    _guard(model)
-    progress("taking the network", 2, _STAGES)
-
-    finished, parity = _proven(model, reference, pictures, macs_per_image(graph), notes)
-    progress("taking the network", 3, _STAGES)
-    for engine in sorted({result.engine for result in parity}):
-        load_elsewhere(finished, engine=engine)
+    notes: list[str] = []
+    try:
+        progress("taking the network", 0, _STAGES)
+        model, reference = _taken(path, told, notes)
+        progress("taking the network", 1, _STAGES)
+        finished, parity = _proven(model, reference, pictures, notes)
+        progress("taking the network", 2, _STAGES)
+        for engine in sorted({result.engine for result in parity}):
+            load_elsewhere(finished, engine=engine)
+        progress("taking the network", 3, _STAGES)
+    except (ModelRejected, UsageError, VerificationFailed) as error:
+        error.file = error.file if error.file not in (None, "the bytes given") else printable(path)
+        raise
     warn_of_assumed(assumed, path)
     for note in notes:
         _log.warning("%s: %s", printable(path), note)
-    progress("taking the network", 4, _STAGES)
     return Adoption(model=replace(finished, source=printable(path)), parity=tuple(parity), notes=tuple(notes))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Told:
+    """What the file does not say itself."""
+
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    layout: Layout | None
+    output: str | None
+    name: str | None
+    assumed: tuple[str, ...]
+
+
+def _taken(path: str | os.PathLike[str], told: _Told, notes: list[str]) -> tuple[ModelFile, ForeignReference]:
+    """Return the file in our form, without golden vectors, and the network as it came; notes say what was changed."""
+    data = _read(path)
+    original, graph = _parsed(data)
+    entry = input_of(graph, told.preprocessing, told.layout)
+    reference = ForeignReference(original, entry, told.preprocessing)
+    logits = choose_output(graph, reference, told.output, len(told.labels), notes)
+    graph, batch = settle_batch(graph, logits, reference)
+    if batch is not None:
+        notes.append(f"its batch stays {batch}: it does not run, or answers otherwise, at another")
+    set_interface(graph, logits, entry, told.preprocessing, batch)
+    graph.producer_name, graph.producer_version = PRODUCER, vit_edge.__version__
+    manifest = Manifest(
+        name=told.name or printable(Path(path).stem),
+        architecture={"family": "onnx", "producer": original.producer_name},
+        preprocessing=told.preprocessing,
+        labels=told.labels,
+        precision="float32",
+        input=_input_entry(graph, entry, batch),
+        assumed=told.assumed,
+        provenance={"source_sha256": sha256_hex(data), "form": "plain", "changes": list(notes), **_VERSIONS},
+    )
+    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
+    _guard(model)
+    return model, reference
+
+
+def _parsed(data: bytes) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Return the file as it is and tidied; raises ModelRejected where a part of it cannot be read."""
+    try:
+        return onnx.load_model_from_string(data), tidy(onnx.load_model_from_string(data))
+    except (DecodeError, IndexError, TypeError, ValueError) as error:
+        reason = f"a part of it cannot be read ({' '.join(str(error).split())[:200]})"
+        raise _rejected(reason, "copy it again, or export it again") from error
 
 
 def _input_entry(graph: onnx.ModelProto, entry: ForeignInput, batch: int | None) -> dict[str, Any]:
@@ -163,12 +175,12 @@ def _proven(
     model: ModelFile,
     reference: ForeignReference,
     pictures: Iterable[Pixels],
-    macs: int | None,
     notes: list[str],
 ) -> tuple[ModelFile, list[Parity]]:
     """Return the file with golden vectors, and the figures of each engine that answers as the file it came from."""
     preprocessing = model.manifest.preprocessing
     height, width = preprocessing.crop
+    macs = macs_per_image(onnx.load_model_from_string(model.data))
     seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     shown = list(pictures)

@@ -198,7 +198,8 @@ def _check_weight(tensor: onnx.TensorProto) -> None:
     if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
         kind = TensorProto.DataType.Name(tensor.data_type).lower()
         raise _rejected(f"its weight {tensor.name!r} is {kind}; only float32 networks can be taken")
-    if tensor.data_type == TensorProto.FLOAT and not np.isfinite(numpy_helper.to_array(tensor)).all():
+    values = numpy_helper.to_array(tensor)  # raises ValueError where its bytes do not fit its shape
+    if tensor.data_type == TensorProto.FLOAT and not np.isfinite(values).all():
         raise _rejected(f"its weight {tensor.name!r} is not finite")
 
 

@@ -218,6 +218,12 @@ def _outside() -> onnx.ModelProto:
     return model
 
 
+def _short() -> onnx.ModelProto:
+    model = network(*CONV, *HEAD, **WEIGHTS)
+    model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:-4]
+    return model
+
+
 def _typed(dtype: type) -> onnx.ModelProto:
     cast = [node("Cast", ["v"], ["w"], to=TensorProto.FLOAT), *CONV, *HEAD]
     return network(*cast, v=WEIGHTS["w"].astype(dtype), filters=WEIGHTS["filters"], b=WEIGHTS["b"])
@@ -247,6 +253,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
                         b=WEIGHTS["b"], q=np.ones((5, 4), np.int8), s=np.float32(0.1)),
         "quantized already",
     ),
+    "damaged weights": (_short, "a part of it cannot be read"),
     "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "has no 3 channels"),
     "no pictures": (lambda: network(*HEAD[1:], node("Relu", ["x"], ["f"]), shape=["n", 4], **WEIGHTS), "2 axes"),
     "it does not run": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "w": WEIGHTS["w"][:, :3]}), "cannot run"),

@@ -80,8 +80,6 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
         require(module, extra="export,onnxruntime", what="export")
     if is_file(source) and Path(source).suffix.lower() == ".onnx":
         return _adopt(Path(source), out or Path("model.onnx"), data, force, values)
-    for name in ("layout", "logits"):
-        _refuse(source, name, values, "is for an ONNX file made elsewhere")
     from vit_edge.export import ExportOptions, export_onnx
     from vit_edge.export.formats import may_write_format
 
@@ -111,6 +109,8 @@ def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
     from vit_edge.export.factory import factory_preprocessing, is_factory, make_network
     from vit_edge.foreign.label_names import read_labels
 
+    for name in ("layout", "logits"):
+        _refuse(source, name, values, "is for an ONNX file made elsewhere")
     told = {name: values[name] for name in ("preprocessing", "labels", "image_size", "like")}
     if not is_factory(source):
         _refuse(source, "weights", values, "is for package.module:factory; any other source has its own")
@@ -149,15 +149,7 @@ def _adopt(source: Path, out: Path, data: Path | None, force: bool, values: dict
     from vit_edge.files import may_write, write_atomic
     from vit_edge.foreign.label_names import read_labels
 
-    for name, default in _NOT_FOR_ONNX.items():
-        if values[name] != default:
-            option = name.strip("_").replace("_", "-")
-            reason = f"--{option} is for a network that is traced; an ONNX file is taken as it is"
-            raise UsageError("cannot export", file=source, reason=reason, remedy=f"leave --{option} out")
-    for name in ("labels", "preprocessing"):
-        if values[name] is None:
-            reason = f"an ONNX file made elsewhere does not say its {name}"
-            raise UsageError("cannot export", file=source, reason=reason, remedy=f"give --{name}")
+    _check_told(source, values)
     target = may_write(out, force=force, made_from=source)
     preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
     pictures = [] if data is None else find_images(data)
@@ -180,6 +172,19 @@ def _adopt(source: Path, out: Path, data: Path | None, force: bool, values: dict
         f"model: {target} ({megabytes(size_bytes)}, sha256 {sha256})",
     ]
     return Result(data={**fields, "parity": [asdict(entry) for entry in adopted.parity]}, shown=shown)
+
+
+def _check_told(source: Path, values: dict[str, Any]) -> None:
+    """Raise UsageError where an option cannot be followed, or one that is needed is not there."""
+    for name, default in _NOT_FOR_ONNX.items():
+        if values[name] != default:
+            option = name.strip("_").replace("_", "-")
+            reason = f"--{option} is for a network that is traced; an ONNX file is taken as it is"
+            raise UsageError("cannot export", file=source, reason=reason, remedy=f"leave --{option} out")
+    for name in ("labels", "preprocessing"):
+        if values[name] is None:
+            reason = f"an ONNX file made elsewhere does not say its {name}"
+            raise UsageError("cannot export", file=source, reason=reason, remedy=f"give --{name}")
 
 
 def _refuse(source: str, name: str, values: dict[str, Any], why: str) -> None:
