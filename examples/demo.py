@@ -30,19 +30,19 @@ TEST = DEMO / "digits" / "test"
 # 360 test pictures certify no drop below 0.83 points even if not one answer changes, and 2.9 if five are lost: 4 points
 # is what they can prove with room for a few changed answers. A real model needs more pictures and a smaller number.
 MAX_DROP = "4"
-BUDGET = ("--max-drop", MAX_DROP, "--min-agreement", "98")
+BUDGET = ("--max-drop", MAX_DROP, "--min-agreement", "96")
 MAX_SIZE_RATIO = 0.30
 
 console = Console(highlight=False, markup=False)
 
 
-def main() -> None:
+def main(run: str | None = None) -> None:
+    """Run the chain; with `run`, the folder of an earlier training on the digits, from there on."""
     started = time.monotonic()
     DEMO.mkdir(exist_ok=True)
     calibration = Path(os.path.relpath(ROOT / "calibration_data"))
     subprocess.run([sys.executable, calibration / "make_digits.py", "--out", DEMO / "digits"], check=True)
-    trained = vit_edge("train", DEMO / "digits", "--out", DEMO / "run", "--force")
-    say(f"{trained['top1']:.1f} % of {trained['num_images']} test pictures right, in {trained['seconds']:.0f} s")
+    trained = train(run)
     vit_edge("export", trained["checkpoint"], "--out", FLOAT, "--force")
     say("ONNX Runtime and OpenVINO give PyTorch's answers at batches 1, 2, 3, 7 and 16")
     quantized = vit_edge("quantize", FLOAT, "--calibration", calibration, "--out", INT8, "--force")
@@ -67,6 +67,15 @@ def main() -> None:
     show(rows, measured["results"][0])
     show_refusal()
     show_next(seconds)
+
+
+def train(run: str | None) -> dict[str, Any]:
+    """Return what the training printed, or what its folder holds."""
+    if run is not None:
+        return {"checkpoint": str(Path(run) / "best.safetensors"), "folder": run}
+    trained = vit_edge("train", DEMO / "digits", "--out", DEMO / "run", "--force")
+    say(f"{trained['top1']:.1f} % of {trained['num_images']} test pictures right, in {trained['seconds']:.0f} s")
+    return trained
 
 
 def vit_edge(*arguments: str | Path) -> dict[str, Any]:
@@ -167,4 +176,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -369,5 +369,5 @@ def _with_golden(model: ModelFile, source: ModelFile) -> ModelFile:
     manifest = replace(model.manifest, golden={**golden, "expected": expected})
     finished = open_model(model.with_manifest(manifest), warn=False)
     for name in engines:
-        load_model(finished, engine=name, options=EngineOptions()).close()
+        load_model(finished, engine=name, options=EngineOptions(), warn=False).close()
     return finished

@@ -33,9 +33,9 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "fast": Effort(num_images=32, range_steps=4, sweeps=2),
-    "balanced": Effort(num_images=64, range_steps=8, sweeps=8),
-    "thorough": Effort(num_images=128, range_steps=16, sweeps=32),
+    "fast": Effort(num_images=16, range_steps=3, sweeps=1),
+    "balanced": Effort(num_images=32, range_steps=5, sweeps=4),
+    "thorough": Effort(num_images=128, range_steps=12, sweeps=16),
 }
 
 

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Workspace
 
 
-def test_the_demo_runs_and_reports(tmp_path: Path) -> None:
+def test_the_demo_runs_and_reports(tmp_path: Path, workspace: Workspace) -> None:
+    """From a network that was trained on the same digits by the same command: that takes two minutes."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py"],
+        [sys.executable, ROOT / "examples" / "demo.py", workspace.checkpoint.parent],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -28,7 +29,6 @@ def test_the_demo_runs_and_reports(tmp_path: Path) -> None:
     sizes = {row["precision"]: row["size_bytes"] for row in rows}
     assert sizes["int8"] <= 0.30 * sizes["float32"]
     assert all(row["agreement"] >= 98 and row["top1"] >= 96 for row in rows)
-    assert report["training"]["top1"] >= 97
     assert report["verification"]["verdict"] == "pass"
     assert "One bit of a copy flipped: will not load the model file" in done.stdout
     for engine in ("onnxruntime", "openvino"):
