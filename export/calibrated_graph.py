@@ -13,6 +13,7 @@ import onnx
 
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.activations import Activations
+from vit_edge.export.algorithms.attention_scores import find_scores
 from vit_edge.export.algorithms.mixed_precision import choose_float
 from vit_edge.export.algorithms.reconstruction import Reconstruction, reconstruct
 from vit_edge.export.algorithms.reparameterisation import find_norms, reparameterise
@@ -56,7 +57,7 @@ class CalibratedGraph:
     """What `calibrate` found; `quantized` makes the INT8 graph of it.
 
     `noise` is each product's share of noise in the logits, where it was measured. `float_products` are those that the
-    recipe leaves float.
+    recipe leaves float, `openvino_rounds` the largest values of what is int8 in OpenVINO only.
     """
 
     graph: onnx.ModelProto
@@ -67,6 +68,7 @@ class CalibratedGraph:
     applied: tuple[Algorithm, ...]
     noise: Mapping[str, float]
     float_products: frozenset[str]
+    openvino_rounds: Mapping[str, float]
 
     def only(self, node: str) -> onnx.ModelProto:
         """Return the graph with one product in integers."""
@@ -96,44 +98,75 @@ def calibrate(
     are then as `plan.method` finds them. Raises DataRejected, ModelRejected, UsageError.
     """
     graph = prepare(model)
-    products = tuple(find_products(graph))
     sample = [image[None] for image in pictures.sample(plan.effort.num_images)]
-    transformer = not is_convolutional(graph)
-    wanted = frozenset(plan.algorithms) if transformer else frozenset[Algorithm]()
-    if plan.algorithms and not transformer:
-        _log.warning("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
+    wanted = _fitting(plan, graph)
     aligned, exact = _align(graph, pictures, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
-    tensors = tensors_to_observe(aligned, plan.scheme)
-    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
-    start = averaged
-    if plan.method != "averaged min-max":
-        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
-    fitted = Reconstruction(model=aligned, ranges=dict(start))
+    scores = find_scores(aligned) if "attention-scores" in wanted else []
+    start, limits = _ranges(aligned, [*tensors_to_observe(aligned, plan.scheme), *scores], pictures, plan, cache)
+    products = tuple(find_products(graph))
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
+    fitted = Reconstruction(model=aligned, ranges=dict(start))
     if fitting:
         fitted = reconstruct(
-            aligned, start, overall, products, sample,
+            aligned, start, limits, products, sample,
             scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
         )  # fmt: skip
+    applied = exact | fitting | ({"attention-scores"} if scores else frozenset[Algorithm]())
     calibrated = CalibratedGraph(
         graph=fitted.model,
         products=products,
-        ranges=fitted.ranges,
+        ranges={name: found for name, found in fitted.ranges.items() if name not in scores},
         weights=fitted.weights,
         scheme=plan.scheme,
-        applied=tuple(name for name in ALGORITHMS if name in exact | fitting),
+        applied=tuple(name for name in ALGORITHMS if name in applied),
         noise={},
         float_products=plan.scheme.exclude,
+        openvino_rounds={name: _peak(start[name]) for name in scores if _peak(start[name]) > 0},
     )
     if not (needs_noise or "mixed-precision" in wanted):
         return calibrated
+    return _with_noise(calibrated, sample, mixed="mixed-precision" in wanted, progress=progress)
+
+
+def _fitting(plan: Plan, graph: onnx.ModelProto) -> frozenset[Algorithm]:
+    """Return the algorithms asked for that are for this kind of graph."""
+    if plan.algorithms and is_convolutional(graph):
+        _log.warning("convolutions do most of the work here: ranges are calibrated, the recipe's algorithms left out")
+        return frozenset()
+    return frozenset(plan.algorithms)
+
+
+def _ranges(
+    graph: onnx.ModelProto,
+    tensors: Sequence[str],
+    pictures: CalibrationPictures,
+    plan: Plan,
+    cache: CalibrationCache | None,
+) -> tuple[Mapping[str, Range], Mapping[str, Range]]:
+    """Return the ranges to start from, and the overall extremes."""
+    averaged, overall = observe_extremes(graph, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    if plan.method == "averaged min-max":
+        return averaged, overall
+    method, batch_size = plan.method, plan.batch_size
+    return observe_ranges(graph, tensors, pictures, method=method, batch_size=batch_size, cache=cache), overall
+
+
+def _peak(observed: Range) -> float:
+    return max(-observed.low, observed.high)
+
+
+def _with_noise(
+    calibrated: CalibratedGraph, sample: Sequence[Array], *, mixed: bool, progress: Progress
+) -> CalibratedGraph:
+    """Return it with each product's noise, and with the products that `mixed` precision leaves float."""
+    products = calibrated.products
     noise = noise_by_product(calibrated.graph, products, calibrated.only, sample, progress=progress)
-    calibrated = replace(calibrated, noise=noise)
-    if "mixed-precision" not in wanted:
-        return calibrated
-    left = plan.scheme.exclude | choose_float(calibrated.graph, products, noise)
-    return replace(calibrated, float_products=left, applied=(*calibrated.applied, "mixed-precision"))
+    if not mixed:
+        return replace(calibrated, noise=noise)
+    left = calibrated.scheme.exclude | choose_float(calibrated.graph, products, noise)
+    applied = tuple(name for name in ALGORITHMS if name in calibrated.applied or name == "mixed-precision")
+    return replace(calibrated, noise=noise, float_products=left, applied=applied)
 
 
 def _align(

@@ -318,6 +318,7 @@ def _record(
         "weights": {"dtype": "int8", "bits": scheme.weight_bits, "granularity": "per-channel", "symmetric": True},
         "activations": {"dtype": scheme.activation, "granularity": "per-tensor", "symmetric": symmetric},
         "float_products": sorted(left),
+        "openvino_rounds": {name: float(np.float32(peak)) for name, peak in found.openvino_rounds.items()},
         "ranges": {"method": options.ranges, "values": {name: _rounded(r) for name, r in found.ranges.items()}},
         "images": [digest for digest, _ in known],
         "fingerprints": [text for _, text in known],

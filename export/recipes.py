@@ -11,7 +11,7 @@ from vit_edge.errors import UsageError
 __all__ = ["ALGORITHMS", "EFFORTS", "RECIPES", "Algorithm", "Effort", "EffortName", "Recipe", "choose_algorithms"]
 
 Algorithm: TypeAlias = Literal[
-    "repq", "value-scaling", "range-search", "rounding", "bias-correction", "mixed-precision"
+    "repq", "value-scaling", "range-search", "rounding", "bias-correction", "mixed-precision", "attention-scores"
 ]
 Recipe: TypeAlias = Literal["fast", "accurate"]
 EffortName: TypeAlias = Literal["fast", "balanced", "thorough"]
@@ -20,7 +20,10 @@ EffortName: TypeAlias = Literal["fast", "balanced", "thorough"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 _STATIC: tuple[Algorithm, ...] = ("repq", "value-scaling", "range-search", "rounding")
 # `fast` keeps every product in integers with ranges that are constants; `accurate` leaves those float that err most.
-RECIPES: dict[Recipe, tuple[Algorithm, ...]] = {"fast": _STATIC, "accurate": (*_STATIC, "mixed-precision")}
+RECIPES: dict[Recipe, tuple[Algorithm, ...]] = {
+    "fast": (*_STATIC, "attention-scores"),
+    "accurate": (*_STATIC, "mixed-precision"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

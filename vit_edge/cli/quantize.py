@@ -105,8 +105,6 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
     """Return the float model file: as it is, or made of an ONNX classifier from elsewhere and what the options say."""
     from vit_edge.artifact import open_model
     from vit_edge.export.adoption import adopt, is_foreign_onnx
-    from vit_edge.export.factory import factory_preprocessing
-    from vit_edge.foreign.label_names import read_labels
 
     told = [name for name in ("labels", "preprocessing", "image_size") if values[name] is not None]
     if not is_foreign_onnx(model):
@@ -118,6 +116,9 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
         if values[name] is None:
             reason = f"it was made elsewhere and does not say its {name}"
             raise UsageError("cannot quantize", file=model, reason=reason, remedy=f"give --{name}")
+    from vit_edge.export.factory import factory_preprocessing  # torch, which nothing else here needs
+    from vit_edge.foreign.label_names import read_labels
+
     preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
     adopted = adopt(
         model,
