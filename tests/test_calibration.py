@@ -25,11 +25,11 @@ from vit_edge.data import find_images, pixel_hashes
 from vit_edge.errors import DataRejected, ModelRejected, UsageError
 from vit_edge.export import calibration
 from vit_edge.export.activations import Activations
+from vit_edge.export.algorithms.reparameterisation import find_norms
 from vit_edge.export.calibration import METHODS, Range, observe_channels, observe_ranges, range_of
 from vit_edge.export.calibration_cache import CalibrationCache
 from vit_edge.export.histograms import BINS, Histogram, entropy_range, mse_range, percentile_range
 from vit_edge.export.pictures import CalibrationPictures
-from vit_edge.export.reparameterisation import find_norms
 
 MANIFEST = Manifest(
     name="small", architecture={}, preprocessing=PREPROCESSING, labels=("a", "b"), precision="float32", provenance={}

@@ -18,9 +18,9 @@ from tests.calibrating import IMAGES, inputs_of_products, small_graph, start_chi
 from tests.networks import SIZE
 from vit_edge.export import calibration
 from vit_edge.export.activations import Activations
+from vit_edge.export.algorithms.reparameterisation import find_norms
 from vit_edge.export.calibration import METHODS, observe_channels, observe_histograms, observe_ranges
 from vit_edge.export.calibration_cache import CalibrationCache, default_folder
-from vit_edge.export.reparameterisation import find_norms
 from vit_edge.files import sha256_hex
 from vit_edge.image import Preprocessing
 
