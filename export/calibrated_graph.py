@@ -20,17 +20,18 @@ from vit_edge.export.algorithms.value_scaling import find_mixings, scale_values
 from vit_edge.export.calibration import Method, Range, observe_channels, observe_extremes, observe_ranges
 from vit_edge.export.calibration_cache import CalibrationCache
 from vit_edge.export.costs import shapes_for_one_image
+from vit_edge.export.dynamic import dynamic_products, insert_dynamic
 from vit_edge.export.integers import QuantizedWeight
 from vit_edge.export.pictures import CalibrationPictures
 from vit_edge.export.placement import Scheme, insert_qdq, tensors_to_observe
 from vit_edge.export.preparation import prepare
 from vit_edge.export.products import Product, find_products, is_convolutional
-from vit_edge.export.recipes import ALGORITHMS, Algorithm, Effort
+from vit_edge.export.recipes import ALGORITHMS, CHOOSE_RANGES, Algorithm, Effort
 from vit_edge.export.sensitivity import noise_by_product
 from vit_edge.metrics import sqnr_db
 from vit_edge.progress import Progress, silent
 
-__all__ = ["CalibratedGraph", "Plan", "calibrate"]
+__all__ = ["CalibratedGraph", "Plan", "calibrate", "uncalibrated"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -42,13 +43,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is to be done: which algorithms with how much effort, which integers, how ranges are found at first."""
+    """What is to be done: which algorithms with how much effort, which integers, how ranges are found at first.
+
+    `dynamic` ranges are found at run time; then algorithms that choose ranges have nothing to do.
+    """
 
     algorithms: tuple[Algorithm, ...]
     effort: Effort
     scheme: Scheme
     method: Method = "averaged min-max"
     batch_size: int = 1
+    dynamic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +72,7 @@ class CalibratedGraph:
     applied: tuple[Algorithm, ...]
     noise: Mapping[str, float]
     float_products: frozenset[str]
+    dynamic: bool = False
 
     def only(self, node: str) -> onnx.ModelProto:
         """Return the graph with one product in integers."""
@@ -78,6 +84,8 @@ class CalibratedGraph:
         scheme = Scheme(weight_bits=self.scheme.weight_bits, activation=self.scheme.activation, exclude=left)
         if left >= {product.node for product in self.products}:
             return self.graph
+        if self.dynamic:
+            return insert_dynamic(self.graph, scheme=scheme, weights=self.weights)
         return insert_qdq(self.graph, self.ranges, scheme=scheme, weights=self.weights)
 
 
@@ -96,35 +104,25 @@ def calibrate(
     are then as `plan.method` finds them. Raises DataRejected, ModelRejected, UsageError.
     """
     graph = prepare(model)
-    products = tuple(find_products(graph))
+    products = _products(graph, plan)
     sample = [image[None] for image in pictures.sample(plan.effort.num_images)]
-    transformer = not is_convolutional(graph)
-    wanted = frozenset(plan.algorithms) if transformer else frozenset[Algorithm]()
-    if plan.algorithms and not transformer:
-        _log.warning("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
+    wanted = _wanted(graph, plan)
     aligned, exact = _align(graph, pictures, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
-    tensors = tensors_to_observe(aligned, plan.scheme)
-    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
-    start = averaged
-    if plan.method != "averaged min-max":
-        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
-    fitted = Reconstruction(model=aligned, ranges=dict(start))
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
-    if fitting:
-        fitted = reconstruct(
-            aligned, start, overall, products, sample,
-            scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
-        )  # fmt: skip
+    fitted = Reconstruction(model=aligned, ranges={})
+    if fitting or not plan.dynamic:
+        fitted = _fitted(aligned, pictures, products, sample, fitting, plan, cache, progress)
     calibrated = CalibratedGraph(
         graph=fitted.model,
         products=products,
-        ranges=fitted.ranges,
+        ranges={} if plan.dynamic else fitted.ranges,
         weights=fitted.weights,
         scheme=plan.scheme,
         applied=tuple(name for name in ALGORITHMS if name in exact | fitting),
         noise={},
         float_products=plan.scheme.exclude,
+        dynamic=plan.dynamic,
     )
     if not (needs_noise or "mixed-precision" in wanted):
         return calibrated
@@ -134,6 +132,58 @@ def calibrate(
         return calibrated
     left = plan.scheme.exclude | choose_float(calibrated.graph, products, noise)
     return replace(calibrated, float_products=left, applied=(*calibrated.applied, "mixed-precision"))
+
+
+def uncalibrated(model: onnx.ModelProto, plan: Plan) -> CalibratedGraph:
+    """Return the float32 graph `model` as it is, for dynamic ranges: nothing is known of its activations."""
+    graph = prepare(model)
+    return CalibratedGraph(
+        graph=graph,
+        products=_products(graph, plan),
+        ranges={},
+        weights={},
+        scheme=plan.scheme,
+        applied=(),
+        noise={},
+        float_products=plan.scheme.exclude,
+        dynamic=True,
+    )
+
+
+def _products(graph: onnx.ModelProto, plan: Plan) -> tuple[Product, ...]:
+    return tuple(dynamic_products(graph) if plan.dynamic else find_products(graph))
+
+
+def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
+    """Return the algorithms of the plan that are for such a graph."""
+    if plan.algorithms and is_convolutional(graph):
+        _log.warning("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
+        return frozenset()
+    return frozenset(plan.algorithms) - (CHOOSE_RANGES if plan.dynamic else frozenset())
+
+
+def _fitted(
+    aligned: onnx.ModelProto,
+    pictures: CalibrationPictures,
+    products: Sequence[Product],
+    sample: Sequence[Array],
+    fitting: frozenset[Algorithm],
+    plan: Plan,
+    cache: CalibrationCache | None,
+    progress: Progress,
+) -> Reconstruction:
+    """Return ranges as the plan's method finds them, and what the algorithms `fitting` make of them."""
+    tensors = tensors_to_observe(aligned, plan.scheme)
+    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    start = averaged
+    if plan.method != "averaged min-max":
+        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
+    if not fitting:
+        return Reconstruction(model=aligned, ranges=dict(start))
+    return reconstruct(
+        aligned, start, overall, products, sample,
+        scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
+    )  # fmt: skip
 
 
 def _align(

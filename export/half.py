@@ -14,7 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vit_edge.errors import VerificationFailed
 
-__all__ = ["to_half"]
+__all__ = ["STORAGE_NOT_SPEED", "to_half"]
+
+STORAGE_NOT_SPEED = "float16 is storage on CPUs: engines compute in float32 there, and no faster"
 
 # Sums of many squares or exponentials: float16 ends at 65,504 and has 11 bits.
 _KEPT_FLOAT32 = ("LayerNormalization", "Softmax")
