@@ -23,7 +23,7 @@ from vit_edge.export.costs import shapes_for_one_image
 from vit_edge.export.dynamic import dynamic_products, insert_dynamic
 from vit_edge.export.integers import QuantizedWeight
 from vit_edge.export.pictures import CalibrationPictures
-from vit_edge.export.placement import Scheme, insert_qdq, tensors_to_observe
+from vit_edge.export.placement import Scheme, insert_qdq, range_names
 from vit_edge.export.preparation import prepare
 from vit_edge.export.products import Product, find_products, is_convolutional
 from vit_edge.export.recipes import ALGORITHMS, CHOOSE_RANGES, Algorithm, Effort
@@ -173,17 +173,21 @@ def _fitted(
     progress: Progress,
 ) -> Reconstruction:
     """Return ranges as the plan's method finds them, and what the algorithms `fitting` make of them."""
-    tensors = tensors_to_observe(aligned, plan.scheme)
+    names = range_names(aligned, plan.scheme)
+    tensors = list(dict.fromkeys(names.values()))
     averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
     start = averaged
     if plan.method != "averaged min-max":
         start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
     if not fitting:
         return Reconstruction(model=aligned, ranges=dict(start))
-    return reconstruct(
-        aligned, start, overall, products, sample,
+    moved = {tensor: start[name] for tensor, name in names.items()}
+    fitted = reconstruct(
+        aligned, {**start, **moved}, overall, products, sample,
         scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
     )  # fmt: skip
+    fitted.ranges = {name: fitted.ranges[name] for name in tensors}
+    return fitted
 
 
 def _align(
