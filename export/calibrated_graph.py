@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,17 +21,18 @@ from vit_edge.export.algorithms.value_scaling import find_mixings, scale_values
 from vit_edge.export.calibration import Method, Range, observe_channels, observe_extremes, observe_ranges
 from vit_edge.export.calibration_cache import CalibrationCache
 from vit_edge.export.costs import shapes_for_one_image
+from vit_edge.export.dynamic import dynamic_products, insert_dynamic
 from vit_edge.export.integers import QuantizedWeight
 from vit_edge.export.pictures import CalibrationPictures
-from vit_edge.export.placement import Scheme, insert_qdq, tensors_to_observe
+from vit_edge.export.placement import Scheme, insert_qdq, range_names
 from vit_edge.export.preparation import prepare
 from vit_edge.export.products import Product, find_products, is_convolutional
-from vit_edge.export.recipes import ALGORITHMS, Algorithm, Effort
+from vit_edge.export.recipes import ALGORITHMS, CHOOSE_RANGES, Algorithm, Effort
 from vit_edge.export.sensitivity import noise_by_product
 from vit_edge.metrics import sqnr_db
 from vit_edge.progress import Progress, silent
 
-__all__ = ["CalibratedGraph", "Plan", "calibrate"]
+__all__ = ["CalibratedGraph", "Plan", "calibrate", "uncalibrated"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -43,13 +44,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is to be done: which algorithms with how much effort, which integers, how ranges are found at first."""
+    """What is to be done: which algorithms with how much effort, which integers, how ranges are found at first.
+
+    `dynamic` ranges are found at run time; then algorithms that choose ranges have nothing to do.
+    """
 
     algorithms: tuple[Algorithm, ...]
     effort: Effort
     scheme: Scheme
     method: Method = "averaged min-max"
     batch_size: int = 1
+    dynamic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +73,8 @@ class CalibratedGraph:
     applied: tuple[Algorithm, ...]
     noise: Mapping[str, float]
     float_products: frozenset[str]
-    openvino_rounds: Mapping[str, float]
+    openvino_rounds: Mapping[str, float] = field(default_factory=dict)
+    dynamic: bool = False
 
     def only(self, node: str) -> onnx.ModelProto:
         """Return the graph with one product in integers."""
@@ -80,6 +86,8 @@ class CalibratedGraph:
         scheme = Scheme(weight_bits=self.scheme.weight_bits, activation=self.scheme.activation, exclude=left)
         if left >= {product.node for product in self.products}:
             return self.graph
+        if self.dynamic:
+            return insert_dynamic(self.graph, scheme=scheme, weights=self.weights)
         return insert_qdq(self.graph, self.ranges, scheme=scheme, weights=self.weights)
 
 
@@ -98,62 +106,47 @@ def calibrate(
     are then as `plan.method` finds them. Raises DataRejected, ModelRejected, UsageError.
     """
     graph = prepare(model)
+    products = _products(graph, plan)
     sample = [image[None] for image in pictures.sample(plan.effort.num_images)]
-    wanted = _fitting(plan, graph)
+    wanted = _wanted(graph, plan)
     aligned, exact = _align(graph, pictures, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
     scores = find_scores(aligned) if "attention-scores" in wanted else []
-    start, limits = _ranges(aligned, [*tensors_to_observe(aligned, plan.scheme), *scores], pictures, plan, cache)
-    products = tuple(find_products(graph))
+    peaks = _peaks(aligned, scores, pictures, plan, cache)
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
-    fitted = Reconstruction(model=aligned, ranges=dict(start))
-    if fitting:
-        fitted = reconstruct(
-            aligned, start, limits, products, sample,
-            scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
-        )  # fmt: skip
-    applied = exact | fitting | ({"attention-scores"} if scores else frozenset[Algorithm]())
+    fitted = Reconstruction(model=aligned, ranges={})
+    if fitting or not plan.dynamic:
+        fitted = _fitted(aligned, pictures, products, sample, fitting, plan, cache, progress)
     calibrated = CalibratedGraph(
         graph=fitted.model,
         products=products,
-        ranges={name: found for name, found in fitted.ranges.items() if name not in scores},
+        ranges={} if plan.dynamic else fitted.ranges,
         weights=fitted.weights,
         scheme=plan.scheme,
-        applied=tuple(name for name in ALGORITHMS if name in applied),
+        applied=tuple(n for n in ALGORITHMS if n in exact | fitting or (n == "attention-scores" and peaks)),
         noise={},
         float_products=plan.scheme.exclude,
-        openvino_rounds={name: _peak(start[name]) for name in scores if _peak(start[name]) > 0},
+        openvino_rounds=peaks,
+        dynamic=plan.dynamic,
     )
     if not (needs_noise or "mixed-precision" in wanted):
         return calibrated
     return _with_noise(calibrated, sample, mixed="mixed-precision" in wanted, progress=progress)
 
 
-def _fitting(plan: Plan, graph: onnx.ModelProto) -> frozenset[Algorithm]:
-    """Return the algorithms asked for that are for this kind of graph."""
-    if plan.algorithms and is_convolutional(graph):
-        _log.warning("convolutions do most of the work here: ranges are calibrated, the recipe's algorithms left out")
-        return frozenset()
-    return frozenset(plan.algorithms)
-
-
-def _ranges(
+def _peaks(
     graph: onnx.ModelProto,
     tensors: Sequence[str],
     pictures: CalibrationPictures,
     plan: Plan,
     cache: CalibrationCache | None,
-) -> tuple[Mapping[str, Range], Mapping[str, Range]]:
-    """Return the ranges to start from, and the overall extremes."""
-    averaged, overall = observe_extremes(graph, tensors, pictures, batch_size=plan.batch_size, cache=cache)
-    if plan.method == "averaged min-max":
-        return averaged, overall
-    method, batch_size = plan.method, plan.batch_size
-    return observe_ranges(graph, tensors, pictures, method=method, batch_size=batch_size, cache=cache), overall
-
-
-def _peak(observed: Range) -> float:
-    return max(-observed.low, observed.high)
+) -> dict[str, float]:
+    """Return the averaged largest value of each tensor that is not always zero."""
+    if not tensors:
+        return {}
+    found, _ = observe_extremes(graph, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    peaks = {name: max(-found[name].low, found[name].high) for name in tensors}
+    return {name: peak for name, peak in peaks.items() if peak > 0}
 
 
 def _with_noise(
@@ -167,6 +160,62 @@ def _with_noise(
     left = calibrated.scheme.exclude | choose_float(calibrated.graph, products, noise)
     applied = tuple(name for name in ALGORITHMS if name in calibrated.applied or name == "mixed-precision")
     return replace(calibrated, noise=noise, float_products=left, applied=applied)
+
+
+def uncalibrated(model: onnx.ModelProto, plan: Plan) -> CalibratedGraph:
+    """Return the float32 graph `model` as it is, for dynamic ranges: nothing is known of its activations."""
+    graph = prepare(model)
+    return CalibratedGraph(
+        graph=graph,
+        products=_products(graph, plan),
+        ranges={},
+        weights={},
+        scheme=plan.scheme,
+        applied=(),
+        noise={},
+        float_products=plan.scheme.exclude,
+        dynamic=True,
+    )
+
+
+def _products(graph: onnx.ModelProto, plan: Plan) -> tuple[Product, ...]:
+    return tuple(dynamic_products(graph) if plan.dynamic else find_products(graph))
+
+
+def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
+    """Return the algorithms of the plan that are for such a graph."""
+    if plan.algorithms and is_convolutional(graph):
+        _log.warning("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
+        return frozenset()
+    return frozenset(plan.algorithms) - (CHOOSE_RANGES if plan.dynamic else frozenset())
+
+
+def _fitted(
+    aligned: onnx.ModelProto,
+    pictures: CalibrationPictures,
+    products: Sequence[Product],
+    sample: Sequence[Array],
+    fitting: frozenset[Algorithm],
+    plan: Plan,
+    cache: CalibrationCache | None,
+    progress: Progress,
+) -> Reconstruction:
+    """Return ranges as the plan's method finds them, and what the algorithms `fitting` make of them."""
+    names = range_names(aligned, plan.scheme)
+    tensors = list(dict.fromkeys(names.values()))
+    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    start = averaged
+    if plan.method != "averaged min-max":
+        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
+    if not fitting:
+        return Reconstruction(model=aligned, ranges=dict(start))
+    moved = {tensor: start[name] for tensor, name in names.items()}
+    fitted = reconstruct(
+        aligned, {**start, **moved}, overall, products, sample,
+        scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
+    )  # fmt: skip
+    fitted.ranges = {name: fitted.ranges[name] for name in tensors}
+    return fitted
 
 
 def _align(

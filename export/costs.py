@@ -139,6 +139,6 @@ def _kind(tensor: onnx.TensorProto, reading: Sequence[onnx.NodeProto]) -> str:
         return "shapes"
     if operators & {"LayerNormalization", "BatchNormalization"}:
         return "norms"
-    if operators & {"MatMul", "Gemm", "Conv"} and len(tensor.dims) > 1:
+    if operators & set(PRODUCTS) and len(tensor.dims) > 1:
         return "weights"
     return "biases" if len(tensor.dims) == 1 else "constants"

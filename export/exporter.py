@@ -28,6 +28,7 @@ from vit_edge.export.external import move_weights_out
 from vit_edge.export.finishing import finish
 from vit_edge.export.formats import may_write_format, write_folder, write_model
 from vit_edge.export.golden import choose_seeds, golden_header
+from vit_edge.export.half import STORAGE_NOT_SPEED
 from vit_edge.export.huggingface import folder_of, require_vit
 from vit_edge.export.ir_conversion import convert_to_ir
 from vit_edge.export.network import (
@@ -94,7 +95,7 @@ def export_onnx(
     made_from = source if is_file(source) else None
     target = may_write_format(out, options, force=force, made_from=made_from)  # type: ignore[arg-type]
     if options.precision == "fp16":
-        _log.warning("float16 is storage on CPUs: engines compute in float32 there, and no faster")
+        _log.warning(STORAGE_NOT_SPEED)
     if isinstance(source, nn.Module):
         network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
     else:

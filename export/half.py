@@ -14,7 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vit_edge.errors import VerificationFailed
 
-__all__ = ["to_half"]
+__all__ = ["STORAGE_NOT_SPEED", "to_half"]
+
+STORAGE_NOT_SPEED = "float16 is storage on CPUs: engines compute in float32 there, and no faster"
 
 # Sums of many squares or exponentials: float16 ends at 65,504 and has 11 bits.
 _KEPT_FLOAT32 = ("LayerNormalization", "Softmax")
@@ -32,11 +34,25 @@ def to_half(graph: onnx.GraphProto) -> None:
         if tensor.data_type == TensorProto.FLOAT and tensor.name not in kept:
             tensor.CopyFrom(_half(tensor))
     outputs = {v.name for v in graph.output if v.type.tensor_type.elem_type == TensorProto.FLOAT}
-    nodes = [*_inputs(graph), *(new for node in graph.node for new in _converted(node, floats, outputs))]
-    nodes += [_cast(f"{name}.half", name, TensorProto.FLOAT) for name in sorted(outputs)]
+    answering = _answering(graph, outputs)
+    outputs -= {name for node in answering for name in node.output}
+    computing = [node for node in graph.node if node not in answering]
+    nodes = [*_inputs(graph), *(new for node in computing for new in _converted(node, floats, outputs))]
+    nodes += [_cast(f"{name}.half", name, TensorProto.FLOAT) for name in sorted(outputs)] + answering
     converted = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(converted)
+
+
+def _answering(graph: onnx.GraphProto, outputs: set[str]) -> list[onnx.NodeProto]:
+    """Return what makes probabilities and the likeliest classes of the logits: of these as they leave, in float32."""
+    constants = {tensor.name for tensor in graph.initializer}
+    found: list[onnx.NodeProto] = []
+    for node in graph.node:
+        read = set(node.input) - constants
+        if node.op_type in ("Softmax", "TopK") and read <= outputs | {name for other in found for name in other.output}:
+            found.append(node)
+    return found
 
 
 def _separate(graph: onnx.GraphProto, kept: set[str]) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "find_products",
     "insert_qdq",
     "quantize_weight",
+    "range_names",
     "tensors_to_observe",
 ]
 
@@ -69,8 +70,12 @@ class Scheme:
 
 def tensors_to_observe(model: onnx.ModelProto, scheme: Scheme = Scheme()) -> list[str]:
     """Return the tensors whose ranges `insert_qdq` asks for, in graph order."""
-    plan = _Plan.of(model, scheme)
-    return list(dict.fromkeys(name for name in plan.ranges.values() if name != PIXELS))
+    return list(dict.fromkeys(range_names(model, scheme).values()))
+
+
+def range_names(model: onnx.ModelProto, scheme: Scheme = Scheme()) -> dict[str, str]:
+    """Return for each tensor that is rounded whose range that is over: its own, or that of the one it is moved from."""
+    return {tensor: name for tensor, name in _Plan.of(model, scheme).ranges.items() if name != PIXELS}
 
 
 def insert_qdq(

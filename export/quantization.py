@@ -6,7 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,35 +18,34 @@ import onnx
 from vit_edge.artifact import ModelFile, open_model, pack
 from vit_edge.cpu import instruction_set
 from vit_edge.data import find_images, pixel_hashes
-from vit_edge.errors import DataRejected, UsageError
+from vit_edge.errors import DataRejected, UsageError, printable
 from vit_edge.export.budget import Ladder, RungMemory, climb, order_of
-from vit_edge.export.calibrated_graph import CalibratedGraph, Plan, calibrate
+from vit_edge.export.calibrated_graph import CalibratedGraph, Plan, calibrate, uncalibrated
 from vit_edge.export.calibration import METHODS, Method, Range
 from vit_edge.export.calibration_cache import CalibrationCache, default_folder
 from vit_edge.export.chains import only_for_onnxruntime
 from vit_edge.export.costs import macs_by_node
 from vit_edge.export.coverage import Coverage, coverage
+from vit_edge.export.dynamic import BATCH
 from vit_edge.export.finishing import fix_batch
+from vit_edge.export.golden import with_answers
+from vit_edge.export.halving import halved
 from vit_edge.export.judgement import Budget
 from vit_edge.export.paired_run import find_pictures
 from vit_edge.export.pictures import CalibrationPictures
 from vit_edge.export.placement import Scheme
+from vit_edge.export.precisions import PRECISIONS, Precision, check_options, check_target
 from vit_edge.export.recipes import EFFORTS, EffortName, Recipe, choose_algorithms
 from vit_edge.export.speed import Speed, compare_speed
 from vit_edge.export.verification import Verification, verify_models
 from vit_edge.files import may_write, sha256_hex, write_atomic
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.engine import EngineOptions, installed_engines, make_engine
-from vit_edge.runtime.golden import Tolerance, expectation, golden_images, made_here
+from vit_edge.runtime.engine import EngineOptions, installed_engines
 from vit_edge.runtime.loading import load_model
 from vit_edge.targets import DEFAULT_TARGET, Target, resolve_target
 
 __all__ = ["QuantizationOptions", "QuantizationResult", "quantize", "quantize_model"]
 
-# Float sums in another order move values across rounding steps: two sets of kernels on one CPU, both right, differ by
-# 22.8 to 27.2 dB (DeiT-tiny, 200 photographs; ONNX Runtime against OpenVINO, OpenVINO's dynamic against static shapes).
-# Answers changed only where the two largest logits were less than 0.5 apart.
-_GOLDEN_TOLERANCE = Tolerance(sqnr_db=20.0, top1_gap=0.5)
 _FEW_IMAGES = 32
 # Of a verification: paths of this machine, and what is too long or of no use later.
 _NOT_KEPT = ("changed", "images_needed", "worst_classes")
@@ -56,12 +56,14 @@ _log = logging.getLogger(__name__)
 class QuantizationOptions:
     """How to quantize.
 
-    `target` is a name of `vit_edge.targets.TARGETS`, "auto" for this machine, or a file from `vit-edge doctor --json`.
-    `algorithms` replaces those of the recipe, `without` leaves some out. `ranges` is how ranges are found before any
-    search. `batch_size` is that of calibration, and changes nothing but time. `time_limit_s` ends the search for an
-    accuracy budget with the best file so far.
+    `precision` "int8" has constant ranges, found on pictures; "int8-dynamic" finds them at run time, for CPUs, one
+    picture at a time; "fp16" halves the file. `target` is a name of `vit_edge.targets.TARGETS`, "auto" for this
+    machine, or a file from `vit-edge doctor --json`. `algorithms` replaces those of the recipe, `without` leaves some
+    out. `ranges` is how ranges are found before any search. `batch_size` is that of calibration, and changes nothing
+    but time. `time_limit_s` ends the search for an accuracy budget with the best file so far.
     """
 
+    precision: Precision = "int8"
     target: str = DEFAULT_TARGET
     recipe: Recipe = "fast"
     effort: EffortName = "balanced"
@@ -78,12 +80,18 @@ class QuantizationOptions:
 
     def __post_init__(self) -> None:
         choose_algorithms(self.recipe, algorithms=self.algorithms, without=self.without)
-        for value, known in ((self.effort, tuple(EFFORTS)), (self.ranges, METHODS)):
+        chosen = ((self.precision, PRECISIONS), (self.effort, tuple(EFFORTS)), (self.ranges, METHODS))
+        for value, known in chosen:
             if value not in known:
                 raise UsageError("cannot quantize", reason=f"{value!r} is unknown", remedy=f"choose {', '.join(known)}")
-        if self.batch_size < 1 or (self.time_limit_s is not None and self.time_limit_s <= 0):
+        if self.batch_size < 1 or not (self.time_limit_s is None or self.time_limit_s > 0):
             reason = f"batch size {self.batch_size}, time limit {self.time_limit_s}"
             raise UsageError("cannot quantize", reason=reason, remedy="give numbers above zero")
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Return what is not as it is by default, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     @property
     def budget(self) -> Budget | None:
@@ -97,23 +105,25 @@ class QuantizationOptions:
 class QuantizationResult:
     """The file written, what calibrated it, what was left float, and what was found out about it.
 
-    `verification` is there where pictures that judge were given, `coverage` and `speed` are one for each engine.
+    `verification` is there where pictures that judge were given, `coverage` and `speed` are one for each engine; a
+    float16 file has neither of them, nor a target, algorithms or products.
     """
 
     model: Path
     sha256: str
     size_bytes: int
     size_ratio: float
-    target: Target
-    target_reason: str
-    recipe: Recipe
-    algorithms: tuple[str, ...]
-    num_calibration_images: int
-    num_products: int
-    float_products: tuple[str, ...]
-    float_share: float
-    coverage: tuple[Coverage, ...]
-    speed: tuple[Speed, ...]
+    precision: Precision
+    target: Target | None = None
+    target_reason: str | None = None
+    recipe: Recipe | None = None
+    algorithms: tuple[str, ...] = ()
+    num_calibration_images: int = 0
+    num_products: int = 0
+    float_products: tuple[str, ...] = ()
+    float_share: float = 0.0
+    coverage: tuple[Coverage, ...] = ()
+    speed: tuple[Speed, ...] = ()
     ladder: Ladder | None = None
     verification: Verification | None = None
 
@@ -121,7 +131,7 @@ class QuantizationResult:
 def quantize(
     model: str | os.PathLike[str],
     *,
-    calibration: str | os.PathLike[str],
+    calibration: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
     options: QuantizationOptions = QuantizationOptions(),
@@ -130,9 +140,10 @@ def quantize(
 ) -> QuantizationResult:
     """Write the INT8 model file `out` from the float32 file `model` and the pictures in `calibration`.
 
-    With pictures `data` the result is verified on them and the figures are kept in the file; calibration pictures that
-    are also in `data` are refused. With an accuracy budget in `options` products stay float until `data` certify it.
-    Raises DataRejected, ModelRejected, NotTrusted, UsageError, VerificationFailed.
+    "int8-dynamic" needs no such pictures, and comes nearer with them; "fp16" takes none. With pictures `data` the
+    result is verified on them and the figures are kept in the file; calibration pictures that are also in `data` are
+    refused. With an accuracy budget in `options` products stay float until `data` certify it. Raises DataRejected,
+    ModelRejected, NotTrusted, UsageError, VerificationFailed.
     """
     return quantize_model(
         open_model(model), calibration=calibration, out=out, data=data, options=options, force=force, progress=progress
@@ -142,7 +153,7 @@ def quantize(
 def quantize_model(
     source: ModelFile,
     *,
-    calibration: str | os.PathLike[str],
+    calibration: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
     options: QuantizationOptions = QuantizationOptions(),
@@ -150,31 +161,29 @@ def quantize_model(
     progress: Progress = silent,
 ) -> QuantizationResult:
     """Write what `quantize` writes, from a file that was opened already."""
+    check_options(options.precision, options.told, calibrated=calibration is not None)
     resolved = resolve_target(options.target)
     _check_source(source, options, data)
+    check_target(options.precision, resolved.target, source)
     # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
     load_model(source, options=EngineOptions()).close()
-    paths = find_images(calibration)
+    paths = [] if calibration is None else find_images(calibration)
     written = may_write(out, force=force, made_from=source.source)
     judging, judged_by = _judging(source, data, options)
+    judge = partial(_judge, reference=source, data=data, options=options, progress=progress)
+    if options.precision == "fp16":
+        model = halved(source, progress=progress)
+        verification = judge(model) if data is not None else None
+        model = _evaluated(model, verification, None)
+        write_atomic(written, model.data)
+        return QuantizationResult(**_written(written, model, source), precision="fp16", verification=verification)
     pictures = CalibrationPictures(paths, source.manifest, judging=judging, progress=progress)
-    found = _calibrated(source, pictures, resolved.target, options, progress)
-    _check_calibration(pictures.hashes, calibration)
+    found = _calibrated(source, pictures if paths else None, resolved.target, options, progress)
+    if calibration is not None:
+        _check_calibration(pictures.hashes, calibration)
 
     def make(left: frozenset[str]) -> ModelFile:
         return _finished(source, found, left, _record(resolved.target, found, left, pictures, options))
-
-    def judge(candidate: ModelFile) -> Verification:
-        assert data is not None
-        return verify_models(
-            candidate,
-            reference=source,
-            data=data,
-            max_drop_points=options.max_drop_points,
-            min_agreement=options.min_agreement,
-            unlabelled=options.unlabelled,
-            progress=progress,
-        )
 
     ladder, verification = None, None
     if options.budget is not None:
@@ -183,23 +192,21 @@ def quantize_model(
         ladder, finished, verification = climb(
             order, make, judge, memory=memory, time_limit_s=options.time_limit_s, progress=progress
         )
-        left = frozenset(ladder.float_products)
     else:
-        left = found.float_products
-        finished = make(left)
+        finished = make(found.float_products)
         verification = judge(finished) if data is not None else None
-    if verification is not None:
-        finished = _evaluated(finished, verification, ladder)
+    left = found.float_products if ladder is None else frozenset(ladder.float_products)
+    finished = _evaluated(finished, verification, ladder)
     write_atomic(written, finished.data)
     if ladder is not None and ladder.cut_short == "interrupted":
         _log.warning("interrupted: %s holds the best file so far, its verdict in it", written)
         raise KeyboardInterrupt
+    finished = replace(finished, source=printable(written))
     all_integer = make(frozenset()) if left and options.measure_speed else None
+    engines, timed = _promised(finished), partial(compare_speed, source, finished, all_integer, progress=progress)
     return QuantizationResult(
-        model=written,
-        sha256=finished.sha256,
-        size_bytes=len(finished.data),
-        size_ratio=len(finished.data) / len(source.data),
+        **_written(written, finished, source),
+        precision=options.precision,
         target=resolved.target,
         target_reason=resolved.reason,
         recipe=options.recipe,
@@ -208,11 +215,46 @@ def quantize_model(
         num_products=len(found.products) - len(left),
         float_products=tuple(sorted(left)),
         float_share=_share(found, left),
-        coverage=tuple(coverage(finished, engine) for engine in installed_engines()),
-        speed=compare_speed(source, finished, all_integer, progress=progress) if options.measure_speed else (),
+        coverage=tuple(coverage(finished, engine) for engine in engines),
+        speed=timed(engines=engines) if options.measure_speed else (),
         ladder=ladder,
         verification=verification,
     )
+
+
+def _promised(model: ModelFile) -> tuple[str, ...]:
+    """Return the installed engines that the file was checked in."""
+    expected = (model.manifest.golden or {}).get("expected", ())
+    named = {name for entry in expected for name in entry["engines"]}
+    return tuple(name for name in installed_engines() if name in named)
+
+
+def _judge(
+    candidate: ModelFile,
+    *,
+    reference: ModelFile,
+    data: str | os.PathLike[str] | None,
+    options: QuantizationOptions,
+    progress: Progress,
+) -> Verification:
+    assert data is not None
+    return verify_models(
+        candidate,
+        reference=reference,
+        data=data,
+        max_drop_points=options.max_drop_points,
+        min_agreement=options.min_agreement,
+        unlabelled=options.unlabelled,
+        engines=_promised(candidate),
+        progress=progress,
+    )
+
+
+def _written(path: Path, model: ModelFile, source: ModelFile) -> dict[str, Any]:
+    """Return what a result says of the file written."""
+    size_bytes = len(model.data)
+    sizes = {"size_bytes": size_bytes, "size_ratio": size_bytes / len(source.data)}
+    return {"model": path, "sha256": model.sha256, **sizes}
 
 
 def _check_source(source: ModelFile, options: QuantizationOptions, data: str | os.PathLike[str] | None) -> None:
@@ -249,7 +291,11 @@ def _judging(
 
 
 def _calibrated(
-    source: ModelFile, pictures: CalibrationPictures, target: Target, options: QuantizationOptions, progress: Progress
+    source: ModelFile,
+    pictures: CalibrationPictures | None,
+    target: Target,
+    options: QuantizationOptions,
+    progress: Progress,
 ) -> CalibratedGraph:
     graph = onnx.load_model_from_string(source.data)
     del graph.metadata_props[:]
@@ -259,7 +305,10 @@ def _calibrated(
         scheme=Scheme(weight_bits=target.weight_bits, activation=target.activation),
         method=options.ranges,
         batch_size=options.batch_size,
+        dynamic=options.precision == "int8-dynamic",
     )
+    if pictures is None:
+        return uncalibrated(graph, plan)
     cache = CalibrationCache(preprocessing=source.manifest.preprocessing) if options.use_cache else None
     needs_noise = options.budget is not None
     return calibrate(graph, pictures, plan, needs_noise=needs_noise, cache=cache, progress=progress)
@@ -294,7 +343,7 @@ def _finished(source: ModelFile, found: CalibratedGraph, left: frozenset[str], r
         record = {**record, "openvino_skips": skips}
     manifest = replace(manifest, quantization=dict(record))
     packed = open_model(pack(quantized.SerializeToString(deterministic=True), manifest), warn=False)
-    return _with_golden(packed, source)
+    return with_answers(packed, source)
 
 
 def _record(
@@ -308,10 +357,11 @@ def _record(
     scheme = found.scheme
     known = sorted(set(zip(pictures.hashes, pictures.fingerprints, strict=True)))
     symmetric = scheme.activation == "int8"
+    ranges = {"method": options.ranges, "values": {name: _rounded(r) for name, r in found.ranges.items()}}
     return {
-        "scheme": "static QDQ",
+        "scheme": "dynamic" if found.dynamic else "static QDQ",
         "target": target.name,
-        "batch": target.static_batch,
+        "batch": BATCH if found.dynamic else target.static_batch,
         "recipe": options.recipe,
         "effort": options.effort,
         "algorithms": list(found.applied),
@@ -319,7 +369,7 @@ def _record(
         "activations": {"dtype": scheme.activation, "granularity": "per-tensor", "symmetric": symmetric},
         "float_products": sorted(left),
         "openvino_rounds": {name: float(np.float32(peak)) for name, peak in found.openvino_rounds.items()},
-        "ranges": {"method": options.ranges, "values": {name: _rounded(r) for name, r in found.ranges.items()}},
+        "ranges": {"method": "at run time"} if found.dynamic else ranges,
         "images": [digest for digest, _ in known],
         "fingerprints": [text for _, text in known],
     }
@@ -336,8 +386,10 @@ def _share(found: CalibratedGraph, left: frozenset[str]) -> float:
     return sum(macs.get(node, 0) for node in left) / total if total else 0.0
 
 
-def _evaluated(model: ModelFile, verification: Verification, ladder: Ladder | None) -> ModelFile:
+def _evaluated(model: ModelFile, verification: Verification | None, ladder: Ladder | None) -> ModelFile:
     """Return the file with the figures in its manifest; no path of this machine, a verdict only where one was asked."""
+    if verification is None:
+        return model
     results = []
     for result in verification.results:
         fields = {name: value for name, value in asdict(result).items() if name not in _NOT_KEPT}
@@ -352,23 +404,3 @@ def _evaluated(model: ModelFile, verification: Verification, ladder: Ladder | No
             "cut_short": ladder.cut_short,
         }
     return open_model(model.with_manifest(replace(model.manifest, evaluation=evaluation)), warn=False)
-
-
-def _with_golden(model: ModelFile, source: ModelFile) -> ModelFile:
-    """Return the file with what each installed engine answers for the float file's golden inputs, checked by a load."""
-    golden = source.manifest.golden or {}
-    height, width = source.manifest.preprocessing.crop
-    images_NHWC = golden_images(golden.get("seeds", ()), height=height, width=width)
-    expected = []
-    promised = {name for entry in golden.get("expected", ()) for name in entry["engines"]}
-    engines = [name for name in installed_engines() if name in promised]
-    for name in engines:
-        engine = make_engine(name, model, EngineOptions())
-        entry = expectation(engine.run(images_NHWC), engines=[name], tolerance=_GOLDEN_TOLERANCE)
-        expected.append({**entry, "made_on": made_here(engine)})
-        engine.close()
-    manifest = replace(model.manifest, golden={**golden, "expected": expected})
-    finished = open_model(model.with_manifest(manifest), warn=False)
-    for name in engines:
-        load_model(finished, engine=name, options=EngineOptions(), warn=False).close()
-    return finished

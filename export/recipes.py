@@ -8,7 +8,17 @@ from typing import Literal, TypeAlias, get_args
 
 from vit_edge.errors import UsageError
 
-__all__ = ["ALGORITHMS", "EFFORTS", "RECIPES", "Algorithm", "Effort", "EffortName", "Recipe", "choose_algorithms"]
+__all__ = [
+    "ALGORITHMS",
+    "CHOOSE_RANGES",
+    "EFFORTS",
+    "RECIPES",
+    "Algorithm",
+    "Effort",
+    "EffortName",
+    "Recipe",
+    "choose_algorithms",
+]
 
 Algorithm: TypeAlias = Literal[
     "repq", "value-scaling", "range-search", "rounding", "bias-correction", "mixed-precision", "attention-scores"
@@ -18,6 +28,8 @@ EffortName: TypeAlias = Literal["fast", "balanced", "thorough"]
 
 # In the order in which they are applied.
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+# What there is nothing to do for where ranges are found at run time: it chooses ranges, or makes up for theirs.
+CHOOSE_RANGES: frozenset[Algorithm] = frozenset({"range-search", "bias-correction", "attention-scores"})
 _STATIC: tuple[Algorithm, ...] = ("repq", "value-scaling", "range-search", "rounding")
 # `fast` keeps every product in integers with ranges that are constants; `accurate` leaves those float that err most.
 RECIPES: dict[Recipe, tuple[Algorithm, ...]] = {

@@ -55,7 +55,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Return what "range-search", "rounding" and "bias-correction", where among `algorithms`, make of a float graph.
 
-    `ranges` are where the search starts and `limits` the overall extremes, beyond which no range needs to go.
+    `ranges` are where the search starts and `limits` the overall extremes, beyond which no range needs to go; a tensor
+    without them has the range of another, and keeps it.
     `products` are those that take integers, `images` what the graph takes for one picture each. Memory holds what
     passes between two segments for all images, of the float network and of the quantized one.
     """
@@ -106,7 +107,7 @@ class _Fit:
 
             return error
 
-        for name in dict.fromkeys(self._readers.values()):
+        for name in dict.fromkeys(name for name in self._readers.values() if name in limits):
             ranges[name] = search_range(error_with(name), ranges[name], limit=limits[name], steps=steps)
 
     def choose_weights(self, values: Sequence[Array], sweeps: int | None) -> None:
@@ -162,6 +163,8 @@ class _Fit:
             if product.operator != "Conv" and uses.count(product.weight) == 1
         }
         names = list(dict.fromkeys(inputs.values()))
+        if not names:  # convolutions alone
+            return {}
         runner = self._runner(names, with_weights=False)
         sums: dict[str, Matrix] = {}
         for value in values:

@@ -135,8 +135,9 @@ def _graph_summary(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_lists(quantization: Any) -> dict[str, Any]:
+    lists = ("fingerprints", "images", "openvino_skips")
     return {
-        key: value["method"] if key == "ranges" else value for key, value in quantization.items() if key != "images"
+        key: value["method"] if key == "ranges" else value for key, value in quantization.items() if key not in lists
     }
 
 

@@ -31,10 +31,12 @@ _NUM_NAMED = 8
 
 @command("quantize")
 @file_argument("model")
-@click.option("--calibration", type=_PATH, required=True,
-              help="Folder of pictures like those in use; labels are not needed.")  # fmt: skip
+@click.option("--calibration", type=_PATH, help="Folder of pictures like those in use; labels are not needed.")
 @click.option("--data", type=_PATH, help="Pictures to judge the result by; none of them may calibrate.")
-@click.option("-o", "--out", type=_PATH, default=Path("model.int8.onnx"), show_default=True, help="File to write.")
+@click.option("-o", "--out", type=_PATH, help="File to write  [default: model.int8.onnx or model.fp16.onnx].")
+@click.option("--precision", type=click.Choice(["int8", "int8-dynamic", "fp16"]), default="int8", show_default=True,
+              help="int8: ranges from --calibration. int8-dynamic: ranges found at run time, one picture at a time; "
+                   "--calibration brings it nearer. fp16: half the file; on CPUs it is storage only.")  # fmt: skip
 @click.option("--target", default=DEFAULT_TARGET, show_default=True, metavar="NAME|auto|FILE",
               help="portable: the same answers on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for "
                    "that hardware. auto: this machine. FILE: from `vit-edge doctor --json` on the device.")  # fmt: skip
@@ -61,7 +63,9 @@ _NUM_NAMED = 8
 @click.option("--no-cache", is_flag=True, help="Neither read nor keep what earlier runs found.")
 @click.option("--no-speed", is_flag=True, help="Do not measure how fast it is here.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
-def quantize(model: Path, calibration: Path, data: Path | None, out: Path, force: bool, **values: Any) -> Result:
+def quantize(
+    model: Path, calibration: Path | None, data: Path | None, out: Path | None, force: bool, **values: Any
+) -> Result:
     """Quantize the float32 file MODEL to INT8, with ranges from calibration pictures.
 
     Integers enter at the inputs of products with constant weights, where nearly all the arithmetic is; the rest stays
@@ -78,6 +82,7 @@ def quantize(model: Path, calibration: Path, data: Path | None, out: Path, force
     from vit_edge.export import QuantizationOptions, quantize_model
 
     options = QuantizationOptions(
+        precision=values["precision"],
         target=values["target"],
         recipe=values["recipe"],
         effort=values["effort"],
@@ -92,6 +97,7 @@ def quantize(model: Path, calibration: Path, data: Path | None, out: Path, force
         use_cache=not values["no_cache"],
         measure_speed=not values["no_speed"],
     )
+    out = out or Path("model.fp16.onnx" if options.precision == "fp16" else "model.int8.onnx")
     with progress_bar() as progress:
         source = _open(model, values, progress)
         _say_outlook(data, source, options)
@@ -149,8 +155,9 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
         "sha256": result.sha256,
         "size_bytes": result.size_bytes,
         "size_ratio": result.size_ratio,
-        "target": result.target.name,
-        "target_verified": result.target.verified,
+        "precision": result.precision,
+        "target": result.target.name if result.target else None,
+        "target_verified": result.target.verified if result.target else None,
         "target_reason": result.target_reason,
         "recipe": result.recipe,
         "algorithms": list(result.algorithms),
@@ -172,11 +179,16 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
 
 def _shown(result: QuantizationResult) -> list[Any]:
     size = f"{megabytes(result.size_bytes)}, {result.size_ratio:.2f} of the float file"
-    shown: list[Any] = [
-        f"target: {result.target.describe()}",
-        f"{result.num_products} products take integers, ranges from {result.num_calibration_images} pictures",
-        f"algorithms: {', '.join(result.algorithms) or 'none'}",
-    ]
+    shown: list[Any] = []
+    if result.target is not None:
+        ranges = f"ranges from {result.num_calibration_images} pictures"
+        if result.precision == "int8-dynamic":
+            ranges = "ranges found at run time: it takes one picture at a time, its batch is 1"
+        shown += [
+            f"target: {result.target.describe()}",
+            f"{result.num_products} products take integers, {ranges}",
+            f"algorithms: {', '.join(result.algorithms) or 'none'}",
+        ]
     if result.float_products:
         more = " ..." if len(result.float_products) > _NUM_NAMED else ""
         named = ", ".join(result.float_products[:_NUM_NAMED]) + more
