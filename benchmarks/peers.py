@@ -151,7 +151,7 @@ def accuracy(reference_BK: Logits, logits_BK: Logits, labels_B: npt.NDArray[np.i
         "sqnr_db": found.sqnr_db if np.isfinite(found.sqnr_db) else None,  # equal: the float file itself
         "agreement": found.agreement,
         "agreement_interval": found.agreement_interval,
-        "changed": found.changed,
+        "changed": found.num_changed,
         "top1": found.candidate_top1,
         "drop_points": found.drop_points,
         "images": found.images,

@@ -77,7 +77,7 @@ def test_speed_is_told_for_every_file_beside_float_and_beside_the_peers(inputs: 
     assert all(found.shape == (3, 4) and found.min() > 0 for found in samples.values())
     rows = {(row["file"], row["setting"]): row for row in result["rows"]}
     assert rows.keys() == samples.keys()
-    ours, static = "ours, int8.onnx: portable", "ONNX Runtime quantize_static"
+    ours, static = "ours, int8.onnx: portable fast", "ONNX Runtime quantize_static"
     for setting in ("ONNX Runtime", "OpenVINO, batch fixed", "OpenVINO, batch free"):
         told, base, own = rows[ours, setting]["than_float"], samples["float32", setting], samples[ours, setting]
         assert told["by_median"] == pytest.approx(np.median(base) / np.median(own))

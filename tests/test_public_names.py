@@ -14,10 +14,12 @@ SURFACE = {
     "vit_edge.export": [
         "ExportOptions",
         "ExportResult",
+        "QuantizationOptions",
         "QuantizationResult",
         "Verification",
         "export_onnx",
         "quantize",
+        "quantize_model",
         "verify",
     ],
     "vit_edge.runtime": [

@@ -8,7 +8,7 @@ IEEE PAMI 30, 2008): the means over a grid of 8 x 8 hardly move when a file is e
 
 from __future__ import annotations
 
-import re
+import base64
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,8 +20,8 @@ from vit_edge.image import Pixels
 __all__ = ["fingerprint", "near_duplicates"]
 
 _SIDE = 8
-_DIGITS = 2 * _SIDE * _SIDE
-_FORM = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
+# Of base64: four characters for three bytes.
+_LENGTH = 4 * -(-_SIDE * _SIDE // 3)
 # Root mean square distance of two thumbnails, in grey levels of 255. 150 photographs encoded again (JPEG and WebP at
 # quality 30 to 95, PNG, a quarter, half and twice the size, half and back) moved by at most 2.9; different ones are
 # 11.6 apart at least (150 x 550 photographs), or 7.1 (1,797 handwritten digits).
@@ -35,12 +35,13 @@ _ROWS_AT_ONCE = 1024
 
 
 def fingerprint(pixels: Pixels) -> str:
-    """Return 128 hexadecimal digits that hardly change when the picture is encoded again: an 8 x 8 grey thumbnail.
+    """Return an 8 x 8 grey thumbnail in base64, which hardly changes when the picture is encoded again.
 
     `pixels` is uint8 [height, width, 3] after preprocessing.
     """
     grey = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
-    return np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8).tobytes().hex()
+    thumbnail = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8)
+    return base64.b64encode(thumbnail.tobytes()).decode("ascii")
 
 
 def near_duplicates(fingerprints: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
@@ -63,7 +64,10 @@ def near_duplicates(fingerprints: Sequence[str], others: Sequence[str]) -> list[
 
 
 def _thumbnails(fingerprints: Sequence[str]) -> npt.NDArray[np.float32]:
-    if not all(isinstance(text, str) and _FORM.fullmatch(text) for text in fingerprints):
-        raise ValueError(f"a fingerprint has {_DIGITS} hexadecimal digits")
-    joined = b"".join(bytes.fromhex(text) for text in fingerprints)
+    if not all(isinstance(text, str) and len(text) == _LENGTH for text in fingerprints):
+        raise ValueError(f"a fingerprint is a text of {_LENGTH} characters")
+    decoded = [base64.b64decode(text, validate=True) for text in fingerprints]
+    if not all(len(thumbnail) == _SIDE * _SIDE for thumbnail in decoded):
+        raise ValueError(f"a fingerprint holds {_SIDE * _SIDE} bytes")
+    joined = b"".join(decoded)
     return np.frombuffer(joined, dtype=np.uint8).reshape(-1, _SIDE * _SIDE).astype(np.float32)
