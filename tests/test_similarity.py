@@ -76,5 +76,5 @@ def test_the_same_pixels_give_the_same_text_and_other_texts_are_refused() -> Non
     assert fingerprint(pixels) == fingerprint(pixels.copy())
     assert len(fingerprint(pixels)) == 88
     for text in ("", "A" * 87, "!" * 88, " " * 88, "A" * 84 + "===="):
-        with pytest.raises(ValueError, match="fingerprint|base64|characters|padding|Excess|Discontinuous"):
+        with pytest.raises(ValueError, match=r"fingerprint|base64|characters|padding|Excess|Discontinuous"):
             near_duplicates([fingerprint(pixels)], [text])
