@@ -116,10 +116,11 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
 
     told = [name for name in ("labels", "preprocessing", "image_size") if values[name] is not None]
     if not is_foreign_onnx(model):
+        source = open_model(model)
         if told:
             reason = f"--{told[0].replace('_', '-')} is for an ONNX file made elsewhere; this one says it itself"
             raise UsageError("cannot quantize", file=model, reason=reason, remedy="leave it out")
-        return open_model(model)
+        return source
     for name in ("labels", "preprocessing"):
         if values[name] is None:
             reason = f"it was made elsewhere and does not say its {name}"
