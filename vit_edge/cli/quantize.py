@@ -60,6 +60,8 @@ _NUM_NAMED = 8
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names of an ONNX file made elsewhere.")
 @click.option("--preprocessing", type=_PATH, metavar="FILE", help="Preprocessing of an ONNX file made elsewhere.")
 @image_size_option("Size of the input of an ONNX file made elsewhere.")
+@click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Of its input, where that is unclear.")
+@click.option("--logits", metavar="NAME", help="Output of it that is the logits [default: the first that fits].")
 @click.option("--no-cache", is_flag=True, help="Neither read nor keep what earlier runs found.")
 @click.option("--no-speed", is_flag=True, help="Do not measure how fast it is here.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
@@ -114,7 +116,7 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
     from vit_edge.export.factory import factory_preprocessing
     from vit_edge.foreign.label_names import read_labels
 
-    told = [name for name in ("labels", "preprocessing", "image_size") if values[name] is not None]
+    told = [name for name in ("labels", "preprocessing", "image_size", "layout", "logits") if values[name] is not None]
     if not is_foreign_onnx(model):
         source = open_model(model)
         if told:
@@ -130,6 +132,8 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
         model,
         preprocessing=preprocessing,
         labels=read_labels(values["labels"]),
+        layout=values["layout"],
+        output=values["logits"],
         assumed=assumed,
         progress=progress,
     )
