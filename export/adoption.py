@@ -25,6 +25,7 @@ from vit_edge.export.foreign_batch import choose_output, settle_batch
 from vit_edge.export.foreign_graph import dangers, tidy
 from vit_edge.export.foreign_interface import ForeignInput, Layout, input_of, set_interface
 from vit_edge.export.foreign_reference import ForeignReference
+from vit_edge.export.foreign_weights import with_weights
 from vit_edge.export.golden import choose_seeds, golden_header
 from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, check_parity
 from vit_edge.files import kind_of, read_file, sha256_hex
@@ -124,7 +125,7 @@ class _Told:
 
 def _taken(path: str | os.PathLike[str], told: _Told, notes: list[str]) -> tuple[ModelFile, ForeignReference]:
     """Return the file in our form, without golden vectors, and the network as it came; notes say what was changed."""
-    data = _read(path)
+    data, hashes = _read(path)
     original, graph = _parsed(data)
     entry = input_of(graph, told.preprocessing, told.layout)
     reference = ForeignReference(original, entry, told.preprocessing)
@@ -142,7 +143,7 @@ def _taken(path: str | os.PathLike[str], told: _Told, notes: list[str]) -> tuple
         precision="float32",
         input=_input_entry(graph, entry, batch),
         assumed=told.assumed,
-        provenance={"source_sha256": sha256_hex(data), "form": "plain", "changes": list(notes), **_VERSIONS},
+        provenance={**hashes, "form": "plain", "changes": list(notes), **_VERSIONS},
     )
     model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
     _guard(model)
@@ -197,8 +198,11 @@ def _proven(
     return open_model(model.with_manifest(replace(model.manifest, golden=golden)), warn=False), parity
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of an ONNX file that an engine may try; raises ModelRejected."""
+def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
+    """Return an ONNX file that an engine may try, with its weights in it, and the hashes of what was read.
+
+    Raises ModelRejected.
+    """
     data = read_file(path, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
     if seal_state(data) != "foreign":
         raise _rejected("it is a model file of vit-edge, or was one", "give it as it is: it says all this itself")
@@ -209,9 +213,17 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         raise _rejected(*(kind or ("it is not an ONNX model", "give an ONNX file"))) from error
     if kind is not None and not proto.graph.node:
         raise _rejected(*kind)
+    hashes = {"source_sha256": sha256_hex(data)}
+    if any(tensor.external_data for tensor in proto.graph.initializer):
+        try:
+            data, beside = with_weights(data, path)
+            proto = parse(data)
+        except (DecodeError, ValueError) as error:
+            raise _rejected("a part of it cannot be read", "copy it again, or export it again") from error
+        hashes |= {} if beside is None else {"source_weights_sha256": sha256_hex(beside)}
     for danger in dangers(proto):
         raise _rejected(danger, "export it again, as a plain image classifier")
-    return data
+    return data, hashes
 
 
 def _parity(

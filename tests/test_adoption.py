@@ -22,6 +22,7 @@ from vit_edge.export.foreign_batch import choose_output, settle_batch
 from vit_edge.export.foreign_graph import tidy
 from vit_edge.export.foreign_interface import input_of
 from vit_edge.export.foreign_reference import ForeignReference
+from vit_edge.files import sha256_hex
 from vit_edge.image import Preprocessing
 from vit_edge.runtime.loading import load
 
@@ -258,6 +259,22 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "no pictures": (lambda: network(*HEAD[1:], node("Relu", ["x"], ["f"]), shape=["n", 4], **WEIGHTS), "2 axes"),
     "it does not run": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "w": WEIGHTS["w"][:, :3]}), "cannot run"),
 }  # fmt: skip
+
+
+def test_weights_beside_the_file_are_taken_in_where_they_are_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.onnx"
+    inside = adopt(save(path, network(*CONV, *HEAD, **WEIGHTS)), preprocessing=PREPROCESSING, labels=LABELS)
+    onnx.save(network(*CONV, *HEAD, **WEIGHTS), path, save_as_external_data=True, location="w.data", size_threshold=0)
+    beside = adopt(path, preprocessing=PREPROCESSING, labels=LABELS).model
+    weights = tmp_path / "w.data"
+    assert beside.manifest.provenance["source_weights_sha256"] == sha256_hex(weights.read_bytes())
+    assert beside.manifest.golden == inside.model.manifest.golden
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ModelRejected, match=r"w.data beside it does not hold its tensor"):
+        adopt(path, preprocessing=PREPROCESSING, labels=LABELS)
+    weights.unlink()
+    with pytest.raises(ModelRejected, match="no such file"):
+        adopt(path, preprocessing=PREPROCESSING, labels=LABELS)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -60,6 +60,8 @@ _NUM_NAMED = 8
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names of an ONNX file made elsewhere.")
 @click.option("--preprocessing", type=_PATH, metavar="FILE", help="Preprocessing of an ONNX file made elsewhere.")
 @image_size_option("Size of the input of an ONNX file made elsewhere.")
+@click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Of its input, where that is unclear.")
+@click.option("--logits", metavar="NAME", help="Output of it that is the logits [default: the first that fits].")
 @click.option("--no-cache", is_flag=True, help="Neither read nor keep what earlier runs found.")
 @click.option("--no-speed", is_flag=True, help="Do not measure how fast it is here.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
@@ -112,12 +114,13 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
     from vit_edge.artifact import open_model
     from vit_edge.export.adoption import adopt, is_foreign_onnx
 
-    told = [name for name in ("labels", "preprocessing", "image_size") if values[name] is not None]
+    told = [name for name in ("labels", "preprocessing", "image_size", "layout", "logits") if values[name] is not None]
     if not is_foreign_onnx(model):
+        source = open_model(model)
         if told:
             reason = f"--{told[0].replace('_', '-')} is for an ONNX file made elsewhere; this one says it itself"
             raise UsageError("cannot quantize", file=model, reason=reason, remedy="leave it out")
-        return open_model(model)
+        return source
     for name in ("labels", "preprocessing"):
         if values[name] is None:
             reason = f"it was made elsewhere and does not say its {name}"
@@ -130,6 +133,8 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
         model,
         preprocessing=preprocessing,
         labels=read_labels(values["labels"]),
+        layout=values["layout"],
+        output=values["logits"],
         assumed=assumed,
         progress=progress,
     )
