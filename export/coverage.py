@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ _ORT_SUFFIX = re.compile(r"(_token_\d+|_nchwc)+$")
 _OV_SUFFIX = re.compile(r"(/WithoutBiases|/Dequantization\w+|_original)+$")
 _OV_PRODUCTS = frozenset(["Convolution", "FullyConnected", "MatMul"])
 _OV_INTEGER = ("i8", "u8")
+# Such as a sum and an activation.
+_MOST_FUSED = 3
 _NUM_NAMED = 8
 _log = logging.getLogger(__name__)
 
@@ -162,10 +164,33 @@ def nodes_in_onnxruntime(optimised: onnx.GraphProto, graph: onnx.GraphProto) -> 
             by_name.setdefault(_ORT_SUFFIX.sub("", node.name), []).append(node)
             for weight in {origin for name in node.input for origin in origins.get(name, ())}:
                 by_weight.setdefault(weight, []).append(node)
-    return {
-        name: by_name.get(name) or [node for weight in weights for node in by_weight.get(weight, ())]
-        for name, weights in _weights(graph).items()
-    }
+    found = {}
+    for name, weights in _weights(graph).items():
+        found[name] = by_name.get(name) or [node for weight in weights for node in by_weight.get(weight, ())]
+    # A convolution that took in what follows it goes by the name of that, its weights laid out anew.
+    after = _sole_readers(graph)
+    for name in (name for name, nodes in found.items() if not nodes):
+        later = [node for node in after(name) if node not in found]
+        found[name] = next((by_name[node] for node in later if node in by_name), [])
+    return found
+
+
+def _sole_readers(graph: onnx.GraphProto) -> Callable[[str], list[str]]:
+    """Return what tells the nodes that follow one, each the only reader of the one before: as many as are fused."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    nodes = {_name(node): node for node in graph.node}
+
+    def after(name: str) -> list[str]:
+        found: list[str] = []
+        while len(found) < _MOST_FUSED and len(following := readers.get(nodes[name].output[0], [])) == 1:
+            name = _name(following[0])
+            found.append(name)
+        return found
+
+    return after
 
 
 def _alone_in_onnxruntime(optimised: onnx.GraphProto) -> Iterator[str]:

@@ -75,7 +75,7 @@ def _draw_noise(panel: Any, layers: Sequence[Layer]) -> None:
     beside.plot(positions, levels, color="black", marker=".", linewidth=0.6, label="SQNR of its output")
     beside.set_ylabel("SQNR of its output, dB")
     marks = [mark for axis in (panel, beside) for mark in axis.get_legend_handles_labels()[0]]
-    panel.legend(handles=marks, fontsize=8, loc="upper center")
+    panel.legend(handles=marks, fontsize=8, loc="upper center", ncols=2)
 
 
 def _draw_times(panel: Any, entry: EngineTimes, precision: str) -> None:
@@ -87,7 +87,8 @@ def _draw_times(panel: Any, entry: EngineTimes, precision: str) -> None:
     panel.bar(positions - 0.2, before, width=0.4, color=_FLOAT, label="float file")
     panel.bar(positions + 0.2, after, width=0.4, color=colours, label=f"{precision} file (orange: float there)")
     panel.set_ylabel("ms")
-    panel.legend(fontsize=8, loc="upper right")
+    panel.legend(fontsize=8, loc="upper right", ncols=2)
+    panel.margins(y=0.2)  # room for the legend
     was = f"{sum(before):.2f} of {entry.reference_ms:.2f} ms"
     now = f"{sum(after):.2f} of {entry.candidate_ms:.2f} ms"
     how = f"{entry.engine}, one thread, median of {entry.num_runs}"

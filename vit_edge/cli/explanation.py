@@ -162,7 +162,7 @@ def _layers_table(layers: Sequence[Layer], entry: EngineTimes) -> Any:
     rows: list[tuple[str, ...]] = [
         (
             layer.node,
-            "-" if layer.gmac is None else f"{layer.gmac:.4f}",
+            "-" if layer.gmac is None else f"{layer.gmac:.3g}",
             times.precision,
             _milliseconds(times.reference_ms),
             _milliseconds(times.candidate_ms),
@@ -174,8 +174,8 @@ def _layers_table(layers: Sequence[Layer], entry: EngineTimes) -> Any:
     rows += [
         (
             f"({other.operator})",
-            "-",
-            "float",
+            "",
+            "",
             _milliseconds(other.reference_ms),
             _milliseconds(other.candidate_ms),
             "",

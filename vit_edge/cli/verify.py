@@ -90,7 +90,7 @@ def verify(
     from vit_edge.export.verification import certifiable, write_flips
     from vit_edge.export.verification import verify as run
 
-    asked = {"max_drop_points": max_drop, "min_agreement": min_agreement}
+    asked: dict[str, Any] = {"max_drop_points": max_drop, "min_agreement": min_agreement}
     labels, budget, at_best = certifiable(data, reference, **asked, unlabelled=unlabelled, flips=flips is not None)
     target = _flips_target(flips_out, labels, budget, force=force)
     picture = picture_target(explaining, force=force)
