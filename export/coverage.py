@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from vit_edge.errors import EngineUnavailable, require
 from vit_edge.export.costs import PRODUCTS, macs_by_node
 from vit_edge.runtime.engine import EngineOptions
 
-__all__ = ["LEAST_PERCENT", "Coverage", "FloatProduct", "coverage"]
+__all__ = [
+    "LEAST_PERCENT",
+    "Coverage",
+    "FloatProduct",
+    "RunningNode",
+    "coverage",
+    "nodes_in_onnxruntime",
+    "nodes_in_openvino",
+    "running_nodes",
+]
 
 # Below it the warning: what is left float then costs more than a few per cent of time.
 LEAST_PERCENT = 95.0
@@ -37,6 +46,8 @@ _ORT_SUFFIX = re.compile(r"(_token_\d+|_nchwc)+$")
 _OV_SUFFIX = re.compile(r"(/WithoutBiases|/Dequantization\w+|_original)+$")
 _OV_PRODUCTS = frozenset(["Convolution", "FullyConnected", "MatMul"])
 _OV_INTEGER = ("i8", "u8")
+# Such as a sum and an activation.
+_MOST_FUSED = 3
 _NUM_NAMED = 8
 _log = logging.getLogger(__name__)
 
@@ -136,6 +147,15 @@ def _in_onnxruntime(
         path = Path(folder) / "optimised.onnx"
         make_session(model, EngineOptions(threads=1), optimised=path)
         optimised = onnx.load(path).graph
+    found = nodes_in_onnxruntime(optimised, proto.graph)
+    is_integer = {
+        name: bool(found[name]) and all(node.op_type in _ORT_INTEGER for node in found[name]) for name in products
+    }
+    return is_integer, list(_alone_in_onnxruntime(optimised))
+
+
+def nodes_in_onnxruntime(optimised: onnx.GraphProto, graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Return, for each product of `graph` with a constant weight, what computes it in the graph ONNX Runtime made."""
     by_name: dict[str, list[onnx.NodeProto]] = {}
     by_weight: dict[str, list[onnx.NodeProto]] = {}
     origins = _origins(optimised)
@@ -144,12 +164,33 @@ def _in_onnxruntime(
             by_name.setdefault(_ORT_SUFFIX.sub("", node.name), []).append(node)
             for weight in {origin for name in node.input for origin in origins.get(name, ())}:
                 by_weight.setdefault(weight, []).append(node)
-    weights = _weights(proto.graph)
-    is_integer = {}
-    for name in products:
-        found = by_name.get(name) or [node for weight in weights[name] for node in by_weight.get(weight, ())]
-        is_integer[name] = bool(found) and all(node.op_type in _ORT_INTEGER for node in found)
-    return is_integer, list(_alone_in_onnxruntime(optimised))
+    found = {}
+    for name, weights in _weights(graph).items():
+        found[name] = by_name.get(name) or [node for weight in weights for node in by_weight.get(weight, ())]
+    # A convolution that took in what follows it goes by the name of that, its weights laid out anew.
+    after = _sole_readers(graph)
+    for name in (name for name, nodes in found.items() if not nodes):
+        later = [node for node in after(name) if node not in found]
+        found[name] = next((by_name[node] for node in later if node in by_name), [])
+    return found
+
+
+def _sole_readers(graph: onnx.GraphProto) -> Callable[[str], list[str]]:
+    """Return what tells the nodes that follow one, each the only reader of the one before: as many as are fused."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    nodes = {_name(node): node for node in graph.node}
+
+    def after(name: str) -> list[str]:
+        found: list[str] = []
+        while len(found) < _MOST_FUSED and len(following := readers.get(nodes[name].output[0], [])) == 1:
+            name = _name(following[0])
+            found.append(name)
+        return found
+
+    return after
 
 
 def _alone_in_onnxruntime(optimised: onnx.GraphProto) -> Iterator[str]:
@@ -170,12 +211,9 @@ def _in_openvino(
     """Return which products are integer, and which roundings stand alone, in the graph that OpenVINO runs."""
     from vit_edge.runtime.ov import compile_model
 
-    running = list(_running(compile_model(model, EngineOptions(threads=1)).get_runtime_model()))
-    computing = [entry for entry in running if entry.kind in _OV_PRODUCTS]
-    is_integer = {}
-    for name, node in products.items():
-        found = [entry for entry in computing if entry.made_of(name, node.output[0])]
-        is_integer[name] = bool(found) and all(entry.is_integer for entry in found)
+    running = list(running_nodes(compile_model(model, EngineOptions(threads=1)).get_runtime_model()))
+    found = nodes_in_openvino(running, proto.graph)
+    is_integer = {name: bool(found[name]) and all(entry.is_integer for entry in found[name]) for name in products}
     names = {name for node in proto.graph.node if node.op_type in _ROUNDINGS for name in (_name(node), node.output[0])}
     alone: dict[str, None] = {}
     for entry in running:
@@ -185,8 +223,26 @@ def _in_openvino(
     return is_integer, list(alone)
 
 
+def nodes_in_openvino(running: Sequence[RunningNode], graph: onnx.GraphProto) -> dict[str, list[RunningNode]]:
+    """Return, for each product of `graph` with a constant weight, what computes it in the graph OpenVINO runs.
+
+    A product may go by the name of the Add of its bias.
+    """
+    computing = [entry for entry in running if entry.kind in _OV_PRODUCTS]
+    constants, weights = _origins(graph), _weights(graph)
+    biased = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
+    found = {}
+    for node in graph.node:
+        if _name(node) in weights:
+            added = biased.get(node.output[0])
+            own = [node] if added is None or not any(name in constants for name in added.input) else [node, added]
+            names = {name for entry in own for name in (_name(entry), entry.output[0])}
+            found[_name(node)] = [entry for entry in computing if entry.made_of(names)]
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Running:
+class RunningNode:
     """One node of the graph that OpenVINO runs: what it is, whether its inputs are integers, what of the file it is.
 
     A product whose weights alone are integers also has that precision, but a kernel for float: its inputs are rounded
@@ -198,16 +254,17 @@ class _Running:
     gives_integers: bool
     names: tuple[str, ...]
 
-    def made_of(self, node: str, output: str) -> bool:
-        """Return whether it computes this product of the file."""
-        return any(_OV_SUFFIX.sub("", name) in (node, output) for name in self.names)
+    def made_of(self, names: Collection[str]) -> bool:
+        """Return whether it computes the product of the file that goes by any of `names`."""
+        return any(_OV_SUFFIX.sub("", name) in names for name in self.names)
 
 
-def _running(graph: Any) -> Iterator[_Running]:
+def running_nodes(graph: Any) -> Iterator[RunningNode]:
+    """Yield the nodes of the graph that OpenVINO runs, its name for each the first of `names`."""
     for node in graph.get_ordered_ops():
         said = {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
         kernel, precision = (said.get(key, "").lower() for key in ("primitiveType", "runtimePrecision"))
-        yield _Running(
+        yield RunningNode(
             kind=said.get("layerType", ""),
             is_integer=precision in _OV_INTEGER and kernel.endswith(_OV_INTEGER),
             gives_integers=set(said.get("outputPrecisions", "").lower().split(",")) <= set(_OV_INTEGER),

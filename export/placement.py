@@ -10,7 +10,7 @@ float).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,9 @@ def insert_qdq(
     product.
     """
     plan = _Plan.of(model, scheme)
+    if scheme.exclude:  # without its neighbours a tensor has to stand for itself: its range is still that of another
+        whole = _Plan.of(model, replace(scheme, exclude=frozenset()))
+        ranges = {name: ranges[source] for name, source in whole.ranges.items() if source in ranges} | dict(ranges)
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
     writer = _Writer(quantized.graph, plan, ranges, scheme, weights or {})

@@ -30,6 +30,7 @@ __all__ = [
     "Verdict",
     "Verification",
     "certifiable",
+    "check_comparable",
     "verify",
     "verify_models",
     "write_flips",
@@ -152,7 +153,7 @@ def verify_models(
     progress: Progress = silent,
 ) -> Verification:
     """Return what `verify` returns, for files that were opened already."""
-    _check_comparable(model, reference)
+    check_comparable(model, reference)
     asked = _Asked.of(data, reference, max_drop_points, min_agreement, unlabelled=unlabelled, flips=flips is not None)
     models_sha256 = sha256_hex(f"{model.sha256} {reference.sha256}".encode())
     given = _given(flips, reference, None if carry_labels else models_sha256)
@@ -300,7 +301,8 @@ def _worst_classes(run: PairedRun, labels_B: npt.NDArray[np.int64], titles: Sequ
     )
 
 
-def _check_comparable(model: ModelFile, reference: ModelFile) -> None:
+def check_comparable(model: ModelFile, reference: ModelFile) -> None:
+    """Raise UsageError or InputError where these are not a file and the float32 file that it was made from."""
     if reference.manifest.precision != "float32":
         reason = f"its precision is {reference.manifest.precision}; a reference is float32"
         remedy = "give the file that `vit-edge export` wrote"

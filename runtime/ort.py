@@ -55,8 +55,13 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
-def make_session(model: ModelFile, options: EngineOptions, *, optimised: Path | None = None) -> Any:
-    """Return a session over the verified bytes; its optimised graph is written to `optimised`. Raises ModelRejected."""
+def make_session(
+    model: ModelFile, options: EngineOptions, *, optimised: Path | None = None, profile: Path | None = None
+) -> Any:
+    """Return a session over the verified bytes; raises ModelRejected.
+
+    Its optimised graph is written to `optimised`; how long each node takes to a file whose name begins as `profile`.
+    """
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.num_threads
     settings.inter_op_num_threads = 1
@@ -65,6 +70,9 @@ def make_session(model: ModelFile, options: EngineOptions, *, optimised: Path | 
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimised is not None:
         settings.optimized_model_filepath = str(optimised)
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
     try:
         return _load(model, settings)
     except Exception as error:  # its exceptions share no base but this

@@ -29,6 +29,7 @@ __all__ = [
     "best_certifiable_points",
     "compare",
     "compare_answers",
+    "decibels",
     "drop_upper_bound_points",
     "fewest_images",
     "fewest_images_for_agreement",
@@ -115,7 +116,7 @@ def sqnr_db(reference: Logits, candidate: Logits) -> float:
     """Return the signal to quantization noise ratio over all logits in dB; infinite where they are equal."""
     signal = np.asarray(reference, np.float64)
     noise_power = float(np.sum((signal - np.asarray(candidate, np.float64)) ** 2))
-    return _decibels(float(np.sum(signal**2)), noise_power)
+    return decibels(float(np.sum(signal**2)), noise_power)
 
 
 def softmax(logits_BK: Logits) -> Logits:
@@ -186,7 +187,7 @@ def compare_answers(answers: PairedAnswers, labels_B: Indices) -> Comparison:
         agreement=num_same / images * 100,
         agreement_interval=(float(interval.low) * 100, float(interval.high) * 100),
         agreement_lower_bound=agreement_lower_bound(images, changed=images - num_same),
-        sqnr_db=_decibels(answers.signal_power, answers.noise_power),
+        sqnr_db=decibels(answers.signal_power, answers.noise_power),
     )
 
 
@@ -368,7 +369,8 @@ def _share_right(answers_BT: Indices, labels_B: Indices) -> float | None:
     return float((answers_BT == labels_B[:, None]).any(axis=1).mean() * 100)
 
 
-def _decibels(signal_power: float, noise_power: float) -> float:
+def decibels(signal_power: float, noise_power: float) -> float:
+    """Return a ratio of powers in dB; infinite where there is no noise."""
     if noise_power == 0:
         return float("inf")
     return float("-inf") if signal_power == 0 else 10 * float(np.log10(signal_power / noise_power))

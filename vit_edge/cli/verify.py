@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vit_edge.cli.explanation import explain_options, explained, picture_target, prepare
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.errors import UsageError, VerificationFailed, require
 from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
@@ -46,11 +47,12 @@ _NUM_SHOWN = 20
     help="Where to write the changed answers to be labelled; labels given with --flips are taken over"
     f"  [default, without labels: {_FLIPS}].",
 )
-@click.option("--force", is_flag=True, help="Replace a flips file in which no label is filled in.")
+@click.option("--force", is_flag=True, help="Replace layers.png, or a flips file in which no label is filled in.")
 @click.option(
     "--engine", "engines", multiple=True, help="onnxruntime or openvino, repeatable  [default: all installed]."
 )
 @threads_option()
+@explain_options
 def verify(
     model: Path,
     reference: Path,
@@ -63,6 +65,7 @@ def verify(
     force: bool,
     engines: tuple[str, ...],
     threads: int | None,
+    **explaining: Any,
 ) -> Result:
     """Compare MODEL with its float reference on the same pictures, in every engine.
 
@@ -72,38 +75,37 @@ def verify(
     Pictures without labels do: only those whose answer changes count. They are written to flips.csv; fill in their
     labels and run again with --flips.
 
+    --explain runs some of the pictures through every form of the network that is at hand: torch and plain ONNX with
+    --checkpoint, REF, each algorithm with --calibration, MODEL in each engine; and it times each layer. The layers are
+    also drawn, in layers.png.
+
     \b
     Examples:
       vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test --max-drop 0.5
       vit-edge verify model.int8.onnx --reference model.onnx --data loose --max-drop 0.5
       vit-edge verify model.int8.onnx --reference model.onnx --data loose --max-drop 0.5 --flips flips.csv
+      vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test --explain --calibration pictures/train
     """
     require("scipy", extra="export", what="verify")
     from vit_edge.export.verification import certifiable, write_flips
     from vit_edge.export.verification import verify as run
 
-    asked = {"max_drop_points": max_drop, "min_agreement": min_agreement}
+    asked: dict[str, Any] = {"max_drop_points": max_drop, "min_agreement": min_agreement}
     labels, budget, at_best = certifiable(data, reference, **asked, unlabelled=unlabelled, flips=flips is not None)
     target = _flips_target(flips_out, labels, budget, force=force)
+    picture = picture_target(explaining, force=force)
     if not click.get_current_context().meta["quiet"]:
         click.echo(outlook_text(at_best, budget, labels), err=True)
+    common: dict[str, Any] = {"reference": reference, "data": data, "engines": engines, "threads": threads}
     with progress_bar() as progress:
-        result = run(
-            model,
-            reference=reference,
-            data=data,
-            **asked,
-            unlabelled=unlabelled,
-            flips=flips,
-            carry_labels=flips_out is not None,
-            engines=engines,
-            threads=threads,
-            progress=progress,
-        )
+        common["progress"] = progress
+        prepared = prepare(model, explaining, **common, unlabelled=labels != "all")
+        result = run(model, **common, **asked, unlabelled=unlabelled, flips=flips, carry_labels=flips_out is not None)
     written = target if target is not None and any(r.changed for r in result.results) else None
     if written is not None:
         write_flips(result, written, force=force)
-    return _told(result, model, flips=flips, written=written)
+    told = _told(result, model, flips=flips, written=written)
+    return told if prepared is None or picture is None else explained(prepared, picture, told)
 
 
 def _told(result: Verification, model: Path, *, flips: Path | None, written: Path | None) -> Result:
