@@ -10,7 +10,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev-installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file.
 test-emulated: $(VENV)/.dev-installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+
+# Two processes share the cores: idle threads of OpenMP that spin would make training ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -56,18 +61,38 @@ def readme_commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return one folder for all the processes that this run of the tests is divided among."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def digits(shared_folder: Path) -> Path:
     """Return the digits as an image folder with train and test."""
-    folder = tmp_path_factory.mktemp("digits")
-    script = ROOT / "calibration_data" / "make_digits.py"
-    subprocess.run([sys.executable, script, "--out", folder], check=True, capture_output=True)
+    folder = shared_folder / "digits"
+    with FileLock(shared_folder / "digits.lock"):
+        if not folder.exists():
+            script = ROOT / "calibration_data" / "make_digits.py"
+            subprocess.run([sys.executable, script, "--out", folder], check=True, capture_output=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Workspace:
-    """Run the README's commands on the digits, in order, each with --json."""
-    space = Workspace(folder=tmp_path_factory.mktemp("workspace"))
+def workspace(shared_folder: Path, digits: Path) -> Workspace:
+    """Run the README's commands on the digits, in order, each with --json: once for all processes."""
+    space = Workspace(folder=shared_folder / "workspace")
+    printed = shared_folder / "workspace.json"
+    with FileLock(shared_folder / "workspace.lock"):
+        if not printed.exists():
+            space.folder.mkdir()
+            _run_readme(space, digits)
+            printed.write_text(json.dumps(space.printed))
+    space.printed = json.loads(printed.read_text())
+    return space
+
+
+def _run_readme(space: Workspace, digits: Path) -> None:
     (space.folder / "pictures").symlink_to(digits)
     picture = sorted((digits / "test" / "3").iterdir())[0]
     (space.folder / "picture.png").write_bytes(picture.read_bytes())
@@ -75,7 +100,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Workspa
         done = vit_edge(*arguments, "--json", cwd=space.folder)
         assert done.returncode == 0, f"{arguments}: {done.stderr}"
         space.printed[arguments[0]] = json.loads(done.stdout)
-    return space
 
 
 @pytest.fixture(scope="session")
