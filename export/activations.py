@@ -29,7 +29,8 @@ class Activations:
     """Runs pictures through a graph in ONNX Runtime, and gives `tensors` of each as the picture alone gives them.
 
     The first batch runs both ways. Where one bit differs (a graph that mixes pictures, another order of sums), pictures
-    run one by one from then on: a batch is for speed and never shows in a result.
+    run one by one from then on: a batch is for speed and never shows in a result. `num_copies` of one picture are run
+    where the graph takes no other number, as the first run shows.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Activations:
         self._model = model
         self._session: Any = _session(model, tensors, free_batch=True)
         self._input = self._session.get_inputs()[0].name
-        self._copies = 1  # of a picture, where the graph takes no other number
+        self.num_copies = 1  # of a picture, where the graph takes no other number
         self._axes: list[int | None] | None = None  # of the pictures in each tensor
         self.num_at_once: int | None = None  # told by the first batch
 
@@ -56,14 +57,14 @@ class Activations:
     def _alone(self, image: Array) -> list[Array]:
         """Return the tensors of one picture: of so many copies of it as the graph has to have."""
         try:
-            return self._run([image] * self._copies)
+            return self._run([image] * self.num_copies)
         except ModelRejected:
             fixed = _fixed_batch(self._model)
-            if self._copies > 1 or fixed is None or fixed == 1:
+            if self.num_copies > 1 or fixed is None or fixed == 1:
                 raise
             # Its batch is not only in its signature but inside, in a constant shape.
-            self._session, self._copies = _session(self._model, self._tensors, free_batch=False), fixed
-            return self._run([image] * self._copies)
+            self._session, self.num_copies = _session(self._model, self._tensors, free_batch=False), fixed
+            return self._run([image] * self.num_copies)
 
     def _together(self, images: Sequence[Array]) -> list[list[Array]]:
         """Return the tensors of each picture of a batch, divided along the axes that the first batch showed."""
@@ -78,7 +79,7 @@ class Activations:
         """Return how many pictures run at once: as many as memory allows, where each gives what it gives alone."""
         alone = [self._alone(images[0])]
         fitting = max(1, self._most_held_bytes // max(sum(value.nbytes for value in alone[0]), 1))
-        if self._copies > 1 or fitting == 1:
+        if self.num_copies > 1 or fitting == 1:
             return 1
         tried = images[:fitting]
         alone += [self._alone(image) for image in tried[1:]]

@@ -210,12 +210,20 @@ def _fitted(
     if not fitting:
         return Reconstruction(model=aligned, ranges=dict(start))
     moved = {tensor: start[name] for tensor, name in names.items()}
+    copies = _num_copies(aligned, sample[0])
     fitted = reconstruct(
-        aligned, {**start, **moved}, overall, products, sample,
+        aligned, {**start, **moved}, overall, products, [np.repeat(image, copies, axis=0) for image in sample],
         scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
     )  # fmt: skip
     fitted.ranges = {name: fitted.ranges[name] for name in tensors}
     return fitted
+
+
+def _num_copies(model: onnx.ModelProto, image: Array) -> int:
+    """Return how many times an image has to be in a batch: more than once where constants inside hold the batch."""
+    activations = Activations(model, [model.graph.output[0].name])
+    list(activations.of([image[0]]))
+    return activations.num_copies
 
 
 def _align(

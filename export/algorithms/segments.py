@@ -153,9 +153,14 @@ def _pair(name: str) -> list[onnx.NodeProto]:
 
 
 def _input(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
-    """Return the input of a segment: the graph's own, or float32 of any shape."""
-    own = next((value for value in model.graph.input if value.name == name), None)
-    return own or helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+    """Return the input of a segment: the graph's own at any batch, or float32 of any shape."""
+    for value in model.graph.input:
+        if value.name == name:
+            own = onnx.ValueInfoProto()
+            own.CopyFrom(value)
+            own.type.tensor_type.shape.dim[0].dim_param = "batch"
+            return own
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
 
 def _scale(name: str) -> str:
