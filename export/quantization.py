@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from vit_edge.artifact import ModelFile, open_model, pack
@@ -21,12 +20,11 @@ from vit_edge.data import find_images, pixel_hashes
 from vit_edge.errors import DataRejected, UsageError, printable
 from vit_edge.export.budget import Ladder, RungMemory, climb, order_of
 from vit_edge.export.calibrated_graph import CalibratedGraph, Plan, calibrate, uncalibrated
-from vit_edge.export.calibration import METHODS, Method, Range
+from vit_edge.export.calibration import METHODS, Method
 from vit_edge.export.calibration_cache import CalibrationCache, default_folder
 from vit_edge.export.chains import only_for_onnxruntime
 from vit_edge.export.costs import macs_by_node
 from vit_edge.export.coverage import Coverage, coverage
-from vit_edge.export.dynamic import BATCH
 from vit_edge.export.finishing import fix_batch
 from vit_edge.export.golden import with_answers
 from vit_edge.export.halving import halved
@@ -36,6 +34,7 @@ from vit_edge.export.pictures import CalibrationPictures
 from vit_edge.export.placement import Scheme
 from vit_edge.export.precisions import PRECISIONS, Precision, check_options, check_target
 from vit_edge.export.recipes import EFFORTS, EffortName, Recipe, choose_algorithms
+from vit_edge.export.recording import record_of, with_evaluation
 from vit_edge.export.speed import Speed, compare_speed
 from vit_edge.export.verification import Verification, verify_models
 from vit_edge.files import may_write, sha256_hex, write_atomic
@@ -47,8 +46,6 @@ from vit_edge.targets import DEFAULT_TARGET, Target, resolve_target
 __all__ = ["QuantizationOptions", "QuantizationResult", "quantize", "quantize_model"]
 
 _FEW_IMAGES = 32
-# Of a verification: paths of this machine, and what is too long or of no use later.
-_NOT_KEPT = ("changed", "images_needed", "worst_classes")
 _log = logging.getLogger(__name__)
 
 
@@ -174,7 +171,7 @@ def quantize_model(
     if options.precision == "fp16":
         model = halved(source, progress=progress)
         verification = judge(model) if data is not None else None
-        model = _evaluated(model, verification, None)
+        model = with_evaluation(model, verification, None)
         write_atomic(written, model.data)
         return QuantizationResult(**_written(written, model, source), precision="fp16", verification=verification)
     pictures = CalibrationPictures(paths, source.manifest, judging=judging, progress=progress)
@@ -183,20 +180,27 @@ def quantize_model(
         _check_calibration(pictures.hashes, calibration)
 
     def make(left: frozenset[str]) -> ModelFile:
-        return _finished(source, found, left, _record(resolved.target, found, left, pictures, options))
+        return _finished(source, found, left, record_of(resolved.target, found, left, pictures, options))
 
+    left = found.float_products
     ladder, verification = None, None
     if options.budget is not None:
         order = order_of(found.noise, macs_by_node(found.graph) or {})
+        order = [node for node in order if node not in left]
         memory = RungMemory(default_folder().parent / "budget", judged_by=judged_by) if options.use_cache else None
         ladder, finished, verification = climb(
-            order, make, judge, memory=memory, time_limit_s=options.time_limit_s, progress=progress
+            order,
+            lambda more: make(found.float_products | more),
+            judge,
+            memory=memory,
+            time_limit_s=options.time_limit_s,
+            progress=progress,
         )
     else:
-        finished = make(found.float_products)
+        finished = make(left)
         verification = judge(finished) if data is not None else None
-    left = found.float_products if ladder is None else frozenset(ladder.float_products)
-    finished = _evaluated(finished, verification, ladder)
+    left |= frozenset() if ladder is None else frozenset(ladder.float_products)
+    finished = with_evaluation(finished, verification, ladder)
     write_atomic(written, finished.data)
     if ladder is not None and ladder.cut_short == "interrupted":
         _log.warning("interrupted: %s holds the best file so far, its verdict in it", written)
@@ -346,61 +350,8 @@ def _finished(source: ModelFile, found: CalibratedGraph, left: frozenset[str], r
     return with_answers(packed, source)
 
 
-def _record(
-    target: Target,
-    found: CalibratedGraph,
-    left: frozenset[str],
-    pictures: CalibrationPictures,
-    options: QuantizationOptions,
-) -> dict[str, Any]:
-    """Return what the manifest says of the quantization; nothing in it depends on this machine's folders."""
-    scheme = found.scheme
-    known = sorted(set(zip(pictures.hashes, pictures.fingerprints, strict=True)))
-    symmetric = scheme.activation == "int8"
-    ranges = {"method": options.ranges, "values": {name: _rounded(r) for name, r in found.ranges.items()}}
-    return {
-        "scheme": "dynamic" if found.dynamic else "static QDQ",
-        "target": target.name,
-        "batch": BATCH if found.dynamic else target.static_batch,
-        "recipe": options.recipe,
-        "effort": options.effort,
-        "algorithms": list(found.applied),
-        "weights": {"dtype": "int8", "bits": scheme.weight_bits, "granularity": "per-channel", "symmetric": True},
-        "activations": {"dtype": scheme.activation, "granularity": "per-tensor", "symmetric": symmetric},
-        "float_products": sorted(left),
-        "openvino_rounds": {name: float(np.float32(peak)) for name, peak in found.openvino_rounds.items()},
-        "ranges": {"method": "at run time"} if found.dynamic else ranges,
-        "images": [digest for digest, _ in known],
-        "fingerprints": [text for _, text in known],
-    }
-
-
-def _rounded(observed: Range) -> list[float]:
-    return [float(np.float32(observed.low)), float(np.float32(observed.high))]
-
-
 def _share(found: CalibratedGraph, left: frozenset[str]) -> float:
     """Return the share of multiplications with constant weights that stay float."""
     macs = macs_by_node(found.graph) or {}
     total = sum(macs.get(product.node, 0) for product in found.products)
     return sum(macs.get(node, 0) for node in left) / total if total else 0.0
-
-
-def _evaluated(model: ModelFile, verification: Verification | None, ladder: Ladder | None) -> ModelFile:
-    """Return the file with the figures in its manifest; no path of this machine, a verdict only where one was asked."""
-    if verification is None:
-        return model
-    results = []
-    for result in verification.results:
-        fields = {name: value for name, value in asdict(result).items() if name not in _NOT_KEPT}
-        results.append(fields if ladder else {name: value for name, value in fields.items() if name != "verdict"})
-    evaluation: dict[str, Any] = {"data_sha256": verification.data_sha256, "results": results}
-    if ladder is not None:
-        evaluation |= {
-            "verdict": verification.verdict,
-            "max_drop_points": verification.max_drop_points,
-            "min_agreement": verification.min_agreement,
-            "rungs": [asdict(rung) for rung in ladder.rungs],
-            "cut_short": ladder.cut_short,
-        }
-    return open_model(model.with_manifest(replace(model.manifest, evaluation=evaluation)), warn=False)
