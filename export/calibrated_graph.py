@@ -185,7 +185,7 @@ def _products(graph: onnx.ModelProto, plan: Plan) -> tuple[Product, ...]:
 def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
     """Return the algorithms of the plan that are for such a graph."""
     if plan.algorithms and is_convolutional(graph):
-        _log.warning("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
+        _log.info("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
         return frozenset()
     return frozenset(plan.algorithms) - (CHOOSE_RANGES if plan.dynamic else frozenset())
 

@@ -12,19 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from vit_edge.artifact import ModelFile, open_model, pack
+from vit_edge.artifact import ModelFile
 from vit_edge.export.costs import PRODUCTS
 from vit_edge.export.coverage import nodes_in_onnxruntime, nodes_in_openvino, running_nodes
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import EngineOptions
 from vit_edge.runtime.golden import golden_images
 
-__all__ = ["PROFILERS", "Profile", "Profiler", "one_batch", "with_names"]
+__all__ = ["PROFILERS", "Profile", "Profiler", "one_batch"]
 
 Times: TypeAlias = npt.NDArray[np.float64]
 
 _KERNEL = "_kernel_time"
-# How products are named where that is not the ONNX operator's name: what attention multiplies has no weight.
+# What products are called that belong to no layer: those of attention.
 _WITHOUT_WEIGHT = "{} without a weight"
 
 
@@ -123,23 +123,6 @@ class _OpenVino:
 
 
 PROFILERS: Mapping[str, type[Profiler]] = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}
-
-
-def with_names(model: ModelFile) -> ModelFile:
-    """Return the file with a name of its own for each node, those that `prepare` gives: profiles go by it."""
-    proto = onnx.load_model_from_string(model.data)
-    taken: set[str] = set()
-    before = [node.name for node in proto.graph.node]
-    for node in proto.graph.node:
-        name = node.name or node.output[0]
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        node.name = name
-    if before == [node.name for node in proto.graph.node]:
-        return model
-    del proto.metadata_props[:]
-    return open_model(pack(proto.SerializeToString(deterministic=True), model.manifest), warn=False)
 
 
 def one_batch(model: ModelFile) -> Pixels:

@@ -15,7 +15,7 @@ import numpy as np
 from vit_edge.artifact import ModelFile
 from vit_edge.errors import EngineUnavailable
 from vit_edge.export.coverage import coverage
-from vit_edge.export.engine_profiles import PROFILERS, one_batch, with_names
+from vit_edge.export.engine_profiles import PROFILERS, one_batch
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engine import EngineOptions, make_engine
 
@@ -118,7 +118,7 @@ class _Timed:
     """One file in one engine twice: with a profile, and as it runs in use, which is the whole time."""
 
     def __init__(self, model: ModelFile, engine: str, folder: Path) -> None:
-        self._profiler = PROFILERS[engine](with_names(model), folder)
+        self._profiler = PROFILERS[engine](model, folder)
         self._engine = make_engine(engine, model, EngineOptions(threads=1))
         self._images_NHWC = one_batch(model)
         self._wholes_ms: list[float] = []

@@ -26,6 +26,7 @@ from vit_edge.progress import Progress, silent
 __all__ = ["Recorded", "RemadeStage", "calibration_pictures", "recorded", "remade_stages"]
 
 _SCHEME = "static QDQ"
+# What changes the network itself, in any engine, and how.
 _NOTES = {
     "repq": "the channels of a normalised tensor get one range; exact in float",
     "value-scaling": "the channels that a projection reads get nearer ranges; exact in float",
@@ -112,7 +113,7 @@ def remade_stages(
     Products that stayed float do so in the last stage; the others are as `calibrate` makes them of these pictures.
     """
     record, found = recorded(model), None
-    steps = tuple(name for name in record.plan.algorithms if name != "mixed-precision")
+    steps = tuple(name for name in record.plan.algorithms if name in _NOTES)
     graph = onnx.load_model_from_string(reference.data)
     del graph.metadata_props[:]
     cache = CalibrationCache(preprocessing=reference.manifest.preprocessing)

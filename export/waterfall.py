@@ -34,6 +34,8 @@ __all__ = ["ExplainOptions", "Explanation", "Layer", "Preparation", "Stage", "ex
 _BATCH = 16
 # All ONNX forms run in this engine, so that two stages differ in the network alone.
 _ENGINE = "onnxruntime"
+# What the manifest's entry on quantization calls the tensors that are int8 in OpenVINO alone.
+_OPENVINO_ROUNDS = "openvino_rounds"
 # Pictures on which each product is tried alone: a product's share is the same within a tenth on 16 and on 64.
 _MOST_ALONE = 16
 
@@ -135,8 +137,19 @@ class _Waterfall:
         if last is not None:
             self._compare_with_remade()
         for engine in others:
-            self._add("the file", engine, "the same file, other kernels", prepared.model)
+            self._elsewhere(engine)
         return last
+
+    def _elsewhere(self, engine: str) -> None:
+        """Run the file in another engine; what is rounded there alone is a stage of its own."""
+        model, note = self._prepared.model, "the same file, other kernels"
+        quantization = dict(model.manifest.quantization or {})
+        if engine == "openvino" and quantization.pop(_OPENVINO_ROUNDS, None):
+            manifest = replace(model.manifest, quantization=quantization, golden=None)
+            without = open_model(model.with_manifest(manifest), warn=False)
+            self._add("the file, less attention-scores", engine, note, without)
+            note = "attention's scores from int8 queries and keys, which only this engine is faster with"
+        self._add("the file", engine, note, model)
 
     def _torch(self, network: Network) -> None:
         from vit_edge.export.network import reference_logits
