@@ -209,11 +209,10 @@ def _layers(prepared: Preparation, images_NHWC: Pixels, last: RemadeStage | None
     float_graph, graph = (_graph(file) for file in (prepared.reference, prepared.model))
     float_graph = prepare(float_graph)
     products = find_products(float_graph)
-    nodes = [product.node for product in products]
     levels = sqnr_by_product(
         float_graph,
         graph,
-        nodes,
+        products,
         _counted((manifest.network_input(image[None])[0] for image in images_NHWC), len(images_NHWC), progress),
         scaled=_scaled(prepared, float_graph, products),
     )
