@@ -75,8 +75,9 @@ def layer_times(
     if engine not in PROFILERS:
         reason = f"{engine!r} keeps no profile"
         raise EngineUnavailable("cannot time layers", reason=reason, remedy=f"choose {' or '.join(PROFILERS)}")
-    found = coverage(model, engine)
-    left_float = {product.node for product in found.float_products}
+    left_float = set(nodes)
+    if model.manifest.precision == "int8":
+        left_float = {product.node for product in coverage(model, engine).float_products}
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
         timed = [_Timed(file, engine, Path(folder) / str(number)) for number, file in enumerate((reference, model))]
         _run(timed, f"timing layers in {engine}", progress)
@@ -92,7 +93,7 @@ def layer_times(
     ]
     return EngineTimes(
         engine=engine,
-        version=found.version,
+        version=timed[0].version,
         batch_size=model.manifest.batch or 1,
         num_runs=_NUM_RUNS,
         reference_ms=before.whole_ms,
@@ -120,6 +121,7 @@ class _Timed:
     def __init__(self, model: ModelFile, engine: str, folder: Path) -> None:
         self._profiler = PROFILERS[engine](model, folder)
         self._engine = make_engine(engine, model, EngineOptions(threads=1))
+        self.version = self._engine.version
         self._images_NHWC = one_batch(model)
         self._wholes_ms: list[float] = []
 
