@@ -91,6 +91,11 @@ class QuantizationOptions:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     @property
+    def without_labels(self) -> bool:
+        """Return whether labels are not looked at: as was said, or because agreement alone is asked for."""
+        return self.unlabelled or (self.max_drop_points is None and self.min_agreement is not None)
+
+    @property
     def budget(self) -> Budget | None:
         """Return what may be lost, None where nothing was said."""
         if self.max_drop_points is None and self.min_agreement is None:
@@ -248,7 +253,7 @@ def _judge(
         data=data,
         max_drop_points=options.max_drop_points,
         min_agreement=options.min_agreement,
-        unlabelled=options.unlabelled,
+        unlabelled=options.without_labels,
         engines=_promised(candidate),
         progress=progress,
     )
@@ -269,6 +274,9 @@ def _check_source(source: ModelFile, options: QuantizationOptions, data: str | o
     if source.weights is not None:
         reason = "its weights lie beside it, being over 2 GiB; quantization works within one file"
         raise UsageError("cannot quantize", file=source.source, reason=reason, remedy="take a smaller network")
+    if options.budget is None and options.time_limit_s is not None:
+        reason = "a time limit ends the search for a budget, and none is given"
+        raise UsageError("cannot quantize", reason=reason, remedy="give --max-drop or --min-agreement too")
     if options.budget is not None and data is None:
         reason = "a budget needs pictures to judge by, which did not calibrate"
         raise UsageError("cannot quantize", reason=reason, remedy="give --data; for --min-agreement it needs no labels")
@@ -281,7 +289,7 @@ def _judging(
     if data is None:
         return {}, ""
     labels = source.manifest.labels
-    found = find_pictures(data, labels, unlabelled=options.unlabelled)
+    found = find_pictures(data, labels, unlabelled=options.without_labels)
     hashes = pixel_hashes(found.paths, source.manifest.preprocessing)
     label_of = dict(zip(found.paths, found.labels, strict=True))
     parts = {

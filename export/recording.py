@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,4 +76,14 @@ def with_evaluation(model: ModelFile, verification: Verification | None, ladder:
             "rungs": [asdict(rung) for rung in ladder.rungs],
             "cut_short": ladder.cut_short,
         }
-    return open_model(model.with_manifest(replace(model.manifest, evaluation=evaluation)), warn=False)
+    manifest = replace(model.manifest, evaluation=_plain(evaluation))
+    return open_model(model.with_manifest(manifest), warn=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with None for what JSON has no number for: the SQNR of equal answers is infinite."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -147,10 +147,16 @@ def _evaluation(evaluation: Any) -> Any:
     if "results" not in evaluation:
         return evaluation
     return [
-        f"{r['engine']}: top-1 {r['candidate_top1']:.2f} % (float {r['reference_top1']:.2f} %), "
-        f"agreement {r['agreement']:.2f} %, {r['images']} pictures"
+        f"{r['engine']}: {_top1(r)}agreement {r['agreement']:.2f} %, {r['images']} pictures"
         for r in evaluation["results"]
     ]
+
+
+def _top1(result: Any) -> str:
+    """Return both accuracies; nothing where the pictures had no labels."""
+    if result["candidate_top1"] is None:
+        return ""
+    return f"top-1 {result['candidate_top1']:.2f} % (float {result['reference_top1']:.2f} %), "
 
 
 def _opset(model: ModelFile) -> int:

@@ -148,7 +148,7 @@ def _say_outlook(data: Path | None, source: ModelFile, options: QuantizationOpti
 
     if options.budget is None or data is None or click.get_current_context().meta["quiet"]:
         return
-    pictures = find_pictures(data, source.manifest.labels, unlabelled=options.unlabelled)
+    pictures = find_pictures(data, source.manifest.labels, unlabelled=options.without_labels)
     at_best = outlook(pictures.num_images, options.budget)
     click.echo(outlook_text(at_best, options.budget, "all" if pictures.labelled else "none"), err=True)
 
@@ -253,7 +253,12 @@ def _failure(result: QuantizationResult) -> VerificationFailed | None:
     if found.verdict == "inconclusive":
         needed = f"about {worst.images_needed:,}" if worst.images_needed else "many more"
         remedy = f"give {needed} pictures to judge by, or a larger budget; the file was written with its verdict in it"
-        reason = f"{worst.images} pictures bound the drop at {worst.drop_upper_bound_points:.2f} points"
+        bounds = []
+        if found.max_drop_points is not None:
+            bounds.append(f"the drop at {worst.drop_upper_bound_points:.2f} points")
+        if found.min_agreement is not None:
+            bounds.append(f"the agreement at {worst.agreement_lower_bound:.2f} %")
+        reason = f"{worst.images} pictures bound {' and '.join(bounds)}"
         return VerificationFailed("the budget is not certified", file=result.model, reason=reason, remedy=remedy)
     reason = f"the drop is {worst.drop_points:.2f} points, the agreement {worst.agreement:.2f} %"
     remedy = "try --recipe accurate, --effort thorough or more calibration pictures; the file was written all the same"
