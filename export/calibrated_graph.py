@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
+from threadpoolctl import threadpool_limits
 
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.activations import Activations
@@ -105,6 +106,21 @@ def calibrate(
     Algorithms that do not fit the graph are left out: all of them where convolutions do most of the work, whose ranges
     are then as `plan.method` finds them. Raises DataRejected, ModelRejected, UsageError.
     """
+    # Linear algebra on more threads sums in another order, and some weights are rounded the other way: the same inputs
+    # would give other bytes where more CPUs are granted. The sums of ONNX Runtime do not depend on its threads.
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _calibrated(model, pictures, plan, needs_noise=needs_noise, cache=cache, progress=progress)
+
+
+def _calibrated(
+    model: onnx.ModelProto,
+    pictures: CalibrationPictures,
+    plan: Plan,
+    *,
+    needs_noise: bool,
+    cache: CalibrationCache | None,
+    progress: Progress,
+) -> CalibratedGraph:
     graph = prepare(model)
     products = _products(graph, plan)
     sample = [image[None] for image in pictures.sample(plan.effort.num_images)]

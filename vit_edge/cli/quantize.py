@@ -79,7 +79,7 @@ def quantize(
       vit-edge quantize model.onnx --calibration pictures/train --data pictures/test
       vit-edge quantize model.onnx --calibration pictures/train --data pictures/test --max-drop 1
     """
-    for module in ("onnx", "onnxruntime", "scipy"):
+    for module in ("onnx", "onnxruntime", "scipy", "threadpoolctl"):
         require(module, extra="export,onnxruntime", what="quantize")
     from vit_edge.export import QuantizationOptions, quantize_model
 
