@@ -215,7 +215,7 @@ def _engine(contestant: Contestant, setting: Setting) -> Engine:
         return make_engine("onnxruntime", contestant.model, options)
 
     def compile_model(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:
-        graph = core.read_model(model.data or contestant.path)
+        graph = ov.read_graph(core, model) if model.data else core.read_model(contestant.path)
         if setting == OV_FIXED:
             graph.reshape([1, *list(graph.input().partial_shape)[1:]])
         return core.compile_model(graph, "CPU", settings)

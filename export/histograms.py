@@ -48,7 +48,8 @@ class Histogram:
             raise ValueError("holds values that are not finite")
         self._cover(min(self.low, low), max(self.high, high))
         # Exact: a power of two.
-        bins = np.floor(values.ravel() * np.float32(2.0**-self.exponent)).astype(np.int64) - self.first
+        # In float64, where no small value becomes zero: that would be the bin beside its own.
+        bins = np.floor(values.ravel() * np.float64(2.0**-self.exponent)).astype(np.int64) - self.first
         self.counts += np.bincount(bins, minlength=len(self.counts))
 
     @property

@@ -22,24 +22,25 @@ Array: TypeAlias = npt.NDArray[Any]
 Columns: TypeAlias = npt.NDArray[np.int64]
 
 
-def result_tensors(graph: onnx.GraphProto, nodes: Iterable[str]) -> dict[str, str]:
-    """Return the tensor that each product gives once its bias is added; nodes that are not there are left out.
+def result_tensors(graph: onnx.GraphProto, products: Iterable[Product]) -> dict[str, str]:
+    """Return by node the tensor that each product gives once its bias is added; what is not there is left out.
 
     Before the bias two graphs of one function differ: what moves a product's input is made up for in its bias.
     """
     vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
+    made = {name for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    products = {node.name or node.output[0]: node for node in graph.node}
     found = {}
-    for name in nodes:
-        if name in products:
-            tensor = products[name].output[0]
-            while (after := readers.get(tensor, [])) and len(after) == 1 and _adds_bias(after[0], vectors):
-                tensor = after[0].output[0]
-            found[name] = tensor
+    for product in products:
+        # By its tensor, not its node: that of a dynamic product gives integers, and several nodes make values of them.
+        tensor = product.output
+        while (after := readers.get(tensor, [])) and len(after) == 1 and _adds_bias(after[0], vectors):
+            tensor = after[0].output[0]
+        if tensor in made:
+            found[product.node] = tensor
     return found
 
 
@@ -53,7 +54,7 @@ def scaled_columns(model: onnx.ModelProto, products: Sequence[Product]) -> dict[
 def sqnr_by_product(
     reference: onnx.ModelProto,
     candidate: onnx.ModelProto,
-    nodes: Sequence[str],
+    products: Sequence[Product],
     images: Iterable[Array],
     *,
     scaled: Mapping[str, Columns],
@@ -63,8 +64,8 @@ def sqnr_by_product(
     `images` are what both graphs take for one picture each. Of the channels `scaled` a scale and a shift are no error.
     Products that `candidate` does not have are left out.
     """
-    names = [result_tensors(model.graph, nodes) for model in (reference, candidate)]
-    both = [node for node in nodes if all(node in found for found in names)]
+    names = [result_tensors(model.graph, products) for model in (reference, candidate)]
+    both = [node for node in names[0] if node in names[1]]
     tensors = [list(dict.fromkeys(found[node] for node in both)) for found in names]
     activations = [Activations(model, asked) for model, asked in zip((reference, candidate), tensors, strict=True)]
     gathered = {node: _Gathered(columns=scaled.get(node)) for node in both}

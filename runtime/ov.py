@@ -16,7 +16,7 @@ from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
 
-__all__ = ["ENGINE", "OpenVinoEngine", "compile_model"]
+__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "read_graph"]
 
 # What the manifest's entry on quantization calls the list of roundings that are there for ONNX Runtime alone.
 _SKIPS = "openvino_skips"
@@ -98,13 +98,18 @@ def _core() -> Any:
 def _compile(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:
     """Compile from the verified bytes."""
     if model.weights is None:
-        graph = core.read_model(model.data)
-        recorded = model.manifest.quantization or {}
-        _skip(graph, set(recorded.get(_SKIPS, ())))
-        _round(graph, recorded.get(_ROUNDS, {}))
-        return core.compile_model(graph, "CPU", settings)
+        return core.compile_model(read_graph(core, model), "CPU", settings)
     with private_copy(model) as path:
         return core.compile_model(core.read_model(path), "CPU", settings)
+
+
+def read_graph(core: Any, model: ModelFile) -> Any:
+    """Return the graph as OpenVINO reads it, with what the manifest says is for OpenVINO alone."""
+    graph = core.read_model(model.data)
+    recorded = model.manifest.quantization or {}
+    _skip(graph, set(recorded.get(_SKIPS, ())))
+    _round(graph, recorded.get(_ROUNDS, {}))
+    return graph
 
 
 def _skip(graph: Any, names: set[str]) -> None:

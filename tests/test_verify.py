@@ -90,10 +90,10 @@ def test_damaged_weights_that_were_sealed_again_do_not_pass(workspace: Workspace
 def test_a_damaged_model_with_golden_vectors_of_its_own_fails_on_accuracy(workspace: Workspace, tmp_path: Path) -> None:
     """Whoever damages a file can also record new golden vectors: then the verdict itself has to see it."""
     from vit_edge.artifact import open_model, reseal
-    from vit_edge.export.quantization import _with_golden
+    from vit_edge.export.golden import with_answers
 
     _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled", "head.weight.quantized")
-    finished = _with_golden(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
+    finished = with_answers(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
     (tmp_path / "m.onnx").write_bytes(finished.data)
     done = vit_edge(
         "verify", tmp_path / "m.onnx", "--reference", workspace.float_model, "--data", workspace.test_pictures,
@@ -157,10 +157,10 @@ def test_without_labels_a_changed_answer_counts_as_lost_and_never_fails() -> Non
 
 def test_the_classes_that_lost_and_the_answers_that_changed_are_told(workspace: Workspace, tmp_path: Path) -> None:
     from vit_edge.artifact import open_model, reseal
-    from vit_edge.export.quantization import _with_golden
+    from vit_edge.export.golden import with_answers
 
     _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled", "head.weight.quantized")
-    finished = _with_golden(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
+    finished = with_answers(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
     (tmp_path / "m.onnx").write_bytes(finished.data)
     found = verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_pictures)
     result = found.decisive

@@ -175,12 +175,12 @@ def test_channels_at_another_scale_are_no_error_of_their_layer() -> None:
     ranges = observe_channels(graph, [mixing.input for mixing in mixings], IMAGES)
     scaled = scale_values(graph, mixings, ranges)
     products = find_products(graph)
-    columns, nodes = scaled_columns(graph, products), [product.node for product in products]
+    columns = scaled_columns(graph, products)
     assert set(columns) == {"block.0.attention.qkv", "block.1.attention.key_value"}
-    exact = sqnr_by_product(graph, scaled, nodes, IMAGES[:4], scaled=columns)
+    exact = sqnr_by_product(graph, scaled, products, IMAGES[:4], scaled=columns)
     assert min(exact.values()) > 90
-    plain = sqnr_by_product(graph, scaled, nodes, IMAGES[:4], scaled={})
-    assert {node for node in nodes if plain[node] < 60} == set(columns)
+    plain = sqnr_by_product(graph, scaled, products, IMAGES[:4], scaled={})
+    assert {node for node, level in plain.items() if level < 60} == set(columns)
 
 
 def test_other_calibration_pictures_are_refused_before_the_work(made: Made) -> None:
