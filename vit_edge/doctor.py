@@ -31,7 +31,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "openvino": ("run models in OpenVINO", ("openvino",)),
     "export": (
         "export, quantize, verify",
-        ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "scipy", "openvino"),
+        ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "scipy", "openvino", "threadpoolctl"),
     ),
     "train": (
         "train",
