@@ -132,7 +132,7 @@ def test_a_missing_extra_comes_with_the_command_that_installs_it(monkeypatch: py
     monkeypatch.setattr(doctor, "_installed", lambda: present)
     missing = {entry["extra"]: entry for entry in examine()["missing_extras"]}
     assert "onnxruntime" not in missing  # the build for GPUs is one
-    assert missing["export"]["missing"] == ["onnx", "onnxscript", "scipy", "openvino"]
+    assert missing["export"]["missing"] == ["onnx", "onnxscript", "scipy", "openvino", "threadpoolctl"]
     assert missing["export"]["command"] == 'pip install "vit-edge[export]"'
     assert set(missing) == {"openvino", "export", "train", "timm", "huggingface"}
 
