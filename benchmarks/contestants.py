@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -12,7 +15,8 @@ from unittest.mock import patch
 
 import numpy as np
 from quantizing import ORT_DYNAMIC, ORT_STATIC, Made, make, why_not
-from timing import Load, Samples, Watch, take_turns
+from results import RESULTS, find_section, new_file, write_section
+from timing import Load, Samples, Watch, count, take_turns
 
 from vit_edge.artifact import Manifest, ModelFile, open_model
 from vit_edge.errors import UsageError, VitEdgeError
@@ -61,6 +65,31 @@ class Contestant:
     def sha256(self) -> dict[str, str]:
         """Return the SHA-256 of each of its files."""
         return {part.name: sha256_hex(part.read_bytes()) for part in self.parts}
+
+
+def measure_and_write(
+    parser: argparse.ArgumentParser,
+    section: str,
+    run: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Take the options of every comparison, `run` it, and write its figures as JSON and as a section of results."""
+    parser.add_argument("--rounds", type=count, default=30)
+    parser.add_argument("--queries", type=count, default=20, help="of each candidate in each round")
+    parser.add_argument("--json", type=new_file, help="write every figure here too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
+    arguments = parser.parse_args()
+    find_section(section, arguments.results)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run(arguments, Path(folder))
+    except VitEdgeError as error:
+        sys.exit(f"error: {error}")
+    written = table(result)
+    print(written)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, default=asdict) + "\n", encoding="utf-8")
+    write_section(section, written, arguments.results)
 
 
 def float_file(path: Path) -> Contestant:

@@ -12,10 +12,6 @@ for itself, and says where it was not. Writes a section of docs/results.md.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +25,14 @@ from contestants import (
     float_file,
     latency,
     make_peers,
+    measure_and_write,
     our_files,
     plain_file,
     time_all,
 )
 from quantizing import NNCF_TRANSFORMER, ORT_STATIC
-from results import RESULTS, find_section, machine, new_file, versions, write_section
-from timing import count, ratio
-
-from vit_edge.errors import VitEdgeError
+from results import machine, versions
+from timing import ratio
 
 SECTION = "int8-speed"
 PEERS = (ORT_STATIC, NNCF_TRANSFORMER)
@@ -49,22 +44,7 @@ def main() -> None:
     parser.add_argument("int8_models", type=Path, nargs="+", metavar="INT8.onnx")
     parser.add_argument("--calibration", type=Path, help="pictures for the peers; without it there are none")
     parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the deploy form")
-    parser.add_argument("--rounds", type=count, default=30)
-    parser.add_argument("--queries", type=count, default=20, help="of each candidate in each round")
-    parser.add_argument("--json", type=new_file, help="write every figure and sample here too")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
-    arguments = parser.parse_args()
-    find_section(SECTION, arguments.results)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = run(arguments, Path(folder))
-    except VitEdgeError as error:
-        sys.exit(f"error: {error}")
-    written = table(result)
-    print(written)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, default=asdict) + "\n", encoding="utf-8")
-    write_section(SECTION, written, arguments.results)
+    measure_and_write(parser, SECTION, run, table)
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

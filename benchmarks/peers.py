@@ -11,10 +11,8 @@ image by image at batch 1; the evaluation pictures judge and tune nothing. Write
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from contestants import (
     float_file,
     latency,
     make_peers,
+    measure_and_write,
     our_file,
     our_files,
     plain_file,
@@ -37,12 +36,11 @@ from contestants import (
 )
 from int8_speed import hashes
 from quantizing import NNCF_PLAIN, NNCF_TRANSFORMER, ORT_DYNAMIC, ORT_STATIC, OURS, make
-from results import RESULTS, find_section, machine, new_file, versions, write_section
+from results import machine, versions
 from timing import count
 
 from vit_edge.artifact import ModelFile
 from vit_edge.data import EVALUATION_SPLITS, find_images, pixel_hashes, read_labelled, refuse_overlap, stream_pixels
-from vit_edge.errors import VitEdgeError
 from vit_edge.image import Pixels, pixel_hash
 from vit_edge.metrics import Logits, compare
 
@@ -67,22 +65,7 @@ def main() -> None:
     parser.add_argument("--ours", type=Path, action="extend", nargs="+", default=[], metavar="INT8.onnx")
     parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="peers are made from this float file too")
     parser.add_argument("--limit", type=count, help="judge by so many of the pictures only")
-    parser.add_argument("--rounds", type=count, default=30)
-    parser.add_argument("--queries", type=count, default=20, help="of each candidate in each round")
-    parser.add_argument("--json", type=new_file, help="write every figure here too")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
-    arguments = parser.parse_args()
-    find_section(SECTION, arguments.results)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = run(arguments, Path(folder))
-    except VitEdgeError as error:
-        sys.exit(f"error: {error}")
-    written = table(result)
-    print(written)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    write_section(SECTION, written, arguments.results)
+    measure_and_write(parser, SECTION, run, table)
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import onnxruntime
 
 from vit_edge.cpu import usable_threads
 from vit_edge.errors import ModelRejected
+from vit_edge.export.probing import with_outputs
 
-__all__ = ["Activations"]
+__all__ = ["Activations", "logits_of"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -105,6 +106,12 @@ class Activations:
         return [values[name] for name in self._tensors]
 
 
+def logits_of(model: onnx.ModelProto, images: Sequence[Array]) -> npt.NDArray[np.float32]:
+    """Return the first output [images, classes] of `images`, each [1, ...] as the graph takes it."""
+    activations = Activations(model, [model.graph.output[0].name])
+    return np.concatenate([values[0] for values in activations.of([image[0] for image in images])])
+
+
 def _same(left: Array, right: Array) -> bool:
     """Return whether two arrays are equal, whatever of their shape is 1."""
     return left.size == right.size and left.tobytes() == np.ascontiguousarray(right).tobytes()
@@ -137,11 +144,8 @@ def _session(model: onnx.ModelProto, tensors: Sequence[str], *, free_batch: bool
                 value.type.tensor_type.shape.dim[0].dim_param = "batch"
         del freed.graph.value_info[:]
         model = freed
-    present = {value.name for value in (*model.graph.input, *model.graph.output)}
-    asked = onnx.ModelProto()
-    asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in present)
-    # Serialized messages merge: no second copy of the weights is made for the sake of a few outputs.
-    data = model.SerializeToString() + asked.SerializeToString()
+    given = {value.name for value in model.graph.input}
+    data = with_outputs(model, [name for name in tensors if name not in given])
     try:
         return onnxruntime.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base but this

@@ -13,7 +13,7 @@ import onnx
 from threadpoolctl import threadpool_limits
 
 from vit_edge.errors import VerificationFailed
-from vit_edge.export.activations import Activations
+from vit_edge.export.activations import Activations, logits_of
 from vit_edge.export.algorithms.attention_scores import find_scores
 from vit_edge.export.algorithms.mixed_precision import choose_float
 from vit_edge.export.algorithms.reconstruction import Reconstruction, reconstruct
@@ -84,7 +84,7 @@ class CalibratedGraph:
     def quantized(self, exclude: frozenset[str] | None = None) -> onnx.ModelProto:
         """Return the INT8 graph; the products `exclude` stay float, by default those of the recipe."""
         left = self.float_products if exclude is None else exclude
-        scheme = Scheme(weight_bits=self.scheme.weight_bits, activation=self.scheme.activation, exclude=left)
+        scheme = replace(self.scheme, exclude=left)
         if left >= {product.node for product in self.products}:
             return self.graph
         if self.dynamic:
@@ -128,11 +128,10 @@ def _calibrated(
     aligned, exact = _align(graph, pictures, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
     scores = find_scores(aligned) if "attention-scores" in wanted else []
-    peaks = _peaks(aligned, scores, pictures, plan, cache)
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
-    fitted = Reconstruction(model=aligned, ranges={})
+    fitted, peaks = Reconstruction(model=aligned, ranges={}), dict[str, float]()
     if fitting or not plan.dynamic:
-        fitted = _fitted(aligned, pictures, products, sample, fitting, plan, cache, progress)
+        fitted, peaks = _fitted(aligned, pictures, products, sample, fitting, scores, plan, cache, progress)
     calibrated = CalibratedGraph(
         graph=fitted.model,
         products=products,
@@ -148,21 +147,6 @@ def _calibrated(
     if not (needs_noise or "mixed-precision" in wanted):
         return calibrated
     return _with_noise(calibrated, sample, mixed="mixed-precision" in wanted, progress=progress)
-
-
-def _peaks(
-    graph: onnx.ModelProto,
-    tensors: Sequence[str],
-    pictures: CalibrationPictures,
-    plan: Plan,
-    cache: CalibrationCache | None,
-) -> dict[str, float]:
-    """Return the averaged largest value of each tensor that is not always zero."""
-    if not tensors:
-        return {}
-    found, _ = observe_extremes(graph, tensors, pictures, batch_size=plan.batch_size, cache=cache)
-    peaks = {name: max(-found[name].low, found[name].high) for name in tensors}
-    return {name: peak for name, peak in peaks.items() if peak > 0}
 
 
 def _with_noise(
@@ -212,19 +196,26 @@ def _fitted(
     products: Sequence[Product],
     sample: Sequence[Array],
     fitting: frozenset[Algorithm],
+    scores: Sequence[str],
     plan: Plan,
     cache: CalibrationCache | None,
     progress: Progress,
-) -> Reconstruction:
-    """Return ranges as the plan's method finds them, and what the algorithms `fitting` make of them."""
+) -> tuple[Reconstruction, dict[str, float]]:
+    """Return what the algorithms `fitting` make of the ranges that the plan's method finds, and the peaks of `scores`.
+
+    A peak is the averaged largest value of a tensor that is not always zero.
+    """
     names = range_names(aligned, plan.scheme)
     tensors = list(dict.fromkeys(names.values()))
-    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
-    start = averaged
+    watched = [*tensors, *scores]
+    averaged, overall = observe_extremes(aligned, watched, pictures, batch_size=plan.batch_size, cache=cache)
+    peaks = {name: peak for name in scores if (peak := max(-averaged[name].low, averaged[name].high)) > 0}
+    start = {name: averaged[name] for name in tensors}
     if plan.method != "averaged min-max":
-        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
+        method, batch_size = plan.method, plan.batch_size
+        start = dict(observe_ranges(aligned, tensors, pictures, method=method, batch_size=batch_size, cache=cache))
     if not fitting:
-        return Reconstruction(model=aligned, ranges=dict(start))
+        return Reconstruction(model=aligned, ranges=start), peaks
     moved = {tensor: start[name] for tensor, name in names.items()}
     copies = _num_copies(aligned, sample[0])
     fitted = reconstruct(
@@ -232,7 +223,7 @@ def _fitted(
         scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
     )  # fmt: skip
     fitted.ranges = {name: fitted.ranges[name] for name in tensors}
-    return fitted
+    return fitted, peaks
 
 
 def _num_copies(model: onnx.ModelProto, image: Array) -> int:
@@ -269,14 +260,9 @@ def _known_shapes(graph: onnx.ModelProto) -> dict[str, list[int]]:
 
 def _check_exact(before: onnx.ModelProto, after: onnx.ModelProto, images: Sequence[Array]) -> None:
     """Raise VerificationFailed where what should be the same function is another one."""
-    logits = [_logits(model, images) for model in (before, after)]
+    logits = [logits_of(model, images) for model in (before, after)]
     level = sqnr_db(*logits)
     if level < _EXACT_DB:
         reason = f"an exact rewriting changed the logits: {level:.1f} dB, at least {_EXACT_DB:g} are expected"
         remedy = "leave them out (--without repq --without value-scaling), and report it with the model"
         raise VerificationFailed("cannot quantize", reason=reason, remedy=remedy)
-
-
-def _logits(model: onnx.ModelProto, images: Sequence[Array]) -> npt.NDArray[np.float32]:
-    name = model.graph.output[0].name
-    return np.concatenate([values[0] for values in Activations(model, [name]).of([image[0] for image in images])])

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from vit_edge.export.activations import Activations
+from vit_edge.export.activations import logits_of
 from vit_edge.export.products import Product
 from vit_edge.progress import Progress, silent
 
@@ -30,17 +30,12 @@ def noise_by_product(
 
     `quantize_only` gives `graph` with that one product in integers; `images` are what the graph takes, [1, ...] each.
     """
-    expected = _logits(graph, images)
+    expected = logits_of(graph, images)
     power = max(float(np.square(expected, dtype=np.float64).sum()), 1e-30)
     found: dict[str, float] = {}
     for number, product in enumerate(products):
         progress("measuring sensitivity", number, len(products))
-        difference = _logits(quantize_only(product.node), images) - expected
+        difference = logits_of(quantize_only(product.node), images) - expected
         found[product.node] = float(np.square(difference, dtype=np.float64).sum()) / power
     progress("measuring sensitivity", len(products), len(products))
     return found
-
-
-def _logits(model: onnx.ModelProto, images: Sequence[Array]) -> Array:
-    activations = Activations(model, [model.graph.output[0].name])
-    return np.concatenate([values[0].ravel() for image in images for values in activations.of([image[0]])])

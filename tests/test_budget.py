@@ -17,7 +17,7 @@ from tests.conftest import ROOT, Workspace, vit_edge
 from vit_edge.artifact import open_model
 from vit_edge.checkpoint import load_checkpoint, save_checkpoint
 from vit_edge.errors import UsageError
-from vit_edge.export import QuantizationOptions, export_onnx, quantize
+from vit_edge.export import QuantizationOptions, QuantizationResult, export_onnx, quantize
 from vit_edge.export.budget import order_of, rung_sizes
 
 CALIBRATION = ROOT / "calibration_data"
@@ -43,15 +43,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, workspace: Workspace) -> Pa
     return folder
 
 
+def quantized(folder: Path, out: Path, options: QuantizationOptions, *, data: Path | None = None) -> QuantizationResult:
+    return quantize(folder / "m.onnx", calibration=folder / "calibration", data=data, out=out, options=options)
+
+
+def verified(folder: Path, model: Path) -> subprocess.CompletedProcess[str]:
+    reference, data = folder / "m.onnx", folder / "judging"
+    return vit_edge("verify", model, "--reference", reference, "--data", data, "--max-drop", "1.5")
+
+
 def test_the_ruined_product_is_found_and_spared_and_the_bound_holds(folder: Path, tmp_path: Path) -> None:
     options = QuantizationOptions(max_drop_points=1.5, use_cache=False, **_QUICK)  # type: ignore[arg-type]
-    result = quantize(
-        folder / "m.onnx",
-        calibration=folder / "calibration",
-        data=folder / "judging",
-        out=tmp_path / "q.onnx",
-        options=options,
-    )
+    result = quantized(folder, tmp_path / "q.onnx", options, data=folder / "judging")
     assert result.verification is not None
     assert result.ladder is not None
     assert result.verification.verdict == "pass"
@@ -64,36 +67,13 @@ def test_the_ruined_product_is_found_and_spared_and_the_bound_holds(folder: Path
     assert manifest.quantization is not None
     assert manifest.evaluation["verdict"] == "pass"
     assert manifest.quantization["float_products"] == list(result.float_products)
-    done = vit_edge(
-        "verify",
-        tmp_path / "q.onnx",
-        "--reference",
-        folder / "m.onnx",
-        "--data",
-        folder / "judging",
-        "--max-drop",
-        "1.5",
-    )
+    done = verified(folder, tmp_path / "q.onnx")
     assert done.returncode == 0, done.stderr
 
 
 def test_without_a_budget_the_same_network_is_ruined(folder: Path, tmp_path: Path) -> None:
-    quantize(
-        folder / "m.onnx",
-        calibration=folder / "calibration",
-        out=tmp_path / "q.onnx",
-        options=QuantizationOptions(**_QUICK),  # type: ignore[arg-type]
-    )
-    done = vit_edge(
-        "verify",
-        tmp_path / "q.onnx",
-        "--reference",
-        folder / "m.onnx",
-        "--data",
-        folder / "judging",
-        "--max-drop",
-        "1.5",
-    )
+    quantized(folder, tmp_path / "q.onnx", QuantizationOptions(**_QUICK))  # type: ignore[arg-type]
+    done = verified(folder, tmp_path / "q.onnx")
     assert done.returncode == 6
 
 
@@ -121,13 +101,7 @@ def test_without_labels_agreement_is_certified(folder: Path, tmp_path: Path) -> 
     for path in (folder / "judging").resolve().rglob("*.png"):
         shutil.copy(path, tmp_path / "loose" / f"{path.parent.name}-{path.name}")
     options = QuantizationOptions(min_agreement=98, use_cache=False, **_QUICK)  # type: ignore[arg-type]
-    result = quantize(
-        folder / "m.onnx",
-        calibration=folder / "calibration",
-        data=tmp_path / "loose",
-        out=tmp_path / "q.onnx",
-        options=options,
-    )
+    result = quantized(folder, tmp_path / "q.onnx", options, data=tmp_path / "loose")
     assert result.verification is not None
     assert result.verification.verdict == "pass"
     assert _BAD in result.float_products
@@ -140,13 +114,7 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
 
     def run(name: str, **more: float) -> str:
         options = QuantizationOptions(max_drop_points=1.5, **_QUICK, **more)  # type: ignore[arg-type]
-        result = quantize(
-            folder / "m.onnx",
-            calibration=folder / "calibration",
-            data=folder / "judging",
-            out=tmp_path / name,
-            options=options,
-        )
+        result = quantized(folder, tmp_path / name, options, data=folder / "judging")
         assert result.ladder is not None
         if more:
             assert result.ladder.cut_short == "time limit"
@@ -192,10 +160,5 @@ def test_the_last_rungs_differ_by_one_and_the_noisiest_come_last() -> None:
 
 def test_a_budget_needs_pictures_that_judge(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pictures to judge by"):
-        quantize(
-            folder / "m.onnx",
-            calibration=folder / "calibration",
-            out=tmp_path / "q.onnx",
-            options=QuantizationOptions(max_drop_points=1.0),
-        )
+        quantized(folder, tmp_path / "q.onnx", QuantizationOptions(max_drop_points=1.0))
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from vit_edge.export.calibration import ChannelRange
 
-__all__ = ["find_norms", "reparameterise"]
+__all__ = ["alignment", "find_norms", "reparameterise"]
 
 # What keeps the last axis, channels, as it is on the way from a norm to its products.
 _KEEPS_CHANNELS = ("Slice", "Reshape")
@@ -66,7 +66,7 @@ def reparameterise(model: onnx.ModelProto, ranges: Mapping[str, ChannelRange]) -
         observed = ranges.get(node.output[0])
         if observed is None or not observed.varies:
             continue
-        ratio_D, middle_D = _alignment(observed)
+        ratio_D, middle_D = alignment(observed, smallest_ratio=_SMALLEST_RATIO)
         gamma_D, beta_D = (_array(tensors[name]) for name in node.input[1:])
         # Norms share one tensor of ones and one of zeros: each gets its own.
         node.input[1:] = [f"{node.name}.gamma", f"{node.name}.beta"]
@@ -84,12 +84,12 @@ def reparameterise(model: onnx.ModelProto, ranges: Mapping[str, ChannelRange]) -
     return changed
 
 
-def _alignment(observed: ChannelRange) -> tuple[Array, Array]:
-    """Return each channel's range relative to the mean range, and its middle."""
+def alignment(observed: ChannelRange, *, smallest_ratio: float) -> tuple[Array, Array]:
+    """Return each channel's range relative to the mean range, no less than `smallest_ratio`, and its middle."""
     low_D, high_D = observed.low_D, observed.high_D
     width_D = high_D - low_D
     mean = max(float(width_D.mean()), _SMALLEST_WIDTH)
-    return np.maximum(width_D / mean, _SMALLEST_RATIO), (low_D + high_D) / 2
+    return np.maximum(width_D / mean, smallest_ratio), (low_D + high_D) / 2
 
 
 def _uses(tensor: str, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> Iterator[_Use | None]:

@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from vit_edge.export.algorithms.reparameterisation import alignment
 from vit_edge.export.calibration import ChannelRange
 
 __all__ = ["Mixing", "find_mixings", "scale_values"]
@@ -27,7 +28,7 @@ Array = npt.NDArray[Any]
 
 _MOVES = ("Reshape", "Transpose", "Split", "Identity", "Squeeze", "Unsqueeze")
 _EXPONENT = 0.5
-_SMALLEST_RATIO, _SMALLEST_WIDTH = 1e-2, 1e-12
+_SMALLEST_RATIO = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +74,8 @@ def scale_values(
         if tensor.data_type == TensorProto.FLOAT
     }
     for mixing in mixings:
-        ratio_D, middle_D = _alignment(ranges[mixing.input])
-        columns_D = mixing.columns_D
+        whole_D, middle_D = alignment(ranges[mixing.input], smallest_ratio=_SMALLEST_RATIO)
+        ratio_D, columns_D = whole_D**_EXPONENT, mixing.columns_D
         values[mixing.value_weight][:, columns_D] /= ratio_D
         values[mixing.value_bias][columns_D] = (values[mixing.value_bias][columns_D] - middle_D) / ratio_D
         values[mixing.projection_bias] += middle_D @ values[mixing.projection_weight]
@@ -82,12 +83,6 @@ def scale_values(
         for name in (mixing.value_weight, mixing.value_bias, mixing.projection_weight, mixing.projection_bias):
             tensors[name].CopyFrom(numpy_helper.from_array(values[name].astype(np.float32), name))
     return changed
-
-
-def _alignment(observed: ChannelRange) -> tuple[Array, Array]:
-    width_D = observed.high_D - observed.low_D
-    mean = max(float(width_D.mean()), _SMALLEST_WIDTH)
-    return np.maximum(width_D / mean, _SMALLEST_RATIO) ** _EXPONENT, (observed.low_D + observed.high_D) / 2
 
 
 class _Graph:
