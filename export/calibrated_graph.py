@@ -128,10 +128,11 @@ def _calibrated(
     aligned, exact = _align(graph, pictures, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
     scores = find_scores(aligned) if "attention-scores" in wanted else []
+    peaks = _peaks(aligned, scores, pictures, plan, cache)
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
-    fitted, peaks = Reconstruction(model=aligned, ranges={}), dict[str, float]()
+    fitted = Reconstruction(model=aligned, ranges={})
     if fitting or not plan.dynamic:
-        fitted, peaks = _fitted(aligned, pictures, products, sample, fitting, scores, plan, cache, progress)
+        fitted = _fitted(aligned, pictures, products, sample, fitting, plan, cache, progress)
     calibrated = CalibratedGraph(
         graph=fitted.model,
         products=products,
@@ -147,6 +148,24 @@ def _calibrated(
     if not (needs_noise or "mixed-precision" in wanted):
         return calibrated
     return _with_noise(calibrated, sample, mixed="mixed-precision" in wanted, progress=progress)
+
+
+def _peaks(
+    graph: onnx.ModelProto,
+    tensors: Sequence[str],
+    pictures: CalibrationPictures,
+    plan: Plan,
+    cache: CalibrationCache | None,
+) -> dict[str, float]:
+    """Return the averaged largest value of each tensor that is not always zero.
+
+    In a pass of its own: tensors that are looked at beside others change how ONNX Runtime fuses, and so their last bit.
+    """
+    if not tensors:
+        return {}
+    found, _ = observe_extremes(graph, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    peaks = {name: max(-found[name].low, found[name].high) for name in tensors}
+    return {name: peak for name, peak in peaks.items() if peak > 0}
 
 
 def _with_noise(
@@ -196,26 +215,19 @@ def _fitted(
     products: Sequence[Product],
     sample: Sequence[Array],
     fitting: frozenset[Algorithm],
-    scores: Sequence[str],
     plan: Plan,
     cache: CalibrationCache | None,
     progress: Progress,
-) -> tuple[Reconstruction, dict[str, float]]:
-    """Return what the algorithms `fitting` make of the ranges that the plan's method finds, and the peaks of `scores`.
-
-    A peak is the averaged largest value of a tensor that is not always zero.
-    """
+) -> Reconstruction:
+    """Return ranges as the plan's method finds them, and what the algorithms `fitting` make of them."""
     names = range_names(aligned, plan.scheme)
     tensors = list(dict.fromkeys(names.values()))
-    watched = [*tensors, *scores]
-    averaged, overall = observe_extremes(aligned, watched, pictures, batch_size=plan.batch_size, cache=cache)
-    peaks = {name: peak for name in scores if (peak := max(-averaged[name].low, averaged[name].high)) > 0}
-    start = {name: averaged[name] for name in tensors}
+    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    start = averaged
     if plan.method != "averaged min-max":
-        method, batch_size = plan.method, plan.batch_size
-        start = dict(observe_ranges(aligned, tensors, pictures, method=method, batch_size=batch_size, cache=cache))
+        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
     if not fitting:
-        return Reconstruction(model=aligned, ranges=start), peaks
+        return Reconstruction(model=aligned, ranges=dict(start))
     moved = {tensor: start[name] for tensor, name in names.items()}
     copies = _num_copies(aligned, sample[0])
     fitted = reconstruct(
@@ -223,7 +235,7 @@ def _fitted(
         scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
     )  # fmt: skip
     fitted.ranges = {name: fitted.ranges[name] for name in tensors}
-    return fitted, peaks
+    return fitted
 
 
 def _num_copies(model: onnx.ModelProto, image: Array) -> int:
