@@ -27,12 +27,12 @@ from vit_edge.cpu import cpu_name, instruction_set
 from vit_edge.errors import InputError, VitEdgeError
 from vit_edge.files import read_file, sha256_hex, write_atomic
 from vit_edge.image import Preprocessing
+from vit_edge.runtime.cache import cache_folder
 
 __all__ = ["CacheEntry", "CalibrationCache", "PictureChain", "Saved", "calibration_key", "default_folder"]
 
 State: TypeAlias = dict[str, npt.NDArray[Any]]
 
-_ENVIRONMENT = "VIT_EDGE_CACHE"
 # Of the statistics and of the file; raised where either changes.
 _VERSION = 1
 _MAGIC = b"vit-edge calibration cache\n"
@@ -43,13 +43,8 @@ _log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Return where entries go: $VIT_EDGE_CACHE, else $XDG_CACHE_HOME/vit-edge, else ~/.cache/vit-edge."""
-    told = os.environ.get(_ENVIRONMENT)
-    if told:
-        return Path(told) / "calibration"
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return home / "vit-edge" / "calibration"
+    """Return where entries go: a folder of their own in the user's cache."""
+    return cache_folder() / "calibration"
 
 
 def calibration_key(

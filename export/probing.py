@@ -6,8 +6,6 @@ A release of ONNX Runtime can be made to crash by a graph; whoever reads files o
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from vit_edge.cpu import usable_threads
-from vit_edge.errors import ModelRejected
+from vit_edge.runtime.probing import limit_memory, run_apart
 
 __all__ = ["main", "probe", "with_outputs"]
 
@@ -42,16 +40,7 @@ def probe(model: bytes, feeds: Sequence[Mapping[str, Array]], outputs: Sequence[
         for number, feed in enumerate(feeds):
             np.savez(folder / f"feed{number}.npz", **feed)  # type: ignore[arg-type]
         job = json.dumps({"feeds": len(feeds), "outputs": list(outputs)})
-        command = [sys.executable, "-m", "vit_edge.export.probing", name, job]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise _rejected(f"the engine did not finish in {_TIMEOUT_S} s") from error
-        if done.returncode < 0:
-            raise _rejected(f"the engine crashed ({signal.Signals(-done.returncode).name})")
-        if done.returncode:
-            raise _rejected(" ".join(done.stderr.split())[-400:])
-        errors: list[str] = json.loads(done.stdout)
+        errors: list[str] = json.loads(run_apart("vit_edge.export.probing", [name, job], timeout_s=_TIMEOUT_S))
         return [error or _read(folder / f"found{number}.npz", outputs) for number, error in enumerate(errors)]
 
 
@@ -69,14 +58,10 @@ def _read(path: Path, outputs: Sequence[str]) -> dict[str, Array]:
         return {name: found[str(position)] for position, name in enumerate(outputs)}
 
 
-def _rejected(reason: str) -> ModelRejected:
-    return ModelRejected("ONNX Runtime cannot run the network", reason=reason, remedy="export it again")
-
-
 def main(folder: str, text: str) -> int:
     """Run the job in `folder`; print a list with the error of each feed, empty where there was none."""
     path = Path(folder) / "model.onnx"
-    _limit_memory(_BASE_BYTES + _TIMES_FILE * path.stat().st_size)
+    limit_memory(_BASE_BYTES + _TIMES_FILE * path.stat().st_size)
     import onnxruntime
 
     job = json.loads(text)
@@ -101,16 +86,6 @@ def main(folder: str, text: str) -> int:
         np.savez(Path(folder) / f"found{number}.npz", **{str(i): value for i, value in enumerate(found)})
     print(json.dumps(errors))  # noqa: T201 - to the process that waits for it
     return 0
-
-
-def _limit_memory(most_bytes: int) -> None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    most = most_bytes if hard == resource.RLIM_INFINITY else min(hard, most_bytes)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -13,13 +13,13 @@ import numpy as np
 
 from vit_edge.artifact import Manifest
 from vit_edge.cpu import instruction_set
-from vit_edge.errors import InputError, UsageError, VerificationFailed
-from vit_edge.image import Picture, Pixels
+from vit_edge.errors import Closed, InputError, UsageError, VerificationFailed
+from vit_edge.image import Color, Decoding, Picture, Pixels, decode
 from vit_edge.metrics import softmax
-from vit_edge.runtime.engine import Engine, Logits
+from vit_edge.runtime.engine import Engine, Logits, answers
 from vit_edge.targets import mismatch, target_name
 
-__all__ = ["Answer", "Classifier", "Prediction"]
+__all__ = ["Answer", "Classifier", "Prediction", "Prepared", "Timings"]
 
 # Larger batches run in parts: memory grows with a batch, speed no longer.
 _MOST_AT_ONCE = 64
@@ -35,12 +35,31 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Where the time of one answer went, in milliseconds; of a batch, each picture's share.
+
+    `decode_ms` reads and decodes the picture, `resize_ms` fits it to the network, `inference_ms` is the engine,
+    `answer_ms` turns logits into labels; `waited_ms` is the time in the queue of a `Pool`.
+    """
+
+    decode_ms: float
+    resize_ms: float
+    inference_ms: float
+    answer_ms: float
+    waited_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """Return the sum of all stages."""
+        return self.waited_ms + self.decode_ms + self.resize_ms + self.inference_ms + self.answer_ms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
     """The likeliest answers for one picture, the likeliest first, and where the time went."""
 
     answers: tuple[Answer, ...]
-    prepare_ms: float
-    inference_ms: float
+    timings: Timings
 
     @property
     def label(self) -> str:
@@ -53,15 +72,36 @@ class Prediction:
         return self.answers[0].probability
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the prediction as JSON-ready values."""
-        return {**asdict(self), "answers": [asdict(answer) for answer in self.answers]}
+        """Return the prediction as JSON-ready values: `label`, `probability`, `answers`, `timings`."""
+        answers = [asdict(answer) for answer in self.answers]
+        timings = {**asdict(self.timings), "total_ms": self.timings.total_ms}
+        return {"label": self.label, "probability": self.probability, "answers": answers, "timings": timings}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A picture as the network sees it, uint8 RGB [height, width, 3], and how long that took."""
+
+    pixels: Pixels
+    decode_ms: float
+    resize_ms: float
+    waited_ms: float = 0.0
 
 
 class Classifier:
     """A model ready to answer; made by `vit_edge.runtime.load`, usable from several threads, not across a fork."""
 
-    def __init__(self, engine: Engine, manifest: Manifest, *, sha256: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        *,
+        sha256: str,
+        decoding: Decoding = "full",
+        checked: Mapping[str, Any] | None = None,
+    ) -> None:
         self._engine, self._manifest, self._sha256 = engine, manifest, sha256
+        self._decoding, self._checked = decoding, dict(checked or {})
         self._pid, self._closed = os.getpid(), False
 
     @property
@@ -74,67 +114,121 @@ class Classifier:
         """Return what the model file says of itself."""
         return self._manifest
 
-    def __call__(self, picture: Picture, *, top: int = 5) -> Prediction:
+    def __call__(self, picture: Picture, *, top: int = 5, color: Color = "rgb") -> Prediction:
         """Return the `top` likeliest labels of one picture; raises ImageRejected where it cannot be used.
 
-        A picture is a path, the bytes of a file, a binary file, a PIL image, or uint8 RGB pixels [height, width, 3].
+        A picture is a path, the bytes of a file, a binary file, a PIL image, or uint8 pixels [height, width, 3 or 4]
+        whose channels are those of `color`: OpenCV gives "bgr", picamera2 "bgr" or "bgra". An array with another number
+        of channels raises TypeError. What is given is never changed.
         """
-        return self.classify_batch([picture], top=top)[0]
+        return self.predict([self.prepare(picture, color=color)], tops=[top])[0]
 
-    def classify_batch(self, pictures: Sequence[Picture], *, top: int = 5) -> list[Prediction]:
-        """Return one prediction for each picture, computed together; times are per picture."""
-        if not pictures:
+    def classify_batch(self, pictures: Sequence[Picture], *, top: int = 5, color: Color = "rgb") -> list[Prediction]:
+        """Return one prediction for each picture, computed together."""
+        prepared = [self.prepare(picture, color=color) for picture in pictures]
+        return self.predict(prepared, tops=[top] * len(prepared))
+
+    def prepare(self, picture: Picture, *, color: Color = "rgb") -> Prepared:
+        """Return a picture as the network sees it; raises as a call does."""
+        started = time.perf_counter()
+        preprocessing = self._manifest.preprocessing
+        image = decode(picture, color=color, fast_for=preprocessing if self._decoding == "fast" else None)
+        decoded = time.perf_counter()
+        pixels = preprocessing.fit(image)
+        resize_ms = (time.perf_counter() - decoded) * 1000
+        return Prepared(pixels=pixels, decode_ms=(decoded - started) * 1000, resize_ms=resize_ms)
+
+    def predict(self, prepared: Sequence[Prepared], *, tops: Sequence[int]) -> list[Prediction]:
+        """Return one prediction for each prepared picture, with as many answers as `tops` says, computed together."""
+        if not prepared:
             return []
         started = time.perf_counter()
-        images_NHWC = np.stack([self._manifest.preprocessing.pixels(picture) for picture in pictures])
-        prepared = time.perf_counter()
-        probabilities_BK = softmax(self.logits(images_NHWC))
-        finished = time.perf_counter()
-        prepare_ms = (prepared - started) * 1000 / len(pictures)
-        inference_ms = (finished - prepared) * 1000 / len(pictures)
-        return [
-            Prediction(answers=self._answers(row_K, top), prepare_ms=prepare_ms, inference_ms=inference_ms)
-            for row_K in probabilities_BK
+        logits_BK = self.logits(np.stack([one.pixels for one in prepared]))
+        inferred = time.perf_counter()
+        named = [self._answers(row_K, top) for row_K, top in zip(softmax(logits_BK), tops, strict=True)]
+        inference_ms = (inferred - started) * 1000 / len(prepared)
+        answer_ms = (time.perf_counter() - inferred) * 1000 / len(prepared)
+        timings = [
+            Timings(
+                decode_ms=one.decode_ms,
+                resize_ms=one.resize_ms,
+                inference_ms=inference_ms,
+                answer_ms=answer_ms,
+                waited_ms=one.waited_ms,
+            )
+            for one in prepared
         ]
+        return [Prediction(answers=each, timings=times) for each, times in zip(named, timings, strict=True)]
 
     def logits(self, images_NHWC: Pixels) -> Logits:
         """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]; batch 0 gives none.
 
         Raises TypeError or InputError on anything else: engines cast silently what they should refuse.
         """
+        return self._run(images_NHWC, self._engine.run, len(self.labels))
+
+    def features(self, images_NHWC: Pixels) -> Logits:
+        """Return float32 [batch, width], what the head reads, for uint8 RGB images [batch, height, width, 3].
+
+        Raises UsageError where the file has none: `vit-edge export --outputs logits,features` puts them in.
+        """
+        if "features" not in self._manifest.outputs:
+            has = ", ".join(self._manifest.outputs)
+            remedy = "export it again with --outputs logits,features"
+            raise UsageError("cannot give features", reason=f"the file has the outputs {has}", remedy=remedy)
+        return self._run(images_NHWC, self._features, 0)
+
+    def _features(self, images_NHWC: Pixels) -> Logits:
+        return np.asarray(answers(self._engine, self._manifest, images_NHWC, ["features"])[0], dtype=np.float32)
+
+    def _run(self, images_NHWC: Pixels, run: Callable[[Pixels], Logits], width: int) -> Logits:
         self._check_usable()
-        images_NHWC = self._checked(images_NHWC)
+        images_NHWC = self._validated(images_NHWC)
         if not len(images_NHWC):
-            return np.zeros((0, len(self.labels)), dtype=np.float32)
-        parts = [
-            self._engine.run(images_NHWC[i : i + _MOST_AT_ONCE]) for i in range(0, len(images_NHWC), _MOST_AT_ONCE)
-        ]
-        logits_BK = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if not np.isfinite(logits_BK).all():
+            return np.zeros((0, width), dtype=np.float32)
+        parts = [run(images_NHWC[i : i + _MOST_AT_ONCE]) for i in range(0, len(images_NHWC), _MOST_AT_ONCE)]
+        found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not np.isfinite(found).all():
             raise VerificationFailed(
-                "the model gave no answer", reason="a logit is not finite", remedy="export it again"
+                "the model gave no answer", reason="a value is not finite", remedy="export it again"
             )
-        return logits_BK
+        return found
 
     def describe(self) -> dict[str, Any]:
-        """Return what really runs: engine, device, precision, threads, instruction set, and whether its target fits.
+        """Return what really runs, as JSON-ready values.
 
-        `target_warning` is what differs between the CPU that the file was quantized for and this one, else None.
+        `engine`, `device`, `float_precision` and `threads` are what the engine says of itself; `placement` is the
+        number of nodes of the graph on each of its devices, or "unknown" where it is too old to tell; `fallback` why it
+        is not the device that was asked for, else None; `target_warning` what differs between the CPU that the file was
+        quantized for and this one, else None; `verified` how the file was checked when it was loaded.
         """
-        target = target_name(self._manifest.quantization)
+        engine, manifest = self._engine, self._manifest
+        target = target_name(manifest.quantization)
         return {
-            "name": self._manifest.name,
+            "name": manifest.name,
             "sha256": self._sha256,
-            "precision": self._manifest.precision,
-            "engine": self._engine.name,
-            "engine_version": self._engine.version,
-            "device": self._engine.device,
-            "float_precision": self._engine.float_precision,
-            "threads": self._engine.threads,
+            "precision": manifest.precision,
+            "engine": engine.name,
+            "engine_version": engine.version,
+            "device": engine.device,
+            "float_precision": engine.float_precision,
+            "threads": engine.threads,
+            "batch_size": engine.batch_size,
+            "placement": "unknown" if engine.placement is None else dict(engine.placement),
+            "fallback": engine.fallback,
             "instruction_set": instruction_set(),
+            "decode": self._decoding,
             "target": target,
             "target_warning": mismatch(target) if target else None,
+            **self._checked,
         }
+
+    def twin(self) -> Classifier:
+        """Return another classifier over the same loaded model, which runs beside this one and is closed apart."""
+        self._check_usable()
+        return Classifier(
+            self._engine.twin(), self._manifest, sha256=self._sha256, decoding=self._decoding, checked=self._checked
+        )
 
     def close(self) -> None:
         """Free the model; the second call does nothing."""
@@ -159,12 +253,12 @@ class Classifier:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise UsageError("cannot classify", reason="the model is closed", remedy="load it again")
+            raise Closed("cannot classify", reason="the model is closed", remedy="load it again")
         if os.getpid() != self._pid:
             reason = "the model was loaded before a fork, and engines do not survive one"
-            raise UsageError("cannot classify", reason=reason, remedy="load it in the child, or start with spawn")
+            raise Closed("cannot classify", reason=reason, remedy="load it in the child, or start with spawn")
 
-    def _checked(self, images_NHWC: Pixels) -> Pixels:
+    def _validated(self, images_NHWC: Pixels) -> Pixels:
         if not isinstance(images_NHWC, np.ndarray):
             raise TypeError(f"images_NHWC is {type(images_NHWC).__name__}; give a uint8 numpy array")
         shape = (*self._manifest.preprocessing.crop, 3)

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from vit_edge.artifact import Manifest, ModelFile
+from vit_edge.artifact import MOST_BATCH, Manifest, ModelFile
 from vit_edge.cpu import MOST_THREADS, usable_threads
-from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
+from vit_edge.errors import EngineUnavailable, MissingExtra, ModelRejected, UsageError
 from vit_edge.image import Pixels
+from vit_edge.ir import IrModel
 from vit_edge.metrics import Logits
+from vit_edge.runtime.devices import known_as
 
 __all__ = [
     "ENGINES",
@@ -29,11 +32,17 @@ __all__ = [
     "Engine",
     "EngineName",
     "EngineOptions",
+    "FloatPrecision",
     "Logits",
+    "Model",
     "answer",
     "answers",
+    "batch_of",
     "chosen_engines",
+    "engine_version",
+    "engines_with",
     "installed_engines",
+    "log_fallback",
     "make_engine",
     "private_copy",
     "refuse_null",
@@ -41,6 +50,8 @@ __all__ = [
 
 Array: TypeAlias = npt.NDArray[Any]
 EngineName: TypeAlias = Literal["onnxruntime", "openvino", "null"]
+FloatPrecision: TypeAlias = Literal["f32", "f16", "bf16", "tf32"]
+Model: TypeAlias = ModelFile | IrModel
 
 # name -> (our module, the package it needs, the extra that installs it); the order is that of "auto"
 ENGINES: dict[str, tuple[str, str | None, str]] = {
@@ -48,22 +59,39 @@ ENGINES: dict[str, tuple[str, str | None, str]] = {
     "openvino": ("vit_edge.runtime.ov", "openvino", "openvino"),
     "null": ("vit_edge.runtime.null", None, ""),
 }
-DEVICES = ("cpu",)
+_PRECISIONS = get_args(FloatPrecision)
+_MOST_STREAMS = 256
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How an engine is to run: `threads` None is what the container grants."""
+    """How an engine is to run; raises UsageError on what no engine can do.
+
+    `threads` None is what the container grants. `precision` is that of the float parts, None what the device's default
+    is (f32 on every CPU). `batch_size` gives the engine a static shape. `streams` is how many runs go on side by side;
+    the threads are divided among them. With `allow_fallback` the CPU does what the device is not there for.
+    """
 
     device: str = "cpu"
     threads: int | None = None
+    precision: FloatPrecision | None = None
+    batch_size: int | None = None
+    streams: int = 1
+    allow_fallback: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise UsageError("cannot load", reason=f"threads is {self.threads}", remedy=f"give 1 to {MOST_THREADS}")
-        if self.device not in DEVICES:
-            reason = f"the device {self.device!r} is not supported; there is {', '.join(DEVICES)}"
-            raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these")
+        if self.precision not in (None, *_PRECISIONS):
+            remedy = f"choose {', '.join(_PRECISIONS)}, or None"
+            raise UsageError("cannot load", reason=f"precision is {self.precision!r}", remedy=remedy)
+        if self.batch_size is not None and not 1 <= self.batch_size <= MOST_BATCH:
+            remedy = f"give 1 to {MOST_BATCH:,}, or None"
+            raise UsageError("cannot load", reason=f"batch_size is {self.batch_size}", remedy=remedy)
+        if not 1 <= self.streams <= _MOST_STREAMS:
+            reason, remedy = f"streams is {self.streams}", f"give 1 to {_MOST_STREAMS}"
+            raise UsageError("cannot load", reason=reason, remedy=remedy)
 
     @property
     def num_threads(self) -> int:
@@ -72,13 +100,21 @@ class EngineOptions:
 
 
 class Engine(Protocol):
-    """A loaded model; `run` may be called from several threads at once."""
+    """A loaded model; `run` may be called from several threads at once.
+
+    `device`, `float_precision` and `threads` are what was read back, `placement` how many nodes of the graph run where
+    (None where the engine is too old to tell), `fallback` why it is not the device that was asked for, `batch_size` the
+    static shape it was given.
+    """
 
     name: str
     version: str
     device: str
     float_precision: str
     threads: int
+    batch_size: int | None
+    placement: Mapping[str, int] | None
+    fallback: str | None
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes], owned by the caller, from uint8 [batch, height, width, 3]."""
@@ -86,6 +122,10 @@ class Engine(Protocol):
 
     def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
         """Return the outputs `names` for what the graph takes itself, owned by the caller."""
+        ...
+
+    def twin(self) -> Engine:
+        """Return another engine over the same loaded model, that runs beside this one and is closed apart."""
         ...
 
     def close(self) -> None:
@@ -96,6 +136,11 @@ class Engine(Protocol):
 def installed_engines() -> tuple[str, ...]:
     """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen)."""
     return tuple(name for name, (_, package, _) in ENGINES.items() if package and importlib.util.find_spec(package))
+
+
+def engines_with(device: str) -> tuple[str, ...]:
+    """Return the installed engines that have a name for `device`, in the order of "auto"."""
+    return tuple(name for name in installed_engines() if known_as(device, name))
 
 
 def chosen_engines(engines: Sequence[str] = ()) -> tuple[str, ...]:
@@ -114,7 +159,7 @@ def refuse_null(name: str) -> None:
         raise EngineUnavailable("cannot answer", reason="the null engine computes nothing", remedy=remedy)
 
 
-def make_engine(name: str, model: ModelFile, options: EngineOptions) -> Engine:
+def make_engine(name: str, model: Model, options: EngineOptions) -> Engine:
     """Return the engine `name` with `model` loaded; raises EngineUnavailable, MissingExtra or ModelRejected."""
     if name not in ENGINES:
         known = ", ".join(engine for engine, (_, package, _) in ENGINES.items() if package)
@@ -124,9 +169,32 @@ def make_engine(name: str, model: ModelFile, options: EngineOptions) -> Engine:
     if package and importlib.util.find_spec(package) is None:
         reason = f"the engine {name} is not installed; installed: {', '.join(installed_engines()) or 'none'}"
         raise MissingExtra("cannot load", reason=reason, remedy=f'pip install "vit-edge[{extra}]"')
+    if isinstance(model, IrModel) and name == "onnxruntime":
+        reason, remedy = "it is OpenVINO's IR, which ONNX Runtime cannot read", "choose openvino"
+        raise ModelRejected("cannot load", file=model.source, reason=reason, remedy=remedy)
     make: type[Engine] = importlib.import_module(module).ENGINE
     engine: Engine = make(model, options)  # type: ignore[call-arg]  # a protocol does not list __init__
     return engine
+
+
+def engine_version(name: str) -> str:
+    """Return the version of an installed engine, as it says itself."""
+    package = ENGINES[name][1]
+    return "1" if package is None else str(importlib.import_module(package).__version__).split("-")[0]
+
+
+def batch_of(manifest: Manifest, options: EngineOptions) -> int | None:
+    """Return the batch that the engine is fixed at, None where any runs; raises UsageError where they differ."""
+    if manifest.batch is not None and options.batch_size not in (None, manifest.batch):
+        reason = f"batch_size is {options.batch_size}; the file's batch is fixed at {manifest.batch}"
+        raise UsageError("cannot load", reason=reason, remedy=f"give {manifest.batch}, or None")
+    return manifest.batch or options.batch_size
+
+
+def log_fallback(fallback: str) -> str:
+    """Warn that something else runs than what was asked for, and return why."""
+    _log.warning("%s", fallback)
+    return fallback
 
 
 @contextmanager
@@ -152,7 +220,7 @@ def answers(engine: Engine, manifest: Manifest, images_NHWC: Pixels, names: Sequ
 
     The last part of a fixed batch is filled up with black images, whose answers are dropped.
     """
-    size = manifest.batch
+    size = engine.batch_size
     if size is None:
         return engine.tensors(manifest.network_input(images_NHWC), names)
     parts = []

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_edge.artifact import Manifest
 from vit_edge.cpu import cpu_name, instruction_set
 from vit_edge.errors import GoldenMismatch, ModelRejected
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
@@ -28,6 +29,7 @@ __all__ = [
     "expectation",
     "golden_images",
     "made_here",
+    "recorded_version",
     "top2_gap",
 ]
 
@@ -60,6 +62,10 @@ class Tolerance:
             raise ValueError("a tolerance needs a bound on the logits")
 
 
+# bfloat16 alone makes 36 dB on photographs (DeiT-tiny), together with integers no less than integers alone.
+_REDUCED = Tolerance(sqnr_db=20.0, top1_gap=0.5)
+
+
 def golden_images(seeds: Sequence[int], *, height: int, width: int) -> Pixels:
     """Return uint8 [seeds, height, width, 3]: for each seed a mosaic of coloured tiles under fine noise.
 
@@ -74,12 +80,13 @@ def _encode_logits(logits_BK: Logits) -> str:
     return base64.b64encode(np.ascontiguousarray(logits_BK, dtype="<f4").tobytes()).decode("ascii")
 
 
-def check_golden(engine: Engine, golden: Mapping[str, Any], *, preprocessing: Preprocessing) -> None:
-    """Raise GoldenMismatch where `engine` does not give the logits that `golden` promises for it."""
+def check_golden(engine: Engine, manifest: Manifest) -> None:
+    """Raise GoldenMismatch where `engine` does not give the logits that the manifest promises for it."""
+    golden = manifest.golden or {}
     try:
         if golden["generator"] != GENERATOR:
             raise ValueError(f"its inputs come from {golden['generator']!r}; this vit-edge knows {GENERATOR!r}")
-        height, width = preprocessing.crop
+        height, width = manifest.preprocessing.crop
         if not 1 <= len(golden["seeds"]) <= _MOST_INPUTS:
             raise ValueError(f"it has {len(golden['seeds'])} inputs; 1 to {_MOST_INPUTS} are run")
         images = golden_images(golden["seeds"], height=height, width=width)
@@ -87,7 +94,7 @@ def check_golden(engine: Engine, golden: Mapping[str, Any], *, preprocessing: Pr
         if entry is None:
             raise _not_accepted(engine.name, sorted({name for e in golden["expected"] for name in e["engines"]}))
         expected = _decode_logits(entry["logits"], len(images))
-        tolerance = _tolerance(entry, engine)
+        tolerance = _tolerance(entry, engine, manifest)
     except _MALFORMED as error:
         raise _unreadable(error) from error
     found = engine.run(images)
@@ -97,6 +104,15 @@ def check_golden(engine: Engine, golden: Mapping[str, Any], *, preprocessing: Pr
         remedy = "do not use it here: the file was edited, or this machine computes differently"
         what = f"the model gives other answers in {engine.name} than where it was made"
         raise GoldenMismatch(what, reason=reason, remedy=remedy)
+
+
+def recorded_version(engine: Engine, manifest: Manifest) -> str | None:
+    """Return the version of the engine in which the golden vectors were recorded, None where the file does not say."""
+    for entry in (manifest.golden or {}).get("expected", ()):
+        if isinstance(entry, Mapping) and engine.name in entry.get("engines", ()):
+            made_on = entry.get("made_on")
+            return str(made_on.get("engine_version")) if isinstance(made_on, Mapping) else None
+    return None
 
 
 def check_pictures(golden: Mapping[str, Any], preprocessing: Preprocessing) -> None:
@@ -154,10 +170,17 @@ def made_here(engine: Engine) -> dict[str, str]:
     return {"engine_version": engine.version, "cpu": cpu_name(), "instruction_set": instruction_set()}
 
 
-def _tolerance(entry: Mapping[str, Any], engine: Engine) -> Tolerance:
-    """Return the entry's tolerance; where it was recorded on this very CPU and version, answers must nearly repeat."""
+def _tolerance(entry: Mapping[str, Any], engine: Engine, manifest: Manifest) -> Tolerance:
+    """Return the entry's tolerance; where it was recorded on this very CPU and version, answers must nearly repeat.
+
+    That does not hold with a batch that was fixed only when it was loaded: OpenVINO then takes other kernels. Where the
+    float parts run in fewer bits than those of the record, it is that of integers.
+    """
     tolerance = Tolerance(**entry["tolerance"])
-    if tolerance.sqnr_db is not None and entry.get("made_on") == made_here(engine):
+    if engine.float_precision not in ("f32", "none"):
+        return _REDUCED
+    as_recorded = engine.batch_size == manifest.batch and entry.get("made_on") == made_here(engine)
+    if tolerance.sqnr_db is not None and as_recorded:
         return replace(tolerance, sqnr_db=max(tolerance.sqnr_db, _SAME_MACHINE_SQNR_DB))
     return tolerance
 

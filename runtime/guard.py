@@ -6,14 +6,17 @@ Such lists refuse the hangs, memory bombs and crashes that engines and checkers 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
+from xml.etree import ElementTree
 
 from vit_edge.artifact import ModelFile
 from vit_edge.errors import ModelRejected
+from vit_edge.ir import IrModel
 from vit_edge.onnx_schema import FLOAT, FLOAT16, UINT8
 
-__all__ = ["check_graph"]
+__all__ = ["check_graph", "check_ir"]
 
 _ITEM_BYTES = {FLOAT: 4, FLOAT16: 2}
 _MAX_NODES = 5_000
@@ -90,6 +93,30 @@ _OPERATORS = frozenset(
 )
 # A network traced as it is (`--no-deploy-form`) asks for its batch; nothing else does.
 _PLAIN_OPERATORS = frozenset(["Expand", "Shape"])
+# What exporters of others leave in, arithmetic on shapes for the most part; such files are tried in a process apart.
+_ELSEWHERE_OPERATORS = _PLAIN_OPERATORS | frozenset(
+    [
+        "And", "ArgMax", "Ceil", "ConstantOfShape", "Cos", "Dropout", "Einsum", "Equal", "Floor", "Greater",
+        "GreaterOrEqual", "GroupNormalization", "LRN", "Less", "LessOrEqual", "LpNormalization", "Mod", "Not", "Or",
+        "QLinearConv", "QLinearMatMul", "Range", "ReduceSumSquare", "Round", "ScatterND", "Sign", "Sin", "Size",
+        "Sum", "Tile", "Trilu", "Where",
+    ]
+)  # fmt: skip
+# OpenVINO's names of what its importer makes of these operators; all of its own sets ("opset1" ...), no extensions.
+_IR_TYPES = frozenset(
+    [
+        "Abs", "Add", "AvgPool", "BatchNormInference", "Broadcast", "Ceiling", "Clamp", "Concat", "Const", "Convert",
+        "ConvertLike", "Convolution", "Divide", "Elu", "Equal", "Erf", "Exp", "FakeQuantize", "Floor", "Gather", "Gelu",
+        "Greater", "GroupConvolution", "HSigmoid", "HSwish", "HardSigmoid", "LRN", "Less", "Log", "LogSoftmax", "MVN",
+        "MatMul", "MaxPool", "Maximum", "Minimum", "Mish", "Mod", "Multiply", "Negative", "NormalizeL2", "PReLU", "Pad",
+        "Parameter", "Power", "Range", "ReLU", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
+        "Reshape", "Result", "Round", "ScaledDotProductAttention", "Select", "Selu", "ShapeOf", "Sigmoid", "Sign",
+        "Slice", "SoftMax", "Softmax", "SoftPlus", "SoftSign", "Split", "Sqrt", "SquaredDifference", "Squeeze",
+        "StridedSlice", "Subtract", "Swish", "Tanh", "TopK", "Transpose", "Unsqueeze", "VariadicSplit",
+    ]
+)  # fmt: skip
+_MORE = {"plain": _PLAIN_OPERATORS, "elsewhere": _ELSEWHERE_OPERATORS}
+_IR_SETS = re.compile(r"opset\d{1,2}")
 
 
 def check_graph(model: ModelFile) -> None:
@@ -97,6 +124,19 @@ def check_graph(model: ModelFile) -> None:
     for problem in _problems(model.proto, model):
         reason, remedy = problem, "make the model file again with `vit-edge export`"
         raise ModelRejected("will not load the model", file=model.source, reason=reason, remedy=remedy)
+
+
+def check_ir(model: IrModel) -> None:
+    """Raise ModelRejected where OpenVINO's IR holds another operator than a classifier has need of."""
+    layers = ElementTree.fromstring(model.xml).findall("layers/layer")  # declares nothing: looked at when it was opened
+    problems = [] if len(layers) <= 4 * _MAX_NODES else [f"it has {len(layers):,} layers"]
+    for layer in layers:
+        kind, version = layer.get("type", ""), layer.get("version", "")
+        if kind not in _IR_TYPES or not _IR_SETS.fullmatch(version) or layer.find("body") is not None:
+            problems.append(f"layer {layer.get('name')!r} is {version or 'nowhere'}.{kind}, which is not allowed")
+    for problem in problems:
+        remedy = "make it again with `vit-edge export --format openvino`"
+        raise ModelRejected("will not load the model", file=model.source, reason=problem, remedy=remedy)
 
 
 def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
@@ -110,8 +150,7 @@ def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
         yield "it holds functions, training steps or sparse weights"
     if len(graph.node) > _MAX_NODES:
         yield f"it has {len(graph.node):,} nodes; at most {_MAX_NODES:,} are read"
-    is_plain = model.manifest.provenance.get("form") == "plain"
-    allowed = _OPERATORS | _PLAIN_OPERATORS if is_plain else _OPERATORS
+    allowed = _OPERATORS | _MORE.get(str(model.manifest.provenance.get("form")), frozenset())
     known = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
     for node in graph.node:
         if not known >= {name for name in node.input if name}:

@@ -1,25 +1,44 @@
 """The one way a model file becomes a classifier, for the command line, applications and tests alike.
 
-Size limit, one read, seal, manifest, allow-list of operators, its target compared with the CPU, the engine from those
-very bytes, golden check.
+Size limit, one read, seal, manifest, allow-list of operators, its target compared with the CPU, for files made
+elsewhere a throw-away process that tries it first, the engine from those very bytes, what runs read back, golden check.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from vit_edge.artifact import ModelFile, open_model
 from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError
+from vit_edge.image import Decoding, Preprocessing
+from vit_edge.ir import IrModel, open_ir
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engine import Engine, EngineName, EngineOptions, chosen_engines, make_engine
-from vit_edge.runtime.golden import check_golden, check_pictures
-from vit_edge.runtime.guard import check_graph
+from vit_edge.runtime.devices import DEVICES, unavailable
+from vit_edge.runtime.engine import (
+    Engine,
+    EngineName,
+    EngineOptions,
+    FloatPrecision,
+    Model,
+    chosen_engines,
+    engines_with,
+    make_engine,
+)
+from vit_edge.runtime.foreign import adopt, is_foreign
+from vit_edge.runtime.golden import check_golden, check_pictures, recorded_version
+from vit_edge.runtime.guard import check_graph, check_ir
+from vit_edge.runtime.probing import probe
+from vit_edge.runtime.verdicts import promised_engines, verdict_for
 from vit_edge.targets import mismatch, target_name
 
-__all__ = ["load", "load_model"]
+__all__ = ["Verify", "load", "load_model", "open_any"]
 
+Verify: TypeAlias = Literal["full", "hash", "none"]
+_VERIFY = ("full", "hash", "none")
 _COMPUTES_NOTHING = "null"
 _log = logging.getLogger(__name__)
 
@@ -29,61 +48,159 @@ def load(
     *,
     engine: EngineName | Literal["auto"] = "auto",
     device: str = "cpu",
+    precision: FloatPrecision | None = None,
     threads: int | None = None,
-    verify: Literal["full", "hash"] = "full",
+    batch_size: int | None = None,
+    decode: Decoding = "full",
+    verify: Verify = "full",
+    allow_fallback: bool = False,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Classifier:
-    """Return a classifier from a model file made by vit-edge.
+    """Return a classifier from a model file: ours (`.onnx`, or OpenVINO's `.xml` beside its `.bin`), or any ONNX one.
 
-    `engine` "auto" is ONNX Runtime where it is installed, else OpenVINO. `threads` None is what the container grants.
-    `verify` "hash" leaves out the golden check. A file quantized for another kind of CPU is warned of in the log.
-    Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable or MissingExtra.
+    - `engine` "auto" is what `vit-edge tune` found fastest for this file on this machine, else the first installed of
+      ONNX Runtime and OpenVINO that has the device and that the file is promised for. Nothing is measured here.
+    - `device` is "cpu", a provider of ONNX Runtime ("cuda", "tensorrt", "openvino", "coreml", "qnn", "directml",
+      "xnnpack", "webgpu"), or a device of OpenVINO ("gpu", "npu", "auto"). One that is not here raises; with
+      `allow_fallback` the CPU runs instead, the log warns, and `describe()` says why.
+    - `precision` is that of the float parts ("f32", "f16", "bf16", "tf32"); None is f32, on an NPU f16.
+    - `threads` None is what `vit-edge tune` found, else what the container grants.
+    - `batch_size` gives the engine a static shape; other batches still run, in parts.
+    - `decode` "fast" decodes large JPEGs at the smallest scale above the network's input.
+    - `verify` "full" checks seal, operators and golden vectors; "hash" leaves out the golden vectors unless the engine
+      is another release than the file was checked in; "none" leaves out the seal too.
+    - `preprocessing` (or its fields) and `labels` are for an ONNX classifier made elsewhere, and only for one.
+
+    Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable, MissingExtra or UsageError.
 
         >>> classifier = load("model.int8.onnx")          # doctest: +SKIP
         >>> classifier("picture.jpg").label               # doctest: +SKIP
         'pizza'
     """
-    options = EngineOptions(device=device, threads=threads)
-    return load_model(open_model(source), engine=engine, options=options, verify=verify)
+    options = EngineOptions(
+        device=device, precision=precision, threads=threads, batch_size=batch_size, allow_fallback=allow_fallback
+    )
+    _check_choice("verify", verify, _VERIFY)
+    _check_choice("decode", decode, ("full", "fast"))
+    model = open_any(source, preprocessing=preprocessing, labels=labels, verify=verify)
+    return load_model(model, engine=engine, options=options, verify=verify, decode=decode)
+
+
+def open_any(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    verify: Verify = "full",
+) -> Model:
+    """Return the verified bytes of a model file of either format, or of an ONNX classifier with what is told of it."""
+    if not isinstance(source, bytes) and Path(source).suffix.lower() == ".xml":
+        if preprocessing is not None or labels is not None:
+            raise _told_twice(source)
+        return open_ir(source)
+    if preprocessing is None and labels is None:
+        return open_model(source, check=verify != "none")
+    if preprocessing is None or labels is None:
+        missing = "labels" if labels is None else "preprocessing"
+        reason = f"a classifier made elsewhere needs both preprocessing and labels; {missing} is not given"
+        raise UsageError("cannot load", reason=reason, remedy=f"give {missing} too")
+    if not is_foreign(source):
+        raise _told_twice(source)
+    if not isinstance(preprocessing, Preprocessing):
+        try:
+            preprocessing = Preprocessing.from_dict(preprocessing)
+        except (TypeError, ValueError) as error:
+            remedy = "give resize, crop, interpolation, mean and std"
+            raise UsageError("cannot use the preprocessing", reason=str(error), remedy=remedy) from error
+    return adopt(source, preprocessing=preprocessing, labels=labels)
 
 
 def load_model(
-    model: ModelFile,
+    model: Model,
     *,
     engine: str = "auto",
     options: EngineOptions,
-    verify: Literal["full", "hash"] = "full",
+    verify: Verify = "full",
+    decode: Decoding = "full",
     warn: bool = True,
 ) -> Classifier:
     """Return a classifier from a model file that was opened already; raises as `load` does.
 
     `warn` False says nothing of a target that is another than this CPU: for who knows, having just made the file.
     """
-    if verify not in ("full", "hash"):
-        raise UsageError("cannot load", reason=f"verify is {verify!r}", remedy="choose 'full' or 'hash'")
-    check_graph(model)
+    check_graph(model) if isinstance(model, ModelFile) else check_ir(model)
     name = target_name(model.manifest.quantization)
     difference = mismatch(name) if name else None
     if difference and warn:
         _log.warning("%s: %s", model.source, difference)
+    engine, options = _chosen(model, engine, options)
     try:
-        loaded = make_engine(chosen_engines()[0] if engine == "auto" else engine, model, options)
+        if _is_unchecked(model) and verify != "none" and isinstance(model, ModelFile) and engine != _COMPUTES_NOTHING:
+            probe(model, engine)
+        loaded = make_engine(engine, model, options)
         _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
-        if verify == "full" and loaded.name != _COMPUTES_NOTHING:
-            _check(model, loaded)
+        verified = _checked(model, loaded, verify)
     except (GoldenMismatch, ModelRejected) as error:
         error.file = error.file or model.source
         if difference and isinstance(error, GoldenMismatch):
             error.remedy = difference  # not that somebody edited the file
         raise
-    return Classifier(loaded, model.manifest, sha256=model.sha256)
+    return Classifier(loaded, model.manifest, sha256=model.sha256, decoding=decode, checked={"verified": verified})
 
 
-def _check(model: ModelFile, engine: Engine) -> None:
+def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, EngineOptions]:
+    """Return the engine, and the options with the threads of a verdict that `vit-edge tune` left for this file."""
+    if engine != "auto":
+        return engine, options
+    if isinstance(model, IrModel):
+        return "openvino", options
+    chosen_engines()  # raises where none is installed
+    if options.device == "cpu" and options.precision is None and options.batch_size is None:
+        verdict = verdict_for(model)
+        if verdict is not None:
+            return verdict.apply(options)
+    able = engines_with(options.device)
+    if not able and not options.allow_fallback:
+        here = [name for name in DEVICES if engines_with(name)]
+        raise unavailable(options.device, f"{', '.join(here)} for the engines installed")
+    candidates = able or chosen_engines()
+    return next((name for name in candidates if name in promised_engines(model)), candidates[0]), options
+
+
+def _is_unchecked(model: Model) -> bool:
+    return model.manifest.provenance.get("form") == "elsewhere"
+
+
+def _checked(model: Model, engine: Engine, verify: Verify) -> str:
+    """Check what is to be checked; returns what was: "full", "hash", "probe" or "none"."""
     manifest = model.manifest
+    if engine.name == _COMPUTES_NOTHING or verify == "none":
+        return "none" if verify == "none" else "hash"
+    if _is_unchecked(model):
+        return "probe"
+    if verify == "hash":
+        recorded = recorded_version(engine, manifest)
+        if recorded in (None, engine.version):
+            return "hash"
+        _log.warning("%s was checked in %s %s, this is %s: its golden vectors are run",
+                     model.source, engine.name, recorded, engine.version)  # fmt: skip
     if manifest.golden is None:
         remedy = "export it again, or load it with verify='hash'"
         raise ModelRejected(
             "cannot check the model", file=model.source, reason="it has no golden vectors", remedy=remedy
         )
     check_pictures(manifest.golden, manifest.preprocessing)
-    check_golden(engine, manifest.golden, preprocessing=manifest.preprocessing)
+    check_golden(engine, manifest)
+    return "full"
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError("cannot load", reason=f"{name} is {value!r}", remedy=f"choose {', '.join(choices)}")
+
+
+def _told_twice(source: str | os.PathLike[str] | bytes) -> UsageError:
+    file = None if isinstance(source, bytes) else source
+    reason = "it is a model file of vit-edge, which says its preprocessing and labels itself"
+    return UsageError("cannot load", file=file, reason=reason, remedy="leave preprocessing and labels out")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vit_edge.artifact import ModelFile
 from vit_edge.image import Pixels
-from vit_edge.runtime.engine import Array, EngineOptions, Logits
+from vit_edge.runtime.engine import Array, EngineOptions, Logits, Model, batch_of
 
 __all__ = ["ENGINE", "NullEngine"]
 
@@ -21,8 +20,11 @@ class NullEngine:
     device = "cpu"
     float_precision = "none"
     threads = 1
+    placement: Mapping[str, int] | None = None
+    fallback: str | None = None
 
-    def __init__(self, model: ModelFile, _options: EngineOptions) -> None:
+    def __init__(self, model: Model, options: EngineOptions) -> None:
+        self.batch_size = batch_of(model.manifest, options)
         self._num_classes = len(model.manifest.labels)
 
     def run(self, images_NHWC: Pixels) -> Logits:
@@ -32,6 +34,10 @@ class NullEngine:
     def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
         """Return zeros [batch, classes] for every name."""
         return [np.zeros((len(images), self._num_classes), dtype=np.float32) for _ in names]
+
+    def twin(self) -> NullEngine:
+        """Return itself: there is nothing to share."""
+        return self
 
     def close(self) -> None:
         """Do nothing."""

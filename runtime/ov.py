@@ -1,10 +1,11 @@
-"""OpenVINO on the CPU."""
+"""OpenVINO, on the CPU or on another device that it has a plugin for."""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import openvino
 from openvino import opset13
 
 from vit_edge.artifact import ModelFile
-from vit_edge.errors import ModelRejected, UsageError
+from vit_edge.errors import Closed, EngineUnavailable, ModelRejected
 from vit_edge.image import Pixels
-from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, private_copy
+from vit_edge.ir import IrModel
+from vit_edge.runtime.devices import DEVICES, known_as, unavailable
+from vit_edge.runtime.engine import Array, EngineOptions, Logits, Model, answer, batch_of, log_fallback, private_copy
 
 __all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "read_graph"]
 
@@ -22,6 +25,7 @@ __all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "read_graph"]
 _SKIPS = "openvino_skips"
 # ... and the largest values of the tensors that are int8 in OpenVINO alone, by their names.
 _ROUNDS, _LARGEST_PEAK = "openvino_rounds", 1e30
+_PRECISIONS = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
 
 
 class OpenVinoEngine:
@@ -31,18 +35,22 @@ class OpenVinoEngine:
     """
 
     name = "openvino"
-    device = "cpu"
 
-    def __init__(self, model: ModelFile, options: EngineOptions) -> None:
+    def __init__(self, model: Model, options: EngineOptions) -> None:
         self._manifest = model.manifest
         self.version: str = openvino.__version__.split("-")[0]
-        self._lock = threading.Lock()
-        self._compiled: Any = compile_model(model, options)
-        self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
-        self.float_precision = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-        self._request: Any = self._compiled.create_infer_request()
-        if self.float_precision != "f32":
-            raise _failed("load", RuntimeError(f"it runs in {self.float_precision}, not in f32"))
+        self.batch_size = batch_of(model.manifest, options)
+        self._compiled, self.fallback = _compile_somewhere(model, options)
+        ran = replace(options, device="cpu", precision=None) if self.fallback else options
+        self.device, nodes = _read_devices(self._compiled)
+        self.placement: Mapping[str, int] | None = nodes
+        self.threads = int(_property(self._compiled, "INFERENCE_NUM_THREADS") or options.num_threads)
+        self.float_precision = _read_precision(self._compiled)
+        expected = _precision(ran)
+        if self.float_precision not in (expected, "unknown"):
+            raise _failed("load", RuntimeError(f"it runs in {self.float_precision}, not in {expected}"))
+        self._request: Any
+        self._open_request()
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes]."""
@@ -53,35 +61,101 @@ class OpenVinoEngine:
         inputs = {self._manifest.input["name"]: images}
         with self._lock:
             if self._request is None:
-                raise UsageError("cannot run", reason="the engine is closed", remedy="load the model again")
+                raise Closed("cannot run", reason="the engine is closed", remedy="load the model again")
             try:
                 results = self._request.infer(inputs, share_inputs=False, share_outputs=False)
             except Exception as error:  # its exceptions share no base but this
                 raise _failed("run", error) from error
             return [np.array(results[name]) for name in names]
 
+    def twin(self) -> OpenVinoEngine:
+        """Return another engine over the same compiled model, with a request of its own."""
+        made = object.__new__(OpenVinoEngine)
+        made.__dict__.update(self.__dict__)
+        made._open_request()  # a lock and a request of its own
+        return made
+
     def close(self) -> None:
-        """Free the request and the compiled model."""
+        """Free the request and the compiled model, unless a twin still has it."""
         with self._lock:
             self._request = self._compiled = None
 
+    def _open_request(self) -> None:
+        self._lock = threading.Lock()
+        self._request = self._compiled.create_infer_request()
 
-def compile_model(model: ModelFile, options: EngineOptions, *, profile: bool = False) -> Any:
-    """Return what OpenVINO compiles from the verified bytes, with `profile` to time each node; raises ModelRejected."""
-    settings = {
+
+def compile_model(model: Model, options: EngineOptions, *, profile: bool = False) -> Any:
+    """Return what OpenVINO compiles from the verified bytes, with `profile` to time each node.
+
+    Raises ModelRejected, or EngineUnavailable where the device is not here.
+    """
+    known = known_as(options.device, "openvino")
+    here = _core().available_devices
+    if known is None or not _is_among(known[0], here):
+        there_is = ", ".join(name for name, device in DEVICES.items() if device.openvino in here)
+        raise unavailable(options.device, f"{there_is or 'none'} in OpenVINO {openvino.__version__.split('-')[0]}")
+    settings: dict[str, Any] = {
         # Its own choice is bfloat16 where the CPU has it: logits off by up to 0.3.
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": options.num_threads,
-        "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _precision(options),
+        "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
         "PERF_COUNT": profile,
     }
+    if known[0] == "CPU":
+        settings |= {"INFERENCE_NUM_THREADS": options.num_threads, "NUM_STREAMS": options.streams}
     try:
-        # The batch stays dynamic: with a fixed one OpenVINO takes other kernels, and an INT8 network gives other
-        # logits (DeiT-tiny: 24.8 dB apart) than those that were verified.
-        return _compile(_core(), model, settings)
+        # Unless it is asked for, the batch stays dynamic: with a fixed one OpenVINO takes other kernels, and an INT8
+        # network gives other logits (DeiT-tiny: 24.8 dB apart) than those that were verified.
+        return _compile(_core(), model, known[0], settings, options.batch_size)
     except Exception as error:  # its exceptions share no base but this
         raise _failed("load", error) from error
+
+
+def _compile_somewhere(model: Model, options: EngineOptions) -> tuple[Any, str | None]:
+    """Return what was compiled for the device asked for, or for the CPU with the reason where that is allowed."""
+    try:
+        return compile_model(model, options), None
+    except (EngineUnavailable, ModelRejected) as error:
+        if not options.allow_fallback or options.device == "cpu":
+            raise
+        on_cpu = replace(options, device="cpu", precision=None)
+        return compile_model(model, on_cpu), log_fallback(f"it runs on the CPU: {error.reason}")
+
+
+def _is_among(device: str, here: Sequence[str]) -> bool:
+    """Return whether OpenVINO can take the device: "GPU" is the first of "GPU.0", "GPU.1"; AUTO chooses of all."""
+    return device == "AUTO" or device in here or f"{device}.0" in here
+
+
+def _precision(options: EngineOptions) -> str:
+    known = known_as(options.device, "openvino")
+    chosen = options.precision or (known[1].float_precision if known else "f32")
+    if chosen not in _PRECISIONS:
+        reason = f"OpenVINO does not compute in {chosen}; it can in {', '.join(_PRECISIONS)}"
+        raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these, or another engine")
+    return _PRECISIONS[chosen]
+
+
+def _read_devices(compiled: Any) -> tuple[str, dict[str, int] | None]:
+    """Return the device that runs, by our name, and how many nodes of the compiled graph run on each."""
+    running = [str(name) for name in _property(compiled, "EXECUTION_DEVICES") or ["CPU"]]
+    kind, _, number = running[0].strip("()").partition(".")
+    device = next((name for name, entry in DEVICES.items() if entry.openvino == kind), kind.lower())
+    nodes = len(compiled.get_runtime_model().get_ops()) if len(running) == 1 else None
+    return (f"{device}.{number}" if number else device), None if nodes is None else {running[0]: nodes}
+
+
+def _read_precision(compiled: Any) -> str:
+    found = _property(compiled, "INFERENCE_PRECISION_HINT")
+    return "unknown" if found is None else str(found.to_string())
+
+
+def _property(compiled: Any, name: str) -> Any:
+    """Return a property of what was compiled; None where its device has no such."""
+    try:
+        return compiled.get_property(name)
+    except Exception:  # its exceptions share no base but this
+        return None
 
 
 @functools.cache
@@ -95,16 +169,27 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _compile(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:
+def _compile(core: Any, model: Model, device: str, settings: dict[str, Any], batch_size: int | None) -> Any:
     """Compile from the verified bytes."""
-    if model.weights is None:
-        return core.compile_model(read_graph(core, model), "CPU", settings)
-    with private_copy(model) as path:
-        return core.compile_model(core.read_model(path), "CPU", settings)
+    if isinstance(model, ModelFile) and model.weights is not None:
+        with private_copy(model) as path:
+            graph = core.read_model(path)
+            _fix_batch(graph, batch_size)
+            return core.compile_model(graph, device, settings)
+    graph = read_graph(core, model)
+    _fix_batch(graph, batch_size)
+    return core.compile_model(graph, device, settings)
 
 
-def read_graph(core: Any, model: ModelFile) -> Any:
+def _fix_batch(graph: Any, batch_size: int | None) -> None:
+    if batch_size is not None:
+        graph.reshape([batch_size, *list(graph.input(0).get_partial_shape())[1:]])
+
+
+def read_graph(core: Any, model: Model) -> Any:
     """Return the graph as OpenVINO reads it, with what the manifest says is for OpenVINO alone."""
+    if isinstance(model, IrModel):
+        return core.read_model(model.xml, model.weights)
     graph = core.read_model(model.data)
     recorded = model.manifest.quantization or {}
     _skip(graph, set(recorded.get(_SKIPS, ())))

@@ -28,6 +28,8 @@ from vit_edge.onnx_schema import parse, property_bytes
 
 __all__ = [
     "MANIFEST_KEY",
+    "MODEL_BYTES",
+    "MOST_BATCH",
     "OUTPUTS",
     "PIXELS_INPUT",
     "PRODUCER",
@@ -54,12 +56,12 @@ PRODUCER = "vit-edge"
 PIXELS_INPUT = {"name": "images", "dtype": "uint8", "layout": "NHWC"}
 # Every output that a graph may have; the golden vectors and the runtime read the logits.
 OUTPUTS = ("logits", "probabilities", "top5", "top5_probabilities", "features", "attention")
-_MOST_BATCH = 1024
+MOST_BATCH = 1024
 
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
 # One protobuf message holds at most 2 GiB; larger networks have one file of weights beside it.
-_MAX_BYTES, _MAX_WEIGHTS_BYTES = 2**31 - 1, 2**40
+MODEL_BYTES, _MAX_WEIGHTS_BYTES = 2**31 - 1, 2**40
 _log = logging.getLogger(__name__)
 _OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -106,7 +108,7 @@ class Manifest:
         layout = {key: self.input.get(key) for key in ("dtype", "layout")}
         if layout not in ({"dtype": "uint8", "layout": "NHWC"}, {"dtype": "float32", "layout": "NCHW"}):
             raise ValueError(f"the manifest's input is {dict(self.input)}; neither uint8 NHWC nor float32 NCHW")
-        if self.batch is not None and (not isinstance(self.batch, int) or not 1 <= self.batch <= _MOST_BATCH):
+        if self.batch is not None and (not isinstance(self.batch, int) or not 1 <= self.batch <= MOST_BATCH):
             raise ValueError(f"the manifest's batch is {self.batch!r}")
         if self.outputs[:1] != ("logits",) or not set(self.outputs) <= set(OUTPUTS):
             raise ValueError(f"the manifest's outputs are {self.outputs!r}; the first is 'logits'")
@@ -202,8 +204,8 @@ class ModelFile:
 def pack(graph: bytes | memoryview, manifest: Manifest) -> bytes:
     """Return a model file: the serialized ModelProto `graph`, the manifest, the seal; ModelRejected over 2 GiB."""
     data = _sealed(graph, property_bytes(MANIFEST_KEY, manifest.to_json()))
-    if len(data) > _MAX_BYTES:
-        reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {_MAX_BYTES:,}"
+    if len(data) > MODEL_BYTES:
+        reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {MODEL_BYTES:,}"
         raise ModelRejected("cannot make the model file", reason=reason, remedy="put its weights beside it")
     return data
 
@@ -236,19 +238,23 @@ def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]
     return "missing" if ours else "foreign"
 
 
-def open_model(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None, warn: bool = True) -> ModelFile:
+def open_model(
+    source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None, warn: bool = True, check: bool = True
+) -> ModelFile:
     """Return a model file, read once, its seal checked before anything in it is used.
 
     The weights of a network over 2 GiB are read from beside the file, or given with its bytes; the seal covers them by
-    their hash. With `warn` the log says what in the file was assumed. Raises ModelRejected where it is no model file of
-    vit-edge, NotTrusted where its seal is broken or missing.
+    their hash. With `warn` the log says what in the file was assumed; without `check` no hash is computed, for files
+    that cannot have changed. Raises ModelRejected where it is no model file of vit-edge, NotTrusted where its seal is
+    broken or missing.
     """
     if isinstance(source, bytes):
         name, data = "the bytes given", source
     else:
         name = printable(source)
-        data = read_file(source, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
-    _check_seal(data, name)
+        data = read_file(source, what="model file", max_bytes=MODEL_BYTES, error=ModelRejected)
+    if check or data[-_SEAL_BYTES:-64] != _SEAL_PREFIX:
+        _check_seal(data, name)
     try:
         proto = parse(data)
         properties = {entry.key: entry.value for entry in proto.metadata_props}
@@ -260,7 +266,7 @@ def open_model(source: str | os.PathLike[str] | bytes, *, weights: bytes | None 
     if manifest.weights is not None:
         if weights is None and not isinstance(source, bytes):
             weights = _read_weights(Path(source).parent / manifest.weights["file"])
-        _check_weights(manifest.weights, weights, name)
+        _check_weights(manifest.weights, weights, name, check=check)
     if warn:
         warn_of_assumed(manifest.assumed, name)
     return ModelFile(data=data, proto=proto, manifest=manifest, source=name, weights=weights)
@@ -276,11 +282,11 @@ def _read_weights(path: Path) -> bytes:
     return read_file(path, what="weights beside the model file", max_bytes=_MAX_WEIGHTS_BYTES, error=ModelRejected)
 
 
-def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str) -> None:
+def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str, *, check: bool) -> None:
     if weights is None:
         reason = f"its weights lie in {entry['file']!r}, which was not given"
         raise _rejected(name, reason, "open it by its path, with that file beside it")
-    if entry != weights_entry(entry["file"], weights):
+    if check and entry != weights_entry(entry["file"], weights):
         reason = f"{entry['file']} beside it is not the one that was sealed: it was changed, damaged or exchanged"
         raise NotTrusted("will not load the model file", file=name, reason=reason, remedy="copy both files again")
 
@@ -303,7 +309,7 @@ def reseal(path: str | os.PathLike[str]) -> ModelFile:
     Editors that rewrite the file move the old seal among the other properties: every property of that name is dropped.
     """
     name = printable(path)
-    data = read_file(path, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
+    data = read_file(path, what="model file", max_bytes=MODEL_BYTES, error=ModelRejected)
     try:
         proto = parse(data)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
     VitEdgeError                 exit 1
     |- UsageError                exit 2    the call or its options are wrong
+    |  `- Closed                           it was closed, or loaded before a fork
     |- InputError                exit 3    a file given is missing, broken or does not fit
     |  |- ImageRejected                    a picture cannot be used
     |  |- DataRejected                     a folder of pictures cannot be used
@@ -9,6 +10,8 @@
     |  `- ModelRejected                    a model file cannot be used
     |- NotTrusted                exit 4    a model file is not the one that was sealed
     |- ResourceExhausted         exit 5    disk, memory or time
+    |  |- Overloaded                       the queue of a pool is full
+    |  `- DeadlineExceeded                 a request's time was over before its turn
     |- VerificationFailed        exit 6    the answers are not the ones promised
     |  `- GoldenMismatch                   the golden vectors give other logits here
     |- EngineUnavailable         exit 7    no such engine or device here
@@ -27,7 +30,9 @@ from types import ModuleType
 
 __all__ = [
     "CheckpointRejected",
+    "Closed",
     "DataRejected",
+    "DeadlineExceeded",
     "EngineUnavailable",
     "GoldenMismatch",
     "ImageRejected",
@@ -36,6 +41,7 @@ __all__ = [
     "MissingExtra",
     "ModelRejected",
     "NotTrusted",
+    "Overloaded",
     "ResourceExhausted",
     "UsageError",
     "VerificationFailed",
@@ -64,6 +70,10 @@ class UsageError(VitEdgeError):
     """The call or its options are wrong."""
 
     exit_code = 2
+
+
+class Closed(UsageError):
+    """It was closed, or belongs to the process before a fork."""
 
 
 class InputError(VitEdgeError):
@@ -98,6 +108,14 @@ class ResourceExhausted(VitEdgeError):
     """Disk, memory or time ran out, or would have."""
 
     exit_code = 5
+
+
+class Overloaded(ResourceExhausted):
+    """The queue is full: the request was not taken."""
+
+
+class DeadlineExceeded(ResourceExhausted):
+    """The request's time was over before its turn came."""
 
 
 class VerificationFailed(VitEdgeError):

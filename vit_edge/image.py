@@ -20,10 +20,14 @@ from PIL import Image, ImageOps
 from vit_edge.errors import ImageRejected, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 
-__all__ = ["BACKGROUND", "FORMATS", "Picture", "Pixels", "Preprocessing", "decode", "pixel_hash"]
+__all__ = ["BACKGROUND", "FORMATS", "Color", "Decoding", "Picture", "Pixels", "Preprocessing", "decode", "pixel_hash"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Picture: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Pixels"
+# The channels of an array in their order: OpenCV gives "bgr", picamera2 "bgra" too.
+Color: TypeAlias = Literal["rgb", "bgr", "rgba", "bgra"]
+# "fast" lets the JPEG decoder leave out what the resize would average away: the nearest scale above its size.
+Decoding: TypeAlias = Literal["full", "fast"]
 
 # Only these decoders are tried: Pillow registers over 40, and one of them starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -43,6 +47,10 @@ _INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+# Where R, G, B and alpha lie in an array.
+_CHANNELS: dict[str, list[int]] = {"rgb": [0, 1, 2], "bgr": [2, 1, 0], "rgba": [0, 1, 2, 3], "bgra": [2, 1, 0, 3]}
+# EXIF 2.3, tag Orientation: these values turn a picture by a quarter.
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 _log = logging.getLogger(__name__)
 
 
@@ -90,8 +98,11 @@ class Preprocessing:
 
     def pixels(self, picture: Picture) -> Pixels:
         """Return uint8 [height, width, 3] RGB, resized and cropped; raises ImageRejected, or TypeError."""
-        image = decode(picture)
-        height, width = self._resized(image.height, image.width)
+        return self.fit(decode(picture))
+
+    def fit(self, image: Image.Image) -> Pixels:
+        """Return uint8 [height, width, 3] from a decoded RGB image, resized and cropped."""
+        height, width = self.resized(image.height, image.width)
         if (width, height) != image.size:
             image = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
         # Python's round, as torchvision's CenterCrop uses: half goes to the even number.
@@ -105,7 +116,8 @@ class Preprocessing:
         normalised = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width that a picture is resized to before the crop."""
         if not isinstance(self.resize, int):
             return self.resize
         # The long side is rounded down, as torchvision's Resize does.
@@ -114,15 +126,19 @@ class Preprocessing:
         return self.resize, int(self.resize * width / height)
 
 
-def decode(picture: Picture) -> Image.Image:
+def decode(picture: Picture, *, color: Color = "rgb", fast_for: Preprocessing | None = None) -> Image.Image:
     """Return an RGB image, upright (EXIF orientation applied), alpha composited on white.
 
-    A picture is a path, the bytes of a file, an open binary file, a PIL image, or uint8 RGB pixels
-    [height, width, 3]. Raises ImageRejected (limits, format, damage), or TypeError for anything else.
+    A picture is a path, the bytes of a file, an open binary file, a PIL image, or uint8 pixels [height, width, 3 or 4],
+    whose channels are those of `color`. With `fast_for` a JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that is
+    not below what that preprocessing resizes to. Raises ImageRejected (limits, format, damage), or TypeError for
+    anything else.
     """
-    name, image = _open(picture)
+    name, image = _open(picture, color)
     try:
         _check_size(image, name)
+        if fast_for is not None:
+            _scale_down(image, fast_for)
         if getattr(image, "is_animated", False):
             _log.warning("%s has several frames; only the first is used", name)
         if image.mode == "I" and image.format == "PNG":  # a 16-bit grey PNG, in Pillow before 10.3
@@ -141,11 +157,23 @@ def pixel_hash(pixels: Pixels) -> str:
     return sha256_hex(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).tobytes())
 
 
-def _open(picture: Picture) -> tuple[str, Image.Image]:
+def _scale_down(image: Image.Image, preprocessing: Preprocessing) -> None:
+    """Tell the decoder of a JPEG file that was not decoded yet what is needed of it; others take no notice."""
+    turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+    width, height = reversed(image.size) if turned else image.size
+    needed_height, needed_width = preprocessing.resized(height, width)
+    image.draft(None, (needed_height, needed_width) if turned else (needed_width, needed_height))
+
+
+def _open(picture: Picture, color: Color) -> tuple[str, Image.Image]:
+    if color not in _CHANNELS:
+        raise TypeError(f"color is {color!r}; choose one of {', '.join(_CHANNELS)}")
+    if isinstance(picture, np.ndarray):
+        return "the array given", _from_array(picture, color)
+    if color != "rgb":
+        raise TypeError(f"color is {color!r}, but the picture is no array: all others say themselves what they hold")
     if isinstance(picture, Image.Image):
         return "the image given", picture
-    if isinstance(picture, np.ndarray):
-        return "the array given", _from_array(picture)
     if isinstance(picture, bytes | bytearray | memoryview):
         name, data = "the bytes given", bytes(picture)
     elif isinstance(picture, str | os.PathLike):
@@ -176,12 +204,16 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
         raise _rejected(name, reason, "convert it to one of these") from error
 
 
-def _from_array(pixels: Pixels) -> Image.Image:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise TypeError(f"picture is {pixels.dtype} {list(pixels.shape)}; give uint8 [height, width, 3], RGB")
+def _from_array(pixels: Pixels, color: Color) -> Image.Image:
+    channels = _CHANNELS[color]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != len(channels):
+        expected = f"uint8 [height, width, {len(channels)}] for color={color!r}"
+        others = [name for name, order in _CHANNELS.items() if pixels.ndim == 3 and len(order) == pixels.shape[2]]
+        hint = f", or say its color: {' or '.join(others)}" if others and pixels.dtype == np.uint8 else ""
+        raise TypeError(f"picture is {pixels.dtype} {list(pixels.shape)}; give {expected}{hint}")
     if 0 in pixels.shape:
         raise _rejected("the array given", "it has no pixels", "give at least one row and one column")
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return Image.fromarray(np.ascontiguousarray(pixels[..., channels]))
 
 
 def _check_size(image: Image.Image, name: str) -> None:

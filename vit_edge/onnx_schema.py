@@ -10,10 +10,12 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-__all__ = ["FLOAT", "FLOAT16", "INT64", "UINT8", "parse", "property_bytes"]
+__all__ = ["FLOAT", "FLOAT16", "INT64", "INTS", "UINT8", "parse", "property_bytes"]
 
 # TensorProto.DataType
 FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
+# AttributeProto.AttributeType
+INTS = 7
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
@@ -50,8 +52,10 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "ValueInfoProto": {"name": (1, "string"), "type": (2, "TypeProto")},
     "AttributeProto": {
         "name": (1, "string"),
+        "i": (3, "int64"),
         "t": (5, "TensorProto"),
         "g": (6, "GraphProto"),
+        "ints": (8, "int64*"),
         "graphs": (11, "GraphProto*"),
         "type": (20, "int32"),
     },
@@ -69,6 +73,7 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
         "initializer": (5, "TensorProto*"),
         "input": (11, "ValueInfoProto*"),
         "output": (12, "ValueInfoProto*"),
+        "value_info": (13, "ValueInfoProto*"),
         "sparse_initializer": (15, "UnreadProto*"),
     },
     "UnreadProto": {},

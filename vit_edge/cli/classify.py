@@ -41,7 +41,7 @@ def classify(model: Path, images: tuple[Path, ...], engine: str, device: str, to
                 continue
             answered.append({"file": printable(path), "label": prediction.label, **prediction.to_dict()})
             answers = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
-            rows.append((printable(path), answers, f"{prediction.prepare_ms + prediction.inference_ms:.1f}"))
+            rows.append((printable(path), answers, f"{prediction.timings.total_ms:.1f}"))
         described = classifier.describe()
     failed = [{"file": error.file, "reason": error.reason} for error in rejected]
     data = {"model": described, "images": answered, "rejected": failed}

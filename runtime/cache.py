@@ -1,0 +1,58 @@
+"""What is remembered between runs: small JSON files by kind and key in the user's cache folder.
+
+Nothing in it is trusted: an entry that cannot be read, or whose name is not its own key, counts as absent. Losing it
+costs time only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from vit_edge.errors import VitEdgeError
+from vit_edge.files import read_file, write_atomic
+
+__all__ = ["Kind", "cache_folder", "recall", "remember"]
+
+Kind: TypeAlias = Literal["probes", "tuning"]
+_MAX_BYTES = 100_000
+
+
+def cache_folder() -> Path:
+    """Return the folder: $VIT_EDGE_CACHE, else $XDG_CACHE_HOME/vit-edge, else ~/.cache/vit-edge."""
+    told = os.environ.get("VIT_EDGE_CACHE")
+    if told:
+        return Path(told)
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+    return home / "vit-edge"
+
+
+def recall(kind: Kind, key: str) -> dict[str, Any] | None:
+    """Return what was remembered, or None."""
+    try:
+        data = read_file(_place(kind, key), what="cache", max_bytes=_MAX_BYTES)
+        entry = json.loads(data)
+    except (VitEdgeError, OSError, RuntimeError, ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or entry.get("key") != key or not isinstance(entry.get("value"), dict):
+        return None
+    value: dict[str, Any] = entry["value"]
+    return value
+
+
+def remember(kind: Kind, key: str, value: dict[str, Any]) -> bool:
+    """Keep `value`; returns whether that was possible: a full or read-only disk is no reason to fail."""
+    try:
+        place = _place(kind, key)
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(place, (json.dumps({"key": key, "value": value}, sort_keys=True) + "\n").encode())
+    except (VitEdgeError, OSError, RuntimeError):  # RuntimeError: no home folder is known
+        return False
+    return True
+
+
+def _place(kind: Kind, key: str) -> Path:
+    return cache_folder() / kind / f"{key}.json"

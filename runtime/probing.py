@@ -1,0 +1,105 @@
+"""Run what may crash, hang or eat all memory in a throw-away process, under limits: only that one ends.
+
+A release of an engine can be made to crash by a graph; whoever reads files of others has to expect it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from vit_edge.artifact import ModelFile, open_model
+from vit_edge.cpu import instruction_set
+from vit_edge.errors import ModelRejected, VitEdgeError
+from vit_edge.files import sha256_hex
+from vit_edge.runtime.cache import recall, remember
+from vit_edge.runtime.engine import EngineOptions, engine_version, make_engine
+
+__all__ = ["limit_memory", "main", "probe", "run_apart"]
+
+_TIMEOUT_S = 120
+# Of address space: what an engine maps by itself, and so much for each byte of the file.
+_BASE_BYTES, _TIMES_FILE = 2**33, 16
+_log = logging.getLogger(__name__)
+
+
+def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int) -> str:
+    """Return what `python -m module arguments` prints; raises ModelRejected where it crashes, hangs or fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _rejected(f"the engine did not finish in {timeout_s} s") from error
+    if done.returncode < 0:
+        raise _rejected(f"the engine crashed ({signal.Signals(-done.returncode).name})")
+    if done.returncode:
+        raise _rejected(" ".join(done.stderr.split())[-400:])
+    return done.stdout
+
+
+def limit_memory(most_bytes: int) -> None:
+    """Let this process map no more than so many bytes, where the system can."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = most_bytes if hard == resource.RLIM_INFINITY else min(hard, most_bytes)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def probe(model: ModelFile, engine: str) -> None:
+    """Load a model file in `engine` and let it answer once, in a process of its own; raises ModelRejected.
+
+    A file that was tried is remembered by its hash, the engine's version and the CPU: one that crashed is not tried
+    again, one that answered need not be.
+    """
+    key = sha256_hex(json.dumps([model.sha256, engine, engine_version(engine), instruction_set()]).encode())
+    known = recall("probes", key)
+    if known is not None and known.get("answered") is True:
+        return
+    if known is not None and isinstance(known.get("reason"), str):
+        raise _rejected(f"{known['reason']}; it is remembered, and was not tried again")
+    _log.info("%s is tried in a process of its own first", model.source)
+    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+        path = Path(name) / "model.onnx"
+        path.write_bytes(model.data)
+        try:
+            run_apart("vit_edge.runtime.probing", [str(path), engine], timeout_s=_TIMEOUT_S)
+        except ModelRejected as error:
+            remember("probes", key, {"reason": error.reason})
+            raise
+    remember("probes", key, {"answered": True})
+
+
+def main(path: str, engine: str) -> int:
+    """Load the file at `path`, let it answer for one black picture, and exit with 0."""
+    from vit_edge.runtime.golden import golden_images
+
+    limit_memory(_BASE_BYTES + _TIMES_FILE * Path(path).stat().st_size)
+    try:
+        model = open_model(path, warn=False)
+        loaded = make_engine(engine, model, EngineOptions(threads=1))
+        height, width = model.manifest.preprocessing.crop
+        logits = loaded.run(golden_images([1], height=height, width=width))
+    except VitEdgeError as error:
+        sys.stderr.write(error.reason)
+        return 1
+    if logits.shape != (1, len(model.manifest.labels)):
+        sys.stderr.write(f"its answer has the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]")
+        return 1
+    return 0
+
+
+def _rejected(reason: str) -> ModelRejected:
+    return ModelRejected("the engine cannot run the network", reason=reason, remedy="export it again")
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
