@@ -7,9 +7,10 @@ with load("model.int8.onnx") as classifier:
 """
 
 from vit_edge.runtime.benchmark import Latency, Measurement, Scenario, measure
-from vit_edge.runtime.classifier import Answer, Classifier, Prediction
+from vit_edge.runtime.classifier import Answer, Classifier, Prediction, Timings
 from vit_edge.runtime.engine import EngineName, installed_engines
 from vit_edge.runtime.loading import load
+from vit_edge.runtime.pool import Pool
 
 __all__ = [
     "Answer",
@@ -17,8 +18,10 @@ __all__ = [
     "EngineName",
     "Latency",
     "Measurement",
+    "Pool",
     "Prediction",
     "Scenario",
+    "Timings",
     "installed_engines",
     "load",
     "measure",
