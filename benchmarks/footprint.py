@@ -95,12 +95,32 @@ def measured(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[{engine}]"]
         subprocess.run(install, check=True)
         packages = json.loads(output(python, _PACKAGES, folder))
-        steps = {
-            step: told(python, (_START + script).replace("{engine!r}", repr(engine)).replace("{engine}", engine)
-                       .replace("{model!r}", repr(str(arguments.model.resolve()))), folder, arguments.rounds)
-            for step, script in _STEPS.items()
-        }  # fmt: skip
+        values = f"engine, model, graph = {engine!r}, {str(arguments.model.resolve())!r}, {one_node()!r}\n"
+        start = _START.replace("{engine}", engine) + values
+        scripts = {
+            "import": "told()",
+            "one node": f"{_ONE_NODE[engine]}told()",
+            "runtime": "import vit_edge.runtime\ntold()",
+            "model": _RUN,
+        }
+        steps = {name: told(python, start + script, folder, arguments.rounds) for name, script in scripts.items()}
     return {"packages": packages, "steps": steps}
+
+
+def one_node() -> bytes:
+    """Return a graph that adds a vector to its input."""
+    from onnx import TensorProto, helper
+
+    inner = helper.make_graph(
+        [helper.make_node("Add", ["x", "b"], ["y"])],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8])],
+        [helper.make_tensor("b", TensorProto.FLOAT, [8], [1.0] * 8)],
+    )
+    model = helper.make_model(inner, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def told(python: Path, script: str, folder: Path, rounds: int) -> dict[str, float]:
