@@ -37,17 +37,22 @@ class CalibrationPictures:
         self.fingerprints: list[str] = []
         self._paths, self._manifest = paths, manifest
         self._stage, self._judging, self._progress = stage, judging or {}, progress
+        self._has_told = False  # of those skipped: once, not in every pass
 
     def __iter__(self) -> Iterator[Array]:
         """Begin a pass."""
         self.hashes, self.fingerprints = hashes, fingerprints = [], []
-        for position, pixels in stream_pixels(self._paths, self._manifest.preprocessing):
+        rejections = Rejections(len(self._paths))
+        for position, pixels in stream_pixels(self._paths, self._manifest.preprocessing, rejections=rejections):
             self._progress(self._stage, position, len(self._paths))
             hashes.append(pixel_hash(pixels))
             fingerprints.append(fingerprint(pixels))
             refuse_overlap({hashes[-1]: self._paths[position]}, self._judging)
             yield self._manifest.network_input(pixels[None])[0]
         self._progress(self._stage, len(self._paths), len(self._paths))
+        if not self._has_told:
+            rejections.conclude()
+            self._has_told = True
 
     def sample(self, num_images: int) -> list[Array]:
         """Return what the graph takes for so many of the pictures, evenly spaced, less those that cannot be used."""

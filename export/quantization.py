@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
@@ -17,7 +17,7 @@ import onnx
 from vit_edge.artifact import ModelFile, open_model, pack
 from vit_edge.cpu import instruction_set
 from vit_edge.data import find_images, pixel_hashes
-from vit_edge.errors import DataRejected, UsageError, printable
+from vit_edge.errors import DataRejected, Interrupted, UsageError, printable
 from vit_edge.export.budget import Ladder, RungMemory, climb, order_of
 from vit_edge.export.calibrated_graph import CalibratedGraph, Plan, calibrate, uncalibrated
 from vit_edge.export.calibration import METHODS, Method
@@ -174,11 +174,7 @@ def quantize_model(
     judging, judged_by = _judging(source, data, options)
     judge = partial(_judge, reference=source, data=data, options=options, progress=progress)
     if options.precision == "fp16":
-        model = halved(source, progress=progress)
-        verification = judge(model) if data is not None else None
-        model = with_evaluation(model, verification, None)
-        write_atomic(written, model.data)
-        return QuantizationResult(**_written(written, model, source), precision="fp16", verification=verification)
+        return _halve(source, written, judge if data is not None else None, progress)
     pictures = CalibrationPictures(paths, source.manifest, judging=judging, progress=progress)
     found = _calibrated(source, pictures if paths else None, resolved.target, options, progress)
     if calibration is not None:
@@ -187,48 +183,78 @@ def quantize_model(
     def make(left: frozenset[str]) -> ModelFile:
         return _finished(source, found, left, record_of(resolved.target, found, left, pictures, options))
 
-    left = found.float_products
-    ladder, verification = None, None
+    ladder: Ladder | None = None
+    verification: Verification | None = None
     if options.budget is not None:
-        order = order_of(found.noise, macs_by_node(found.graph) or {})
-        order = [node for node in order if node not in left]
         memory = RungMemory(default_folder().parent / "budget", judged_by=judged_by) if options.use_cache else None
-        ladder, finished, verification = climb(
-            order,
-            lambda more: make(found.float_products | more),
-            judge,
-            memory=memory,
-            time_limit_s=options.time_limit_s,
-            progress=progress,
-        )
+        ladder, finished, verification = _climbed(found, make, judge, memory, options, progress)
     else:
-        finished = make(left)
+        finished = make(found.float_products)
         verification = judge(finished) if data is not None else None
-    left |= frozenset() if ladder is None else frozenset(ladder.float_products)
     finished = with_evaluation(finished, verification, ladder)
     write_atomic(written, finished.data)
     if ladder is not None and ladder.cut_short == "interrupted":
-        _log.warning("interrupted: %s holds the best file so far, its verdict in it", written)
-        raise KeyboardInterrupt
-    finished = replace(finished, source=printable(written))
+        remedy = "it holds the best so far, its verdict in it; the same command goes on where it was stopped"
+        raise Interrupted("stopped", file=written, reason="interrupted by the user", remedy=remedy)
+    left = found.float_products | frozenset(() if ladder is None else ladder.float_products)
     all_integer = make(frozenset()) if left and options.measure_speed else None
-    engines, timed = _promised(finished), partial(compare_speed, source, finished, all_integer, progress=progress)
+    finished = replace(finished, source=printable(written))
+    engines = _promised(finished)
+    timed = partial(compare_speed, source, finished, all_integer, engines=engines, progress=progress)
     return QuantizationResult(
         **_written(written, finished, source),
+        **_figures(found, left),
         precision=options.precision,
         target=resolved.target,
         target_reason=resolved.reason,
         recipe=options.recipe,
-        algorithms=found.applied,
         num_calibration_images=len(pictures.hashes),
-        num_products=len(found.products) - len(left),
-        float_products=tuple(sorted(left)),
-        float_share=_share(found, left),
         coverage=tuple(coverage(finished, engine) for engine in engines),
-        speed=timed(engines=engines) if options.measure_speed else (),
+        speed=timed() if options.measure_speed else (),
         ladder=ladder,
         verification=verification,
     )
+
+
+def _halve(
+    source: ModelFile, written: Path, judge: Callable[[ModelFile], Verification] | None, progress: Progress
+) -> QuantizationResult:
+    """Write the float16 file, verified where there is somebody to judge."""
+    model = halved(source, progress=progress)
+    verification = None if judge is None else judge(model)
+    model = with_evaluation(model, verification, None)
+    write_atomic(written, model.data)
+    return QuantizationResult(**_written(written, model, source), precision="fp16", verification=verification)
+
+
+def _climbed(
+    found: CalibratedGraph,
+    make: Callable[[frozenset[str]], ModelFile],
+    judge: Callable[[ModelFile], Verification],
+    memory: RungMemory | None,
+    options: QuantizationOptions,
+    progress: Progress,
+) -> tuple[Ladder, ModelFile, Verification]:
+    """Return how far the budget let products become integers, and the file that it ended with."""
+    noisy = order_of(found.noise, macs_by_node(found.graph) or {})
+    return climb(
+        [node for node in noisy if node not in found.float_products],
+        lambda more: make(found.float_products | more),
+        judge,
+        memory=memory,
+        time_limit_s=options.time_limit_s,
+        progress=progress,
+    )
+
+
+def _figures(found: CalibratedGraph, left: frozenset[str]) -> dict[str, Any]:
+    """Return what a result says of the graph with the products `left` in float."""
+    return {
+        "algorithms": found.applied,
+        "num_products": len(found.products) - len(left),
+        "float_products": tuple(sorted(left)),
+        "float_share": _share(found, left),
+    }
 
 
 def _promised(model: ModelFile) -> tuple[str, ...]:

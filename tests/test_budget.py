@@ -143,7 +143,10 @@ def test_ctrl_c_leaves_the_best_file_so_far(folder: Path, tmp_path: Path) -> Non
         while not list((tmp_path / "cache").glob("budget/*.json")) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in said.decode().splitlines() if "interrupted" in line] == [said.decode().splitlines()[-1]]
+    assert "it holds the best so far" in said.decode()
     evaluation = open_model(tmp_path / "q.onnx").manifest.evaluation
     assert evaluation is not None
     assert evaluation["verdict"] == "pass"

@@ -14,7 +14,19 @@ import pytest
 from tests.conftest import Workspace, readme_commands, vit_edge
 from vit_edge.cli import cli, main
 
-COMMANDS = ("train", "convert", "export", "quantize", "verify", "classify", "benchmark", "inspect", "doctor", "seal")
+COMMANDS = (
+    "train",
+    "convert",
+    "export",
+    "quantize",
+    "verify",
+    "classify",
+    "tune",
+    "benchmark",
+    "inspect",
+    "doctor",
+    "seal",
+)
 
 
 @pytest.fixture

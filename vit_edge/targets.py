@@ -74,9 +74,10 @@ class Target:
         """Return the name, marked where nobody ran it on such hardware."""
         return self.name if self.verified else f"{self.name} (unverified)"
 
-    def describe(self) -> str:
-        """Return in one line what the target implies."""
-        batch = "any batch" if self.static_batch is None else f"batch fixed at {self.static_batch}"
+    def describe(self, *, batch_size: int | None = None) -> str:
+        """Return in one line what the target implies, of a file whose batch is fixed where `batch_size` is given."""
+        fixed = batch_size or self.static_batch
+        batch = "any batch" if fixed is None else f"batch fixed at {fixed}"
         kind = "symmetric int8" if self.symmetric_activations else "uint8"
         return f"{self.label}: {self.weight_bits}-bit weights, {kind} activations, {batch}, for {self.device}"
 

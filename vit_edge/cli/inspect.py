@@ -94,7 +94,11 @@ def _target(manifest: Manifest) -> dict[str, Any] | None:
     name = target_name(manifest.quantization)
     if name is None or name not in TARGETS:
         return None if name is None else {"name": name, "verified": False, "implies": f"{name} (unverified): not known"}
-    return {"name": name, "verified": TARGETS[name].verified, "implies": TARGETS[name].describe()}
+    return {
+        "name": name,
+        "verified": TARGETS[name].verified,
+        "implies": TARGETS[name].describe(batch_size=manifest.batch),
+    }
 
 
 def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, Any]:
