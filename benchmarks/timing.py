@@ -46,10 +46,10 @@ def count(text: str) -> int:
     return int(text)
 
 
-def take_turns(ask: Sequence[Callable[[int], object]], *, rounds: int, queries: int) -> Samples:
+def take_turns(ask: Sequence[Callable[[int], object]], *, rounds: int, queries: int, warm_up: int = WARM_UP) -> Samples:
     """Return every sample: each candidate once a round, the first one round later the next, every second backwards."""
     for one in ask:
-        for number in range(WARM_UP):
+        for number in range(warm_up):
             one(number)
     samples_CRQ = np.empty((len(ask), rounds, queries))
     for number in range(rounds):

@@ -23,7 +23,7 @@ from vit_edge.runtime.engine import EngineOptions, chosen_engines
 from vit_edge.runtime.golden import golden_images
 from vit_edge.runtime.loading import load_model
 
-__all__ = ["Latency", "Measurement", "Scenario", "measure"]
+__all__ = ["Candidate", "Latency", "Measurement", "Scenario", "measure", "sample_in_turns"]
 
 # MLPerf's terms: single-stream is one image a query, multi-stream several; the next query starts when one ends.
 Scenario = Literal["single-stream", "multi-stream"]
@@ -86,27 +86,36 @@ def measure(
         raise UsageError("cannot measure", reason=reason, remedy=remedy)
     chosen = chosen_engines(engines)
     options = EngineOptions(threads=threads)
-    candidates: list[_Candidate] = []
+    candidates: list[Candidate] = []
     try:
         for model in models:
             for engine in chosen:
                 candidates.append(  # noqa: PERF401 - those made are closed where a later one fails
-                    _Candidate(os.fspath(model), open_model(model), engine, options, batch_size)
+                    Candidate(os.fspath(model), open_model(model), engine, options, batch_size)
                 )
-        for position, candidate in enumerate(candidates):
-            progress("warming up", position, len(candidates))
-            candidate.warm_up()
-        for number in range(_ROUNDS):
-            for candidate in candidates:
-                candidate.sample(min_seconds / _ROUNDS, math.ceil(min_queries / _ROUNDS))
-            progress("measuring", number + 1, _ROUNDS)
+        sample_in_turns(candidates, min_seconds=min_seconds, min_queries=min_queries, progress=progress)
         return [candidate.result() for candidate in candidates]
     finally:
         for candidate in candidates:
             candidate.close()
 
 
-class _Candidate:
+def sample_in_turns(
+    candidates: Sequence[Candidate], *, min_seconds: float, min_queries: int, progress: Progress = silent
+) -> None:
+    """Warm every candidate up, then measure each a little in every round, so that drift hits all alike."""
+    for position, candidate in enumerate(candidates):
+        progress("warming up", position, len(candidates))
+        candidate.warm_up()
+    for number in range(_ROUNDS):
+        for candidate in candidates:
+            candidate.sample(min_seconds / _ROUNDS, math.ceil(min_queries / _ROUNDS))
+        progress("measuring", number + 1, _ROUNDS)
+
+
+class Candidate:
+    """One file in one engine, and every latency observed of it, in nanoseconds."""
+
     def __init__(self, path: str, model: ModelFile, engine: str, options: EngineOptions, batch_size: int) -> None:
         self.path, self.size_bytes, self.batch_size = path, len(model.data), batch_size
         self.classifier = load_model(model, engine=engine, options=options)
@@ -114,11 +123,13 @@ class _Candidate:
         self.samples_ns: list[int] = []
 
     def warm_up(self) -> None:
+        """Answer for a while without measuring."""
         end = time.perf_counter() + _WARM_UP_S
         while time.perf_counter() < end:
             self.classifier.logits(next(self.batches))
 
     def sample(self, seconds: float, queries: int) -> None:
+        """Measure at least so many queries, for at least so many seconds."""
         end, left = time.perf_counter() + seconds, queries
         while left > 0 or time.perf_counter() < end:
             batch = next(self.batches)
@@ -127,7 +138,13 @@ class _Candidate:
             self.samples_ns.append(time.perf_counter_ns() - started)
             left -= 1
 
+    @property
+    def latency(self) -> Latency:
+        """Return the percentiles of what was observed."""
+        return _latency(self.samples_ns)
+
     def result(self) -> Measurement:
+        """Return what ran and how fast, its cold start in a process of its own included."""
         what = self.classifier.describe()
         cold = _cold_start(self.path, what["engine"], what["threads"], self.batch_size)
         return Measurement(
@@ -143,7 +160,7 @@ class _Candidate:
             instruction_set=instruction_set(),
             cpu=cpu_name(),
             num_queries=len(self.samples_ns),
-            latency_ms=_latency(self.samples_ns),
+            latency_ms=self.latency,
             throughput_per_s=len(self.samples_ns) * self.batch_size / (sum(self.samples_ns) / 1e9),
             load_ms=cold["load_ms"],
             peak_rss_bytes=cold["peak_rss_bytes"],
@@ -151,6 +168,7 @@ class _Candidate:
         )
 
     def close(self) -> None:
+        """Free the model."""
         self.classifier.close()
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "Model",
     "answer",
     "answers",
+    "available_devices",
     "batch_of",
     "chosen_engines",
     "engine_version",
@@ -141,6 +142,15 @@ def installed_engines() -> tuple[str, ...]:
 def engines_with(device: str) -> tuple[str, ...]:
     """Return the installed engines that have a name for `device`, in the order of "auto"."""
     return tuple(name for name in installed_engines() if known_as(device, name))
+
+
+def available_devices() -> dict[str, tuple[str, ...]]:
+    """Return the devices here and, for each, the installed engines that have it, by asking the engines."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in installed_engines():
+        for device in importlib.import_module(ENGINES[name][0]).devices_here():
+            found[device] = (*found.get(device, ()), name)
+    return found
 
 
 def chosen_engines(engines: Sequence[str] = ()) -> tuple[str, ...]:

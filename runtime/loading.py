@@ -17,13 +17,14 @@ from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError
 from vit_edge.image import Decoding, Preprocessing
 from vit_edge.ir import IrModel, open_ir
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.devices import DEVICES, unavailable
+from vit_edge.runtime.devices import unavailable
 from vit_edge.runtime.engine import (
     Engine,
     EngineName,
     EngineOptions,
     FloatPrecision,
     Model,
+    available_devices,
     chosen_engines,
     engines_with,
     make_engine,
@@ -162,8 +163,8 @@ def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, Eng
             return verdict.apply(options)
     able = engines_with(options.device)
     if not able and not options.allow_fallback:
-        here = [name for name in DEVICES if engines_with(name)]
-        raise unavailable(options.device, f"{', '.join(here)} for the engines installed")
+        here = [f"{name} ({', '.join(engines)})" for name, engines in available_devices().items()]
+        raise unavailable(options.device, ", ".join(here))
     candidates = able or chosen_engines()
     return next((name for name in candidates if name in promised_engines(model)), candidates[0]), options
 

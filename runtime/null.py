@@ -9,7 +9,7 @@ import numpy as np
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import Array, EngineOptions, Logits, Model, batch_of
 
-__all__ = ["ENGINE", "NullEngine"]
+__all__ = ["ENGINE", "NullEngine", "devices_here"]
 
 
 class NullEngine:
@@ -41,6 +41,11 @@ class NullEngine:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def devices_here() -> list[str]:
+    """Return the one device there is."""
+    return ["cpu"]
 
 
 ENGINE = NullEngine

@@ -16,7 +16,7 @@ from vit_edge.image import Pixels
 from vit_edge.runtime.devices import DEVICES, known_as, unavailable
 from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, batch_of, log_fallback, private_copy
 
-__all__ = ["ENGINE", "OnnxRuntimeEngine", "make_session"]
+__all__ = ["ENGINE", "OnnxRuntimeEngine", "devices_here", "make_session"]
 
 _CPU = "CPUExecutionProvider"
 # This fusion turns a product of two-dimensional input, such as the head, into Gemm before integers are recognised: its
@@ -87,7 +87,7 @@ def make_session(
     """
     known = known_as(options.device, "onnxruntime")
     if known is None or known[0] not in onnxruntime.get_available_providers():
-        raise unavailable(options.device, f"{', '.join(_devices_here())} in ONNX Runtime {onnxruntime.__version__}")
+        raise unavailable(options.device, f"{', '.join(devices_here())} in ONNX Runtime {onnxruntime.__version__}")
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.num_threads
     settings.inter_op_num_threads = 1
@@ -152,7 +152,8 @@ def _placement(session: Any) -> dict[str, int] | None:
     return dict(found)
 
 
-def _devices_here() -> list[str]:
+def devices_here() -> list[str]:
+    """Return the devices that this build of ONNX Runtime was made for; a load shows whether their drivers are here."""
     present = set(onnxruntime.get_available_providers())
     return [name for name, device in DEVICES.items() if device.onnxruntime in present]
 

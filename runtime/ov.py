@@ -19,7 +19,7 @@ from vit_edge.ir import IrModel
 from vit_edge.runtime.devices import DEVICES, known_as, unavailable
 from vit_edge.runtime.engine import Array, EngineOptions, Logits, Model, answer, batch_of, log_fallback, private_copy
 
-__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "read_graph"]
+__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "read_graph"]
 
 # What the manifest's entry on quantization calls the list of roundings that are there for ONNX Runtime alone.
 _SKIPS = "openvino_skips"
@@ -92,10 +92,9 @@ def compile_model(model: Model, options: EngineOptions, *, profile: bool = False
     Raises ModelRejected, or EngineUnavailable where the device is not here.
     """
     known = known_as(options.device, "openvino")
-    here = _core().available_devices
-    if known is None or not _is_among(known[0], here):
-        there_is = ", ".join(name for name, device in DEVICES.items() if device.openvino in here)
-        raise unavailable(options.device, f"{there_is or 'none'} in OpenVINO {openvino.__version__.split('-')[0]}")
+    if known is None or not _is_among(known[0], _core().available_devices):
+        there_is = ", ".join(devices_here()) or "none"
+        raise unavailable(options.device, f"{there_is} in OpenVINO {openvino.__version__.split('-')[0]}")
     settings: dict[str, Any] = {
         # Its own choice is bfloat16 where the CPU has it: logits off by up to 0.3.
         "INFERENCE_PRECISION_HINT": _precision(options),
@@ -111,6 +110,11 @@ def compile_model(model: Model, options: EngineOptions, *, profile: bool = False
         return _compile(_core(), model, known[0], settings, options.batch_size)
     except Exception as error:  # its exceptions share no base but this
         raise _failed("load", error) from error
+
+
+def devices_here() -> list[str]:
+    """Return the devices that OpenVINO finds here, the first of each kind without its number."""
+    return [str(name).lower().removesuffix(".0") for name in _core().available_devices]
 
 
 def _compile_somewhere(model: Model, options: EngineOptions) -> tuple[Any, str | None]:

@@ -21,12 +21,13 @@ from vit_edge.cli.output import error_fields, print_error_json
 from vit_edge.cli.quantize import quantize
 from vit_edge.cli.seal import seal
 from vit_edge.cli.train import train
+from vit_edge.cli.tune import tune
 from vit_edge.cli.verify import verify
 from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = (train, convert, export, quantize, verify, classify, benchmark, inspect, doctor, seal)
+_COMMANDS = (train, convert, export, quantize, verify, classify, tune, benchmark, inspect, doctor, seal)
 
 
 class _InOrder(click.Group):

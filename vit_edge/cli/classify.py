@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.errors import ImageRejected, printable
+from vit_edge.errors import ImageRejected, InputError, printable
+
+_PATH = click.Path(path_type=Path)
+_MAX_BYTES = 1_000_000
 
 
 @command("classify")
 @file_argument("model")
 @file_argument("images", many=True)
 @click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime or openvino.")
-@click.option("--device", default="cpu", show_default=True, help="Where to run.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, tensorrt, gpu, npu ... as the engine has.")
+@click.option("--precision", type=click.Choice(["f32", "f16", "bf16", "tf32"]), help="Of the float parts.")
+@click.option("--allow-fallback", is_flag=True, help="Run on the CPU what the device is not there for, and say so.")
+@click.option("--batch-size", type=click.IntRange(1, 1024), help="Give the engine a static shape.")
+@click.option("--decode", type=click.Choice(["full", "fast"]), default="full", show_default=True,
+              help="fast: large JPEGs at the smallest scale above the network's input.")  # fmt: skip
+@click.option("--verify", type=click.Choice(["full", "hash", "none"]), default="full", show_default=True,
+              help="Seal, operators and golden vectors; without golden vectors; without the seal.")  # fmt: skip
+@click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names, for an ONNX file made elsewhere.")
+@click.option("--preprocessing", type=_PATH, metavar="FILE",
+              help="JSON: resize, crop, interpolation, mean, std, for an ONNX file made elsewhere.")  # fmt: skip
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each picture.")
 @threads_option()
-def classify(model: Path, images: tuple[Path, ...], engine: str, device: str, top: int, threads: int | None) -> Result:
-    """Name what IMAGES show, from the file MODEL alone.
+def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
+    """Name what IMAGES show, from the file MODEL alone: an `.onnx`, or OpenVINO's `.xml` beside its `.bin`.
 
     Pictures that cannot be used are named, the others answered; the exit code is then 3.
 
     \b
-    Example:
+    Examples:
       vit-edge classify model.int8.onnx photo.jpg other.png
+      vit-edge classify theirs.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
     """
     from vit_edge.runtime.engine import refuse_null
     from vit_edge.runtime.loading import load
 
-    refuse_null(engine)
+    refuse_null(values["engine"])
+    values |= _told(values)
     rows, answered, rejected = [], [], []
-    with load(model, engine=engine, device=device, threads=threads) as classifier, progress_bar() as progress:  # type: ignore[arg-type]
+    with load(model, **values) as classifier, progress_bar() as progress:
+        described = classifier.describe()
         for position, path in enumerate(images):
             progress("classifying", position, len(images))
             try:
@@ -39,14 +57,35 @@ def classify(model: Path, images: tuple[Path, ...], engine: str, device: str, to
             except ImageRejected as error:
                 rejected.append(error)
                 continue
-            answered.append({"file": printable(path), "label": prediction.label, **prediction.to_dict()})
+            answered.append({"file": printable(path), **prediction.to_dict()})
             answers = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
             rows.append((printable(path), answers, f"{prediction.timings.total_ms:.1f}"))
-        described = classifier.describe()
     failed = [{"file": error.file, "reason": error.reason} for error in rejected]
     data = {"model": described, "images": answered, "rejected": failed}
-    shown = [make_table("", ("picture", "answers", "ms"), rows)] if rows else []
+    where = f"{described['device']}, {described['threads']} threads"
+    ran = f"{described['engine']} {described['engine_version']} on {where}"
+    fallback = [f"warning: {described['fallback']}"] if described["fallback"] else []
+    shown = [make_table("", ("picture", "answers", "ms"), rows), ran, *fallback] if rows else fallback
     return Result(data=data, shown=shown, error=_combined(rejected, len(images)))
+
+
+def _told(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the labels and the preprocessing that were told of a file made elsewhere."""
+    from vit_edge.files import read_file
+    from vit_edge.foreign.label_names import read_labels
+
+    told: dict[str, Any] = {}
+    if values["labels"] is not None:
+        told["labels"] = read_labels(values["labels"])
+    path = values["preprocessing"]
+    if path is not None:
+        data = read_file(path, what="preprocessing", max_bytes=_MAX_BYTES)
+        try:
+            told["preprocessing"] = dict(json.loads(data))
+        except (TypeError, ValueError, RecursionError) as error:
+            remedy = "write a JSON object with resize, crop, interpolation, mean and std"
+            raise InputError("cannot read the preprocessing", file=path, reason=str(error), remedy=remedy) from error
+    return told
 
 
 def _combined(rejected: list[ImageRejected], num_images: int) -> ImageRejected | None:
