@@ -33,6 +33,8 @@ from vit_edge.runtime import load
 SERVICE = ROOT / "examples" / "service"
 PATIENCE_S = 60
 MAX_BYTES = 1_000_000
+# What keeps a worker busy for as long as a test needs it.
+LARGE = {"VIT_EDGE_MAX_PIXELS": "50000000", "VIT_EDGE_DEADLINE_MS": "60000"}
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")),
@@ -155,6 +157,14 @@ def test_half_a_picture_is_refused_and_the_service_goes_on(workspace: Workspace,
     assert service.ask("/classify?top=0", data)[0] == 422
 
 
+def test_a_small_file_with_very_many_pixels_is_refused(workspace: Workspace, service: Service) -> None:
+    data = large_picture(picture_of(workspace, "3"))
+    assert len(data) < MAX_BYTES
+    status, answer, _ = service.ask("/classify", data)
+    assert (status, answer["error"]) == (413, "Refused")
+    assert "49,000,000 pixels" in answer["message"]
+
+
 def test_a_client_that_stalls_or_goes_away_holds_nothing_up(workspace: Workspace, service: Service) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc"
     with socket.create_connection(("127.0.0.1", service.port)) as stalling:
@@ -194,7 +204,7 @@ def large_picture(path: Path) -> bytes:
 
 def test_a_full_queue_refuses_at_once_and_what_was_taken_is_answered(workspace: Workspace, tmp_path: Path) -> None:
     data = large_picture(picture_of(workspace, "3"))
-    settings = {"VIT_EDGE_QUEUE": "1", "VIT_EDGE_DEADLINE_MS": "60000"}
+    settings = {"VIT_EDGE_QUEUE": "1", **LARGE}
     with serving(workspace.int8_model, tmp_path / "log.txt", **settings) as service:
         service.wait_until_ready()
         with load(workspace.int8_model, threads=1) as classifier:
@@ -227,7 +237,7 @@ def test_a_picture_whose_time_is_over_is_not_answered(workspace: Workspace, tmp_
 
 def test_pictures_that_were_taken_are_answered_before_the_end(workspace: Workspace, tmp_path: Path) -> None:
     data = large_picture(picture_of(workspace, "3"))
-    with serving(workspace.int8_model, tmp_path / "log.txt", VIT_EDGE_DEADLINE_MS="60000") as service:
+    with serving(workspace.int8_model, tmp_path / "log.txt", **LARGE) as service:
         service.wait_until_ready()
         with ThreadPoolExecutor(2) as clients:
             asked = [clients.submit(service.ask, "/classify", data) for _ in range(2)]
@@ -279,7 +289,7 @@ def test_systemd_hears_when_it_is_ready_and_as_long_as_pictures_are_answered(
     ):
         manager.bind(f"{folder}/notify")
         manager.settimeout(PATIENCE_S)
-        told = {"NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "400000"}
+        told = {"NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "1000000"}
         with serving(workspace.int8_model, tmp_path / "log.txt", **told) as service:
             assert [manager.recv(100) for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
             service.end()
@@ -299,7 +309,7 @@ def test_systemd_hears_nothing_while_no_picture_is_answered(workspace: Workspace
         manager.bind(f"{folder}/notify")
         manager.settimeout(PATIENCE_S)
         # A picture has to be answered within 25 ms; one of 49 million pixels takes the only worker for longer.
-        told = {"NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "100000", "VIT_EDGE_DEADLINE_MS": "60000"}
+        told = {"NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "100000", **LARGE}
         log = tmp_path / "log.txt"
         with serving(workspace.int8_model, log, **told) as service, ThreadPoolExecutor(1) as client:
             service.wait_until_ready()
@@ -307,6 +317,6 @@ def test_systemd_hears_nothing_while_no_picture_is_answered(workspace: Workspace
             while not asked.done():
                 manager.recv(100)
             assert asked.result()[1]["label"] == "3"
-            assert "no answer for the watchdog" in log.read_text()
+            assert "no answer for the watchdog: nothing in 0.025 s" in log.read_text()
             assert manager.recv(100) == b"WATCHDOG=1"
             service.end()

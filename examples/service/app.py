@@ -11,20 +11,23 @@ The settings are environment variables; README.md beside this file lists them, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
+from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from vit_edge.errors import Closed, DeadlineExceeded, ImageRejected, Overloaded, UsageError, VitEdgeError
+from vit_edge.image import FORMATS
 from vit_edge.runtime import Pool
 
 # The log of uvicorn is the one that a service manager shows.
@@ -42,6 +45,7 @@ class Settings:
     threads: int
     queue_size: int | None
     max_bytes: int
+    max_pixels: int
     deadline_s: float
     body_s: float
     watch: bool
@@ -58,6 +62,7 @@ class Settings:
             threads=_number("VIT_EDGE_THREADS", int, 1),
             queue_size=_number("VIT_EDGE_QUEUE", int, None),
             max_bytes=_number("VIT_EDGE_MAX_BYTES", int, 10_000_000),
+            max_pixels=_number("VIT_EDGE_MAX_PIXELS", int, 12_500_000),
             deadline_s=_number("VIT_EDGE_DEADLINE_MS", float, 2000.0) / 1000,
             body_s=_number("VIT_EDGE_BODY_MS", float, 10_000.0) / 1000,
             watch=_number("VIT_EDGE_WATCH", int, 0) == 1,
@@ -72,7 +77,7 @@ def _number(name: str, kind: Callable[[str], Any], default: Any) -> Any:
         raise UsageError("cannot start", reason=f"{name} is {text!r}", remedy="give a number") from error
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load and check the model before the first request; at the end, answer those that wait."""
     app.state.settings = settings = Settings.read()
@@ -101,8 +106,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def notify(state: str) -> None:
     """Tell systemd, where it is what started this process; sd_notify(3) has the protocol."""
     address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+        datagrams.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # a manager that does not listen holds nobody up
             datagrams.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
@@ -119,7 +127,7 @@ async def beat(pool: Pool) -> None:
             await asyncio.wait_for(pool.classify(picture, top=1), period_s / 2)
         except (VitEdgeError, asyncio.TimeoutError) as error:
             if app.state.answered == before:  # else it has no room for this picture because it answers others
-                _log.error("no answer for the watchdog: %s", error or f"nothing in {period_s / 2:g} s")
+                _log.error("no answer for the watchdog: %s", str(error) or f"nothing in {period_s / 2:g} s")
                 continue
         before = app.state.answered
         notify("WATCHDOG=1")
@@ -139,6 +147,7 @@ async def classify(request: Request, top: Annotated[int, Query(ge=1, le=1000)] =
         picture = await asyncio.wait_for(read_body(request, settings.max_bytes), settings.body_s)
     except asyncio.TimeoutError as error:  # a name of its own in Python 3.10
         raise Refused(408, f"the picture did not arrive within {settings.body_s:g} s") from error
+    await asyncio.to_thread(check_pixels, picture, settings.max_pixels)
     prediction = await pool.classify(picture, top=top, timeout_s=settings.deadline_s)
     app.state.answered += 1
     return prediction.to_dict()
@@ -176,6 +185,17 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     if num_bytes > max_bytes:
         raise too_large
     return bytes(body)
+
+
+def check_pixels(picture: bytes, max_pixels: int) -> None:
+    """Raise Refused (413) where a picture says that it has more than `max_pixels`: decoded, each takes 11 bytes."""
+    try:
+        with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
+            num_pixels = image.width * image.height
+    except Exception:  # what is wrong with it the classifier tells, in its own words
+        return
+    if num_pixels > max_pixels:
+        raise Refused(413, f"the picture has {num_pixels:,} pixels; at most {max_pixels:,} are decoded")
 
 
 @app.exception_handler(Refused)
