@@ -1,0 +1,219 @@
+"""A classifier as an HTTP service: FastAPI in front of the runtime's pool.
+
+    pip install "vit-edge[onnxruntime]" fastapi uvicorn
+    VIT_EDGE_MODEL=model.int8.onnx python -m uvicorn app:app --app-dir examples/service --port 8000
+    curl --data-binary @picture.jpg -H "Content-Type: image/jpeg" localhost:8000/classify
+    curl localhost:8000/healthz
+
+The settings are environment variables; README.md beside this file lists them, and every answer but 200.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+from starlette.requests import ClientDisconnect
+
+from vit_edge.errors import Closed, DeadlineExceeded, ImageRejected, Overloaded, UsageError, VitEdgeError
+from vit_edge.image import FORMATS
+from vit_edge.runtime import Pool
+
+# The log of uvicorn is the one that a service manager shows.
+_log = logging.getLogger("uvicorn.error")
+_RETRY_AFTER_S = 1
+_STATUS: dict[type[VitEdgeError], int] = {ImageRejected: 422, Overloaded: 503, Closed: 503, DeadlineExceeded: 504}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the environment says; raises UsageError where a number is none, or out of its range."""
+
+    model: str
+    workers: int | None
+    threads: int
+    queue_size: int | None
+    max_bytes: int
+    max_pixels: int
+    deadline_s: float
+    body_s: float
+    watch: bool
+
+    @classmethod
+    def read(cls) -> Settings:
+        model = os.environ.get("VIT_EDGE_MODEL")
+        if not model:
+            remedy = "set it to the path of a model file"
+            raise UsageError("cannot start", reason="VIT_EDGE_MODEL is not set", remedy=remedy)
+        return cls(
+            model=model,
+            workers=_number("VIT_EDGE_WORKERS", int, None),
+            threads=_number("VIT_EDGE_THREADS", int, 1),
+            queue_size=_number("VIT_EDGE_QUEUE", int, None),
+            max_bytes=_number("VIT_EDGE_MAX_BYTES", int, 10_000_000),
+            max_pixels=_number("VIT_EDGE_MAX_PIXELS", int, 12_500_000),
+            deadline_s=_number("VIT_EDGE_DEADLINE_MS", float, 2000.0) / 1000,
+            body_s=_number("VIT_EDGE_BODY_MS", float, 10_000.0) / 1000,
+            watch=_number("VIT_EDGE_WATCH", int, 0) == 1,
+        )
+
+
+def _number(name: str, kind: Callable[[str], Any], default: Any) -> Any:
+    text = os.environ.get(name, "")
+    try:
+        return kind(text) if text else default
+    except ValueError as error:
+        raise UsageError("cannot start", reason=f"{name} is {text!r}", remedy="give a number") from error
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Load and check the model before the first request; at the end, answer those that wait."""
+    app.state.settings = settings = Settings.read()
+    app.state.pool = pool = await asyncio.to_thread(
+        Pool,
+        settings.model,
+        workers=settings.workers,
+        threads=settings.threads,
+        queue_size=settings.queue_size,
+    )
+    app.state.answered = 0
+    watchdog = asyncio.create_task(beat(pool))
+    try:
+        if settings.watch:
+            pool.watch(settings.model)
+        told = pool.describe()
+        _log.info("%(name)s in %(engine)s %(engine_version)s on %(device)s: %(workers)d workers", told)
+        notify("READY=1")
+        yield
+    finally:
+        notify("STOPPING=1")
+        watchdog.cancel()
+        await asyncio.to_thread(pool.close)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it is what started this process; sd_notify(3) has the protocol."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+        datagrams.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # a manager that does not listen holds nobody up
+            datagrams.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+
+
+async def beat(pool: Pool) -> None:
+    """Tell systemd twice in each WatchdogSec that pictures are answered, as long as they are.
+
+    A driver or an engine that hangs raises nothing: only what asks for an answer finds out.
+    """
+    period_s = float(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
+    picture, before = np.zeros((64, 64, 3), np.uint8), 0
+    while period_s:
+        await asyncio.sleep(period_s)
+        try:
+            await asyncio.wait_for(pool.classify(picture, top=1), period_s / 2)
+        except (VitEdgeError, asyncio.TimeoutError) as error:
+            if app.state.answered == before:  # else it has no room for this picture because it answers others
+                _log.error("no answer for the watchdog: %s", str(error) or f"nothing in {period_s / 2:g} s")
+                continue
+        before = app.state.answered
+        notify("WATCHDOG=1")
+
+
+app = FastAPI(title="vit-edge", lifespan=lifespan)
+
+
+@app.post("/classify")
+async def classify(request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 5) -> dict[str, Any]:
+    """Answer for the picture that is the body: `label`, `probability`, `answers`, `timings`."""
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        raise Refused(415, "the body is a form; send the bytes of the picture themselves")
+    settings: Settings = app.state.settings
+    pool: Pool = app.state.pool
+    try:
+        picture = await asyncio.wait_for(read_body(request, settings.max_bytes), settings.body_s)
+    except asyncio.TimeoutError as error:  # a name of its own in Python 3.10
+        raise Refused(408, f"the picture did not arrive within {settings.body_s:g} s") from error
+    await asyncio.to_thread(check_pixels, picture, settings.max_pixels)
+    prediction = await pool.classify(picture, top=top, timeout_s=settings.deadline_s)
+    app.state.answered += 1
+    return prediction.to_dict()
+
+
+@app.get("/healthz")
+async def healthz() -> dict[str, Any]:
+    """Tell what really runs, and whether a picture sent now would be refused."""
+    told = app.state.pool.describe()
+    overloaded = told["queued"] >= told["queue_size"]
+    return {"status": "overloaded" if overloaded else "ok", **told}
+
+
+class Refused(Exception):
+    """A request that does not come as far as the classifier."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the body; raises Refused (413) where it has more than `max_bytes`, of which no more are kept."""
+    too_large = Refused(413, f"the picture has more than {max_bytes:,} bytes")
+    if "expect" in request.headers and int(request.headers.get("content-length", 0)) > max_bytes:
+        raise too_large  # the client asks before it sends
+    body, num_bytes = bytearray(), 0
+    async for part in request.stream():
+        num_bytes += len(part)
+        # The rest is read and thrown away: a connection that is closed while the client sends loses the answer.
+        if num_bytes <= max_bytes:
+            body += part
+        else:
+            body.clear()
+    if num_bytes > max_bytes:
+        raise too_large
+    return bytes(body)
+
+
+def check_pixels(picture: bytes, max_pixels: int) -> None:
+    """Raise Refused (413) where a picture says that it has more than `max_pixels`: decoded, each takes 11 bytes."""
+    try:
+        with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
+            num_pixels = image.width * image.height
+    except Exception:  # what is wrong with it the classifier tells, in its own words
+        return
+    if num_pixels > max_pixels:
+        raise Refused(413, f"the picture has {num_pixels:,} pixels; at most {max_pixels:,} are decoded")
+
+
+@app.exception_handler(Refused)
+async def refuse(request: Request, error: Refused) -> JSONResponse:
+    return JSONResponse({"error": "Refused", "message": str(error)}, status_code=error.status)
+
+
+@app.exception_handler(VitEdgeError)
+async def explain(request: Request, error: VitEdgeError) -> JSONResponse:
+    """Answer with the error's own text; what is nobody's fault but ours is a 500, and goes to the log."""
+    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+    if status == 500:
+        _log.error("%s", error)
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse({"error": type(error).__name__, "message": str(error)}, status_code=status, headers=headers)
+
+
+@app.exception_handler(ClientDisconnect)
+async def hang_up(request: Request, error: ClientDisconnect) -> JSONResponse:
+    """End a request whose client has gone: nobody reads the answer, and it is no fault of the service."""
+    return JSONResponse({"error": "Refused", "message": "the client went away"}, status_code=400)
