@@ -71,7 +71,7 @@ def main(folder: str, text: str) -> int:
     try:
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base but this
-        sys.stderr.write(str(error))
+        sys.stderr.write(f"\n{' '.join(str(error).split())}\n")
         return 1
     errors = []
     for number in range(job["feeds"]):

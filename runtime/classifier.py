@@ -16,13 +16,14 @@ from vit_edge.cpu import instruction_set
 from vit_edge.errors import Closed, InputError, UsageError, VerificationFailed
 from vit_edge.image import Color, Decoding, Picture, Pixels, decode
 from vit_edge.metrics import softmax
-from vit_edge.runtime.engine import Engine, Logits, answers
+from vit_edge.runtime.engine import Engine, Logits, answers, check_count
 from vit_edge.targets import mismatch, target_name
 
-__all__ = ["Answer", "Classifier", "Prediction", "Prepared", "Timings"]
+__all__ = ["MOST_CLASSES", "Answer", "Classifier", "Prediction", "Prepared", "Timings"]
 
 # Larger batches run in parts: memory grows with a batch, speed no longer.
 _MOST_AT_ONCE = 64
+MOST_CLASSES = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +141,8 @@ class Classifier:
 
     def predict(self, prepared: Sequence[Prepared], *, tops: Sequence[int]) -> list[Prediction]:
         """Return one prediction for each prepared picture, with as many answers as `tops` says, computed together."""
+        for top in tops:
+            check_count("top", top, MOST_CLASSES, what="cannot classify")
         if not prepared:
             return []
         started = time.perf_counter()
@@ -246,7 +249,7 @@ class Classifier:
 
     def _answers(self, probabilities_K: Logits, top: int) -> tuple[Answer, ...]:
         # A stable sort: equal probabilities come in class order everywhere.
-        best = np.argsort(-probabilities_K, kind="stable")[: max(1, top)]
+        best = np.argsort(-probabilities_K, kind="stable")[:top]
         return tuple(
             Answer(label=self.labels[int(i)], index=int(i), probability=float(probabilities_K[int(i)])) for i in best
         )

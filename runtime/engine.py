@@ -39,6 +39,7 @@ __all__ = [
     "answers",
     "available_devices",
     "batch_of",
+    "check_count",
     "chosen_engines",
     "engine_version",
     "engines_with",
@@ -82,22 +83,25 @@ class EngineOptions:
     allow_fallback: bool = False
 
     def __post_init__(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
-            raise UsageError("cannot load", reason=f"threads is {self.threads}", remedy=f"give 1 to {MOST_THREADS}")
+        if not isinstance(self.device, str):
+            raise UsageError("cannot load", reason=f"device is {self.device!r}", remedy='give a name, such as "cpu"')
+        check_count("threads", self.threads, MOST_THREADS)
         if self.precision not in (None, *_PRECISIONS):
             remedy = f"choose {', '.join(_PRECISIONS)}, or None"
             raise UsageError("cannot load", reason=f"precision is {self.precision!r}", remedy=remedy)
-        if self.batch_size is not None and not 1 <= self.batch_size <= MOST_BATCH:
-            remedy = f"give 1 to {MOST_BATCH:,}, or None"
-            raise UsageError("cannot load", reason=f"batch_size is {self.batch_size}", remedy=remedy)
-        if not 1 <= self.streams <= _MOST_STREAMS:
-            reason, remedy = f"streams is {self.streams}", f"give 1 to {_MOST_STREAMS}"
-            raise UsageError("cannot load", reason=reason, remedy=remedy)
+        check_count("batch_size", self.batch_size, MOST_BATCH)
+        check_count("streams", self.streams, _MOST_STREAMS)
 
     @property
     def num_threads(self) -> int:
         """Return the number of threads to ask the engine for."""
         return self.threads or usable_threads()
+
+
+def check_count(name: str, value: object, most: int, *, what: str = "cannot load") -> None:
+    """Raise UsageError where an option is given that is no whole number from 1 to `most`."""
+    if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
+        raise UsageError(what, reason=f"{name} is {value!r}", remedy=f"give 1 to {most:,}, or leave it out")
 
 
 class Engine(Protocol):

@@ -108,9 +108,11 @@ def open_any(
         raise UsageError("cannot load", reason=reason, remedy=f"give {missing} too")
     if not is_foreign(source):
         raise _told_twice(source)
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise UsageError("cannot load", reason="labels are not a list of texts", remedy="give one for each class")
     if not isinstance(preprocessing, Preprocessing):
         try:
-            preprocessing = Preprocessing.from_dict(preprocessing)
+            preprocessing = Preprocessing.from_dict(dict(preprocessing))
         except (TypeError, ValueError) as error:
             remedy = "give resize, crop, interpolation, mean and std"
             raise UsageError("cannot use the preprocessing", reason=str(error), remedy=remedy) from error

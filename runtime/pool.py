@@ -21,18 +21,20 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from vit_edge.cpu import usable_threads
+from vit_edge.artifact import MOST_BATCH
+from vit_edge.cpu import MOST_THREADS, usable_threads
 from vit_edge.errors import Closed, DeadlineExceeded, Overloaded, UsageError
 from vit_edge.image import Color, Decoding, Picture
-from vit_edge.runtime.classifier import Prediction, Prepared
-from vit_edge.runtime.engine import EngineName, EngineOptions, FloatPrecision
+from vit_edge.runtime.classifier import MOST_CLASSES, Prediction, Prepared
+from vit_edge.runtime.engine import EngineName, EngineOptions, FloatPrecision, check_count
 from vit_edge.runtime.generation import Generation, Holder
 from vit_edge.runtime.loading import load_model, open_any
 from vit_edge.runtime.watching import Signature, signature_of
 
 __all__ = ["Pool"]
 
-_MOST_WORKERS, _MOST_QUEUED, _MOST_BATCH, _MOST_DELAY_MS = 256, 1_000_000, 1024, 60_000.0
+_MOST = {"threads": MOST_THREADS, "workers": 256, "queue_size": 1_000_000, "max_batch": MOST_BATCH}
+_MOST_DELAY_MS = 60_000
 _log = logging.getLogger(__name__)
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes"
@@ -79,12 +81,12 @@ class Pool:
         decode: Decoding = "full",
         allow_fallback: bool = False,
     ) -> None:
-        workers = max(1, usable_threads() // threads) if workers is None and threads >= 1 else workers or 0
-        queue_size = 2 * workers if queue_size is None else queue_size
-        _check("workers", workers, 1, _MOST_WORKERS)
-        _check("queue_size", queue_size, 1, _MOST_QUEUED)
-        _check("max_batch", max_batch, 1, _MOST_BATCH)
+        counts = {"threads": threads, "workers": workers, "queue_size": queue_size, "max_batch": max_batch}
+        for name, value in counts.items():
+            check_count(name, value, _MOST[name], what="cannot make the pool")
         _check("max_delay_ms", max_delay_ms, 0, _MOST_DELAY_MS)
+        workers = workers or max(1, usable_threads() // threads)
+        queue_size = queue_size or 2 * workers
         self._options = EngineOptions(
             device=device,
             threads=threads,
@@ -123,6 +125,7 @@ class Pool:
             raise Closed("cannot classify", reason=reason, remedy="make it in the child, or start with spawn")
         if isinstance(picture, np.ndarray):
             picture = picture.copy()  # cameras fill the same buffer again
+        check_count("top", top, MOST_CLASSES, what="cannot classify")
         taken = time.monotonic()
         future: Future[Prediction] = Future()
         deadline = None if timeout_s is None else taken + timeout_s

@@ -30,8 +30,11 @@ _log = logging.getLogger(__name__)
 
 
 def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int) -> str:
-    """Return what `python -m module arguments` prints; raises ModelRejected where it crashes, hangs or fails."""
-    command = [sys.executable, "-m", module, *arguments]
+    """Return what `python -m module arguments` prints; raises ModelRejected where it crashes, hangs or fails.
+
+    The last line that it writes to stderr is why it failed; engines write above it what they like.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
@@ -39,7 +42,8 @@ def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int) -> str:
     if done.returncode < 0:
         raise _rejected(f"the engine crashed ({signal.Signals(-done.returncode).name})")
     if done.returncode:
-        raise _rejected(" ".join(done.stderr.split())[-400:])
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise _rejected(lines[-1][:400] if lines else f"it ended with {done.returncode}")
     return done.stdout
 
 
@@ -89,10 +93,10 @@ def main(path: str, engine: str) -> int:
         height, width = model.manifest.preprocessing.crop
         logits = loaded.run(golden_images([1], height=height, width=width))
     except VitEdgeError as error:
-        sys.stderr.write(error.reason)
+        sys.stderr.write(f"\n{' '.join(error.reason.split())}\n")
         return 1
     if logits.shape != (1, len(model.manifest.labels)):
-        sys.stderr.write(f"its answer has the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]")
+        sys.stderr.write(f"\nits answer has the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]")
         return 1
     return 0
 

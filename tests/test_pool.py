@@ -208,7 +208,8 @@ def test_a_pool_notices_a_fork(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"workers": 0}, {"workers": 999}, {"queue_size": 0}, {"max_batch": 0}, {"max_delay_ms": -1.0}]
+    "settings",
+    [{"workers": 0}, {"workers": 999}, {"queue_size": 2.5}, {"threads": 0}, {"max_batch": 0}, {"max_delay_ms": -1.0}],
 )
 def test_impossible_pools_are_refused(workspace: Workspace, settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(settings))):

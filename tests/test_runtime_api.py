@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.conftest import ROOT, Workspace, vit_edge
 from tests.networks import PREPROCESSING, SIZE, write_checkpoint
 from vit_edge.artifact import open_model
-from vit_edge.errors import Closed, EngineUnavailable, ModelRejected, NotTrusted, UsageError
+from vit_edge.errors import Closed, EngineUnavailable, ImageRejected, ModelRejected, NotTrusted, UsageError
 from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.image import Preprocessing
 from vit_edge.ir import NO_SEAL, seal_ir
@@ -381,3 +381,24 @@ def test_a_large_jpeg_decodes_fast_and_others_take_no_notice(workspace: Workspac
         np.testing.assert_array_equal(full.prepare(tmp_path / "p.png").pixels, fast.prepare(tmp_path / "p.png").pixels)
     with pytest.raises(UsageError, match="decode is 'slow'"):
         load(workspace.float_model, decode="slow")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"threads": "2"}, {"threads": 0}, {"batch_size": 0}, {"device": None}])
+def test_options_that_mean_nothing_are_named(workspace: Workspace, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(settings))} is"):
+        load(workspace.int8_model, **settings)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_odd_requests_are_errors_of_ours(workspace: Workspace, tmp_path: Path) -> None:
+    theirs = _exported(tmp_path / "theirs.onnx", _Small())
+    for labels in ("abcd", range(4)):
+        with pytest.raises(UsageError, match="not a list of texts"):
+            load(theirs, preprocessing=THEIRS, labels=labels)  # type: ignore[arg-type]
+    with load(workspace.int8_model) as classifier:
+        with pytest.raises(UsageError, match="top is 0"):
+            classifier(DIGITS[0], top=0)
+        closed = io.BytesIO(b"")
+        closed.close()
+        with pytest.raises(ImageRejected, match="cannot be read"):
+            classifier(closed)

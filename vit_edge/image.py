@@ -180,7 +180,11 @@ def _open(picture: Picture, color: Color) -> tuple[str, Image.Image]:
         name = printable(picture)
         data = read_file(picture, what="picture", max_bytes=_MAX_FILE_BYTES, error=ImageRejected)
     elif hasattr(picture, "read"):
-        name, data = "the file given", picture.read(_MAX_FILE_BYTES)
+        name = "the file given"
+        try:
+            data = picture.read(_MAX_FILE_BYTES)
+        except (OSError, ValueError) as error:  # it is closed, or its disk fails
+            raise _rejected(name, f"it cannot be read ({error})", "open it again") from error
         if not isinstance(data, bytes):
             raise TypeError("picture is a file opened as text; open it with mode 'rb'")
     else:
