@@ -216,7 +216,7 @@ def _licences(package: str, folder: str) -> dict[str, bytes]:
 
 
 def _archive(members: Mapping[str, bytes]) -> bytes:
-    """Return a zip application; the model is stored as it is: weights hardly shrink, and reading it is then faster."""
+    """Return a zip application, its model stored as it is: that of the digits would shrink by 16 % (float: 8 %)."""
     total = sum(map(len, members.values()))
     if total > _MOST_BYTES:
         reason = f"it would have {total:,} bytes; Python before 3.13 starts no zip over {_MOST_BYTES:,}"
