@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -218,6 +219,26 @@ def test_help_says_what_is_inside_and_needs_no_package(pythons: dict[str, Path],
     words = " ".join(done.stdout.split())
     for text in ("vit_digits_patch8_32, 10 labels, int8, 32x32 pixels", "--allow-fallback", "Exit codes"):
         assert text in words
+
+
+def test_an_old_python_can_read_the_sentence_that_asks_for_a_newer_one(app: Path) -> None:
+    with zipfile.ZipFile(app) as archive:
+        ast.parse(archive.read("__main__.py"), feature_version=(3, 8))
+
+
+def test_a_reader_that_goes_away_is_no_error_and_a_full_disk_is(
+    workspace: Workspace, pythons: dict[str, Path], app: Path
+) -> None:
+    command = [pythons["onnxruntime"], "-I", app, *pictures_of(workspace)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: cannot write the answers")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_cpu_takes_over_only_where_that_is_allowed(pythons: dict[str, Path], app: Path) -> None:

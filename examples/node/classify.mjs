@@ -262,8 +262,9 @@ async function main() {
     return;
   }
   const answer = await classify(session, manifest, { file: options.file, size: options.raw, top: options.top });
-  const shown = answer.answers.map(({ label, probability }) => `${label} ${(100 * probability).toFixed(1)}%`).join('  ');
-  console.log(options.json ? JSON.stringify({ model: described, image: answer }) : `${answer.file}: ${shown}`);
+  const shown = answer.answers.map(({ label, probability }) => `${label} ${(100 * probability).toFixed(1)}%`);
+  const line = `${answer.file}: ${shown.join('  ')}`;
+  console.log(options.json ? JSON.stringify({ model: described, image: answer }) : line);
 }
 
 try {
