@@ -244,6 +244,18 @@ def _print(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
+def _damaged(app: Path) -> str | None:
+    """Return which checksum of the code in the archive is wrong, None where all hold; the model has its seal."""
+    try:
+        with zipfile.ZipFile(app) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    archive.read(entry)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        return f"it was changed or damaged ({error})"
+    return None
+
+
 def _start() -> int:
     app = Path(__file__).parent
     if sys.version_info < _OLDEST_PYTHON:
@@ -251,6 +263,10 @@ def _start() -> int:
             f"error: cannot run - {app} - this is Python {sys.version.split()[0]} - install 3.10 or newer\n"
         )
         return 7
+    damaged = _damaged(app)
+    if damaged:
+        sys.stderr.write(f"error: will not run the application - {app} - {damaged} - copy it again\n")
+        return 4
     try:
         return main(app)
     except Exception:

@@ -155,6 +155,21 @@ def test_one_changed_byte_of_the_model_is_refused(pythons: dict[str, Path], app:
     assert json.loads(done.stdout)["error"]["type"] == "NotTrusted"
 
 
+def test_damage_in_the_code_or_the_model_never_changes_an_answer(
+    workspace: Workspace, pythons: dict[str, Path], app: Path, tmp_path: Path
+) -> None:
+    data, picture = app.read_bytes(), pictures_of(workspace)[0]
+    expected = run(pythons["onnxruntime"], app, picture).stdout
+    model = data.index(workspace.int8_model.read_bytes()[:1000])
+    codes = []
+    for position in (*range(10_000, model, model // 8), *range(model, len(data), len(data) // 4)):
+        (tmp_path / "app.pyz").write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        done = run(pythons["onnxruntime"], tmp_path / "app.pyz", picture)
+        assert done.returncode or done.stdout == expected, position  # a date in the zip may be another
+        codes.append(done.returncode)
+    assert codes.count(4) >= 10, codes
+
+
 def test_a_model_exchanged_with_tools_for_zips_is_refused(pythons: dict[str, Path], app: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(app) as archive, zipfile.ZipFile(tmp_path / "other.pyz", "w") as other:
         for entry in archive.infolist():
