@@ -191,14 +191,18 @@ def _find_protobuf(app: Path) -> None:
 
     try:
         importlib.import_module("google.protobuf")
-        return
     except ImportError:
         sys.path.append(os.path.join(app, *FALLBACK.split("/")))  # noqa: PTH118 - sys.path holds texts
         importlib.invalidate_caches()
+    remedy = 'pip install --upgrade "protobuf>=4.25"'
     try:
-        importlib.import_module("google.protobuf")
+        factory = importlib.import_module("google.protobuf.message_factory")
     except ImportError as error:
-        raise MissingExtra("cannot run", file=app, reason=str(error), remedy="pip install protobuf") from error
+        raise MissingExtra("cannot run", file=app, reason=str(error), remedy=remedy) from error
+    if not hasattr(factory, "GetMessageClass"):  # since 4.22; another one beside it would break what else imports it
+        version = importlib.import_module("google.protobuf").__version__
+        reason = f"the protobuf installed here, {version}, is too old"
+        raise MissingExtra("cannot run", file=app, reason=reason, remedy=remedy)
 
 
 class _Collector(logging.Handler):

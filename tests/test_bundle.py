@@ -24,7 +24,7 @@ from vit_edge.artifact import open_model
 from vit_edge.errors import InputError, UsageError
 from vit_edge.export import ExportOptions, export_onnx, external
 from vit_edge.ir import open_ir
-from vit_edge.runtime import load
+from vit_edge.runtime import bundling, load
 from vit_edge.runtime.bundling import bundle
 
 SITE = Path(np.__file__).parent.parent
@@ -119,6 +119,17 @@ def test_other_packages_of_google_do_not_hide_the_protobuf_inside(tmp_path: Path
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("")
     assert "engine: openvino" in run(python, app, "--describe").stdout
+
+
+def test_a_protobuf_that_is_too_old_is_named_and_not_shadowed(tmp_path: Path, app: Path) -> None:
+    python = make_python(tmp_path / "venv", *BASE, "openvino")
+    old = next((tmp_path / "venv").glob("lib/python*/site-packages")) / "google" / "protobuf"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text("__version__ = '3.20.3'\n")
+    (old / "message_factory.py").write_text("class MessageFactory: ...\n")
+    done = run(python, app, "--describe")
+    assert done.returncode == 7
+    assert "3.20.3, is too old - pip install --upgrade" in done.stderr
 
 
 def test_a_person_reads_one_line_a_picture(workspace: Workspace, pythons: dict[str, Path], app: Path) -> None:
@@ -316,6 +327,16 @@ def test_a_model_that_promises_no_answers_is_not_bundled(workspace: Workspace, t
     with pytest.raises(InputError, match="no golden vectors"):
         bundle(tmp_path / "silent.onnx")
     assert os.listdir(tmp_path) == ["silent.onnx"]
+
+
+def test_an_application_that_python_could_not_start_is_not_made(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit, 2 GiB, is lowered here."""
+    monkeypatch.setattr(bundling, "_MOST_BYTES", 1_000_000)
+    with pytest.raises(InputError, match="starts no zip over 1,000,000"):
+        bundle(workspace.int8_model, out=tmp_path / "app.pyz")
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_application_is_replaced_only_on_purpose(workspace: Workspace, tmp_path: Path) -> None:
