@@ -202,7 +202,7 @@ def _protobuf() -> tuple[str | None, dict[str, bytes]]:
 def _own_licence() -> dict[str, bytes]:
     """Return the licence of vit-edge; from a clone that is not installed, the file at its top."""
     folder, top = f"{FOLDER}/licenses/vit-edge", Path(vit_edge.__file__).parent.parent / "LICENSE"
-    return {f"{folder}/LICENSE": top.read_bytes()} if top.is_file() else _licences("vit-edge", folder)
+    return _licences("vit-edge", folder) or ({f"{folder}/LICENSE": top.read_bytes()} if top.is_file() else {})
 
 
 def _licences(package: str, folder: str) -> dict[str, bytes]:

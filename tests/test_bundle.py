@@ -108,7 +108,7 @@ def test_without_protobuf_the_one_inside_is_used_and_an_installed_one_is_never_s
         "finally: print(sys.modules['google.protobuf'].__file__)"
     )
     for engine, inside in (("onnxruntime", False), ("openvino", True)):
-        command = [pythons[engine], "-I", "-c", script, app, "--describe"]
+        command = [str(pythons[engine]), "-I", "-c", script, str(app), "--describe"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert (str(app) in done.stdout.splitlines()[-1]) is inside
 
@@ -255,7 +255,7 @@ def test_an_old_python_can_read_the_sentence_that_asks_for_a_newer_one(app: Path
 def test_a_reader_that_goes_away_is_no_error_and_a_full_disk_is(
     workspace: Workspace, pythons: dict[str, Path], app: Path
 ) -> None:
-    command = [pythons["onnxruntime"], "-I", app, *pictures_of(workspace)]
+    command = [str(argument) for argument in (pythons["onnxruntime"], "-I", app, *pictures_of(workspace))]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 5
@@ -365,7 +365,8 @@ def test_where_no_engine_is_installed_the_command_says_that_nothing_was_checked(
 ) -> None:
     command_line = ("click", "rich", "markdown_it", "mdurl", "pygments", "google")
     python = make_python(tmp_path / "venv", *BASE, *command_line)
-    command = [python, "-m", "vit_edge", "bundle", workspace.int8_model, "--out", tmp_path / "a.pyz", "--json"]
+    arguments = ["bundle", str(workspace.int8_model), "--out", str(tmp_path / "a.pyz"), "--json"]
+    command = [str(python), "-m", "vit_edge", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
