@@ -106,8 +106,8 @@ def _checked(model: Model, engines: tuple[str, ...]) -> tuple[str, ...]:
     for name in here:
         load_model(model, engine=name, options=EngineOptions(), warn=False).close()
     if not here:
-        names = " nor ".join(engines)
-        _log.warning("%s was not run: neither %s is installed here; the application checks itself", model.source, names)
+        names = ", ".join(engines)
+        _log.warning("%s was not run: of %s none is installed here; the application checks itself", model.source, names)
     return here
 
 

@@ -372,7 +372,7 @@ def test_where_no_engine_is_installed_the_command_says_that_nothing_was_checked(
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed["checked_in"] == []
-    assert "was not run: neither onnxruntime nor openvino is installed here" in printed["warnings"][0]
+    assert "was not run: of onnxruntime, openvino none is installed here" in printed["warnings"][0]
     # Nor does that environment have the licence of protobuf: without it, protobuf is not passed on.
     assert printed["protobuf"] is None
     assert "licence of protobuf" in printed["warnings"][1]
