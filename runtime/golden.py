@@ -29,6 +29,7 @@ __all__ = [
     "expectation",
     "golden_images",
     "made_here",
+    "promised",
     "recorded_version",
     "top2_gap",
 ]
@@ -104,6 +105,12 @@ def check_golden(engine: Engine, manifest: Manifest) -> None:
         remedy = "do not use it here: the file was edited, or this machine computes differently"
         what = f"the model gives other answers in {engine.name} than where it was made"
         raise GoldenMismatch(what, reason=reason, remedy=remedy)
+
+
+def promised(manifest: Manifest) -> frozenset[str]:
+    """Return the names of the engines that the file promises answers for."""
+    expected = (manifest.golden or {}).get("expected", ())
+    return frozenset(str(name) for entry in expected if isinstance(entry, Mapping) for name in entry.get("engines", ()))
 
 
 def recorded_version(engine: Engine, manifest: Manifest) -> str | None:

@@ -6,7 +6,6 @@ A verdict counts for the same bytes, the same releases of the engines, the same 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from vit_edge.cpu import MOST_THREADS, cpu_name, instruction_set, usable_threads
 from vit_edge.files import sha256_hex
 from vit_edge.runtime.cache import recall, remember
 from vit_edge.runtime.engine import EngineOptions, engine_version, installed_engines
+from vit_edge.runtime.golden import promised
 
 __all__ = ["Verdict", "leave_verdict", "promised_engines", "verdict_for"]
 
@@ -34,9 +34,7 @@ class Verdict:
 
 def promised_engines(model: ModelFile) -> tuple[str, ...]:
     """Return the installed engines whose answers the file promises, in the order of "auto"."""
-    expected = (model.manifest.golden or {}).get("expected", ())
-    promised = {str(name) for entry in expected if isinstance(entry, Mapping) for name in entry.get("engines", ())}
-    return tuple(name for name in installed_engines() if name in promised)
+    return tuple(name for name in installed_engines() if name in promised(model.manifest))
 
 
 def verdict_for(model: ModelFile) -> Verdict | None:

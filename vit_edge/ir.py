@@ -44,21 +44,30 @@ def seal_ir(xml: bytes, weights: bytes) -> bytes:
     return _SEAL.sub(f'<seal value="{digest}" />'.encode(), xml)
 
 
-def open_ir(path: str | os.PathLike[str]) -> IrModel:
-    """Return the IR at `path` (`.xml`; the `.bin` of the same name lies beside it), its seal checked before its use.
+def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None) -> IrModel:
+    """Return the IR in `source` (`.xml`), its seal checked before its use.
 
-    Raises ModelRejected where it is no IR made by vit-edge, NotTrusted where the seal is broken.
+    The `.bin` of the same name is read from beside the file, or given as `weights` with its bytes. Raises ModelRejected
+    where it is no IR made by vit-edge, NotTrusted where the seal is broken.
     """
-    name = printable(path)
-    xml = read_file(path, what="model file", max_bytes=_MAX_XML_BYTES, error=ModelRejected)
+    if isinstance(source, bytes):
+        name, xml = "the bytes given", source
+    else:
+        name = printable(source)
+        xml = read_file(source, what="model file", max_bytes=_MAX_XML_BYTES, error=ModelRejected)
     if kind_of(xml) or not _SEAL.search(xml):
         kind = kind_of(xml) or (
             "it is no OpenVINO IR made by vit-edge",
             "make one with `vit-edge export --format openvino`",
         )
         raise ModelRejected("cannot use the model file", file=name, reason=kind[0], remedy=kind[1])
-    binary = Path(path).with_suffix(".bin")
-    weights = read_file(binary, what="weights beside the model file", max_bytes=_MAX_BIN_BYTES, error=ModelRejected)
+    if weights is None:
+        if isinstance(source, bytes):
+            remedy = "give the bytes of its .bin too"
+            raise ModelRejected(
+                "cannot use the model file", file=name, reason="its weights are not given", remedy=remedy
+            )
+        weights = _read_weights(Path(source).with_suffix(".bin"))
     try:
         found = _digest(xml, weights)
     except ValueError as error:
@@ -70,6 +79,10 @@ def open_ir(path: str | os.PathLike[str]) -> IrModel:
     manifest = _manifest(xml, name)
     warn_of_assumed(manifest.assumed, name)
     return IrModel(xml=xml, weights=weights, manifest=manifest, source=name)
+
+
+def _read_weights(path: Path) -> bytes:
+    return read_file(path, what="weights beside the model file", max_bytes=_MAX_BIN_BYTES, error=ModelRejected)
 
 
 def _digest(xml: bytes, weights: bytes) -> str:

@@ -12,6 +12,7 @@ import click
 
 from vit_edge import __version__
 from vit_edge.cli.benchmark import benchmark
+from vit_edge.cli.bundle import bundle
 from vit_edge.cli.classify import classify
 from vit_edge.cli.convert import convert
 from vit_edge.cli.doctor import doctor
@@ -27,7 +28,7 @@ from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = (train, convert, export, quantize, verify, classify, tune, benchmark, inspect, doctor, seal)
+_COMMANDS = (train, convert, export, quantize, verify, classify, tune, bundle, benchmark, inspect, doctor, seal)
 
 
 class _InOrder(click.Group):
