@@ -6,8 +6,6 @@ An engine's memory does not add to that of the process that traced the network, 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from vit_edge.artifact import ModelFile, open_model
-from vit_edge.errors import VerificationFailed, VitEdgeError
+from vit_edge.errors import ModelRejected, VerificationFailed, VitEdgeError
 from vit_edge.export.formats import write_model
 from vit_edge.image import Pixels
 from vit_edge.runtime.engine import Array, EngineOptions, answers, make_engine
 from vit_edge.runtime.loading import load_model
+from vit_edge.runtime.probing import run_apart
 
 __all__ = ["answer_elsewhere", "load_elsewhere", "main"]
 
@@ -56,15 +55,11 @@ def load_elsewhere(model: ModelFile, *, engine: str) -> None:
 
 
 def _run(folder: Path, job: dict[str, object]) -> None:
-    command = [sys.executable, "-m", "vit_edge.export.answering", str(folder), json.dumps(job)]
+    arguments, engine = [str(folder), json.dumps(job)], str(job["engine"])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise _failed(f"{job['engine']} gave no answer in {_TIMEOUT_S} s") from error
-    if done.returncode < 0:
-        raise _failed(f"{job['engine']} crashed ({signal.Signals(-done.returncode).name})")
-    if done.returncode:
-        raise _failed(f"{job['engine']} {done.stderr.strip()[-500:]}")
+        run_apart("vit_edge.export.answering", arguments, timeout_s=_TIMEOUT_S, who=engine)
+    except ModelRejected as error:
+        raise _failed(error.reason) from error
 
 
 def _failed(reason: str) -> VerificationFailed:
@@ -84,21 +79,21 @@ def main(folder: str, text: str) -> int:
             return 0
         engine = make_engine(job["engine"], model, EngineOptions())
     except VitEdgeError as error:
-        return _say(f"cannot load it: {error.reason}")
+        return _say(f"{job['engine']} cannot load it: {error.reason}")
     found: dict[str, Array] = {}
     for number in range(job["batches"]):
         batch = np.load(Path(folder) / f"{number}.npy")
         try:
             results = answers(engine, model.manifest, batch, job["outputs"])
         except VitEdgeError as error:
-            return _say(f"fails at batch {len(batch)}: {error.reason}")
+            return _say(f"{job['engine']} fails at batch {len(batch)}: {error.reason}")
         found |= {f"{number} {name}": value for name, value in zip(job["outputs"], results, strict=True)}
     np.savez(Path(folder) / _RESULT, **found)  # type: ignore[arg-type]
     return 0
 
 
 def _say(text: str) -> int:
-    sys.stderr.write(text)
+    sys.stderr.write(f"\n{' '.join(text.split())[-500:]}\n")
     return 1
 
 

@@ -29,7 +29,7 @@ _BASE_BYTES, _TIMES_FILE = 2**33, 16
 _log = logging.getLogger(__name__)
 
 
-def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int) -> str:
+def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int, who: str = "the engine") -> str:
     """Return what `python -m module arguments` prints; raises ModelRejected where it crashes, hangs or fails.
 
     The last line that it writes to stderr is why it failed; engines write above it what they like.
@@ -38,12 +38,12 @@ def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise _rejected(f"the engine did not finish in {timeout_s} s") from error
+        raise _rejected(f"{who} did not finish in {timeout_s} s") from error
     if done.returncode < 0:
-        raise _rejected(f"the engine crashed ({signal.Signals(-done.returncode).name})")
+        raise _rejected(f"{who} crashed ({signal.Signals(-done.returncode).name})")
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise _rejected(lines[-1][:400] if lines else f"it ended with {done.returncode}")
+        raise _rejected(lines[-1][:500] if lines else f"it ended with {done.returncode}")
     return done.stdout
 
 
