@@ -158,7 +158,7 @@ def pipeline(checkpoint: Checkpoint) -> Ask:
             num_hidden_layers=config.depth,
             num_attention_heads=config.num_heads,
             intermediate_size=config.mlp_width,
-            image_size=settings.crop[0],
+            image_size=list(settings.crop),
             patch_size=config.patch_size[0],
             layer_norm_eps=config.layer_norm_eps,
             id2label=dict(enumerate(checkpoint.labels)),

@@ -1,0 +1,64 @@
+"""The scripts that measure the runtime run to their end and tell what they measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, Workspace
+from tests.networks import write_checkpoint
+from vit_edge.export import export_onnx
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+
+
+def measured(folder: Path, script: str, *arguments: str | Path) -> Any:
+    """Run a script, and return its figures; its section has to stand in its copy of docs/results.md."""
+    shutil.copy(ROOT / "docs" / "results.md", folder / "results.md")
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments, "--results", "results.md", "--json", "m.json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (folder / "results.md").read_text(encoding="utf-8")
+    return json.loads((folder / "m.json").read_bytes())
+
+
+def test_overload_refuses_and_answers(workspace: Workspace, tmp_path: Path) -> None:
+    options = ("--pictures", workspace.test_pictures / "3", "--seconds", "1", "--queue-size", "4")
+    for row in measured(tmp_path, "serving.py", workspace.int8_model, *options):
+        assert row["refused"] > 0
+        assert row["accepted"] > 0
+        assert 0 < row["service_p50_ms"] <= row["bound_ms"]
+        assert row["accepted_p50_ms"] <= row["accepted_p99_ms"]
+
+
+def test_answers_and_loads_leave_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    for row in measured(tmp_path, "soak.py", workspace.int8_model, "--runs", "2000", "--cycles", "20"):
+        assert (row["runs"], row["wrong"], row["cycles"]) == (2000, 0, 20)
+        assert (row["threads_left"], row["files_left"]) == (0, 0)
+
+
+def test_every_contestant_answers_from_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    checkpoint = write_checkpoint(tmp_path / "c.safetensors")
+    export_onnx(checkpoint, out=tmp_path / "m.onnx")
+    (tmp_path / "pictures").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "pictures" / "p.jpg", quality=95)
+    brief = ("--rounds", "1", "--queries", "1", "--enlarged-side", "400")
+    options = ("--models", tmp_path / "m.onnx", "--pictures", tmp_path / "pictures", *brief)
+    found = measured(tmp_path, "end_to_end.py", checkpoint, *options)
+    for rows in found["timed"].values():
+        assert len(rows) == 4
+        assert rows["ours, m.onnx"]["said"] in "abcdefg"
+        assert all(row["min_ms"] > 0 for row in rows.values())
+    as_they_are, enlarged = found["effects"]
+    for effect in (as_they_are, enlarged):  # both are larger than twice what the network takes
+        assert effect["models"]["m.onnx"]["sqnr_db"] > 0
