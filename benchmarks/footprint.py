@@ -22,6 +22,8 @@ from typing import Any
 from results import RESULTS, find_section, machine, new_file, write_section
 from timing import count
 
+from vit_edge.onnx_schema import one_node
+
 SECTION = "footprint"
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("onnxruntime", "openvino")
@@ -105,22 +107,6 @@ def measured(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
         }
         steps = {name: told(python, start + script, folder, arguments.rounds) for name, script in scripts.items()}
     return {"packages": packages, "steps": steps}
-
-
-def one_node() -> bytes:
-    """Return a graph that adds a vector to its input."""
-    from onnx import TensorProto, helper
-
-    inner = helper.make_graph(
-        [helper.make_node("Add", ["x", "b"], ["y"])],
-        "one",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8])],
-        [helper.make_tensor("b", TensorProto.FLOAT, [8], [1.0] * 8)],
-    )
-    model = helper.make_model(inner, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    data: bytes = model.SerializeToString()
-    return data
 
 
 def told(python: Path, script: str, folder: Path, rounds: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ for another CPU can crash there (onnxruntime#23957) and is told of here.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 from vit_edge import __version__
 from vit_edge.cpu import VNNI, cpu_report, is_arm, is_x86
+from vit_edge.onnx_schema import one_node
 from vit_edge.targets import TARGETS, choose
 
 __all__ = ["EXTRAS", "Finding", "examine", "findings"]
@@ -59,6 +61,20 @@ _PREAMBLE = "import json, sys; sys.path[:] = [p for p in sys.path if p]; "
 _QUESTIONS = {
     "onnxruntime": "import onnxruntime as e; d = e.get_available_providers()",
     "openvino": "import openvino as e; d = e.Core().available_devices",
+}
+# Not devices of this machine: one is always there, the other asks a server.
+_NOT_TRIED = ("CPUExecutionProvider", "AzureExecutionProvider")
+_TRIALS = {
+    "onnxruntime": (
+        "import base64, onnxruntime as e; s = e.SessionOptions(); s.log_severity_level = 4; "
+        "s.add_session_config_entry('session.disable_cpu_ep_fallback', '1'); "
+        "r = e.InferenceSession(base64.b64decode(sys.argv[2]), s, providers=[sys.argv[1]], enable_fallback=0); "
+        "assert r.get_providers()[0] == sys.argv[1], f'it runs on {r.get_providers()[0]}'"
+    ),
+    "openvino": (
+        "import base64, openvino as e; c = e.Core(); "
+        "c.compile_model(c.read_model(base64.b64decode(sys.argv[2])), sys.argv[1]).create_infer_request()"
+    ),
 }
 _ANSWER = "; print(json.dumps({'version': e.__version__.split('-')[0], 'devices': list(d)}))"
 _PATIENCE_S = 120
@@ -118,11 +134,15 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
         if engine["installed"] and engine["error"]:
             advice = "install another release of it"
             found.append(Finding(kind="problem", what=f"{engine['name']}: {engine['error']}", advice=advice))
+        for device, why in engine.get("do_not_load", {}).items():
+            advice = "install the driver and the libraries that it asks for; until then --device cpu"
+            what = f"{engine['name']} lists {device}, which does not load: {why}"
+            found.append(Finding(kind="advice", what=what, advice=advice))
     if not any(engine["installed"] for engine in report["engines"]):
         advice = 'pip install "vit-edge[onnxruntime]" or pip install "vit-edge[openvino]"'
         found.append(Finding(kind="problem", what="no inference engine is installed", advice=advice))
     for other in report["other_targets"]:
-        advice = f"vit-edge runs on the CPU; for that device quantize with --target {other['name']} (unverified)"
+        advice = f"quantize for that device with --target {other['name']} (unverified), and name it with --device"
         found.append(Finding(kind="advice", what=other["reason"], advice=advice))
     return found
 
@@ -157,11 +177,8 @@ def _memory_findings(memory: Mapping[str, int | None]) -> list[Finding]:
 
 
 def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dict[str, str]]:
-    """Return the targets of devices beside the CPU for which there is evidence.
-
-    TensorRT's provider is none alone: the wheels with CUDA list it on machines without a GPU.
-    """
-    devices = {device for engine in engines for device in engine["devices"]}
+    """Return the targets of devices beside the CPU that load."""
+    devices = {d for engine in engines for d in engine["devices"] if d not in engine.get("do_not_load", {})}
     found = {}
     if any(device.split(".")[0] == "NPU" for device in devices):
         found["openvino-npu"] = "OpenVINO lists an NPU"
@@ -173,32 +190,60 @@ def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dic
 
 
 def _ask(name: str) -> dict[str, Any]:
-    """Return an engine's version and the devices it lists, asked in a process of its own."""
+    """Return an engine's version, the devices it lists and those that do not load, asked in processes of their own."""
     answer: dict[str, Any] = {"name": name, "installed": True, "version": None, "devices": [], "error": None}
+    answer["do_not_load"] = {}
     command = [sys.executable, "-c", f"{_PREAMBLE}{_QUESTIONS[name]}{_ANSWER}"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return {**answer, "error": f"it gave no answer in {_PATIENCE_S} seconds"}
-    errors = done.stderr.decode("utf-8", errors="replace").strip().splitlines()
+    errors = _lines(done.stderr)
     if errors and errors[-1] == f"ModuleNotFoundError: No module named '{name}'":
         return {**answer, "installed": False}
     if done.returncode:
         return {**answer, "error": _why(done.returncode, errors)}
     try:
         # The last line: drivers print on stdout too.
-        return {**answer, **json.loads(done.stdout.splitlines()[-1])}
+        answer |= json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         return {**answer, "error": "its answer cannot be read"}
+    tried = {device: _try(name, device) for device in answer["devices"] if device not in _NOT_TRIED}
+    return {**answer, "do_not_load": {device: why for device, why in tried.items() if why is not None}}
+
+
+def _try(engine: str, device: str) -> str | None:
+    """Return why a device that an engine lists does not run a graph of one node, or None where it does.
+
+    Builds with CUDA list it on machines that have no GPU. It is tried in a process of its own.
+    """
+    graph = base64.b64encode(one_node()).decode("ascii")
+    command = [sys.executable, "-c", f"{_PREAMBLE}{_TRIALS[engine]}", device, graph]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return f"it gave no answer in {_PATIENCE_S} seconds"
+    errors = _lines(done.stderr)
+    if done.returncode < 0:
+        return f"it crashed ({_signal(-done.returncode)})"
+    return (errors[-1][:300] if errors else f"exit {done.returncode}") if done.returncode else None
+
+
+def _lines(data: bytes) -> list[str]:
+    return data.decode("utf-8", errors="replace").strip().splitlines()
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _why(returncode: int, errors: Sequence[str]) -> str:
     if returncode > 0:
         return f"it cannot be imported ({errors[-1][:200] if errors else f'exit {returncode}'})"
-    try:
-        name = signal.Signals(-returncode).name
-    except ValueError:
-        name = f"signal {-returncode}"
+    name = _signal(-returncode)
     built = ": the wheel was built for newer CPUs" if name == "SIGILL" else ""
     return f"it crashed while it listed its devices ({name}{built})"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-__all__ = ["FLOAT", "FLOAT16", "INT64", "INTS", "UINT8", "parse", "property_bytes"]
+__all__ = ["FLOAT", "FLOAT16", "INT64", "INTS", "UINT8", "one_node", "parse", "property_bytes"]
 
 # TensorProto.DataType
 FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
@@ -119,6 +119,21 @@ def parse(data: bytes) -> Any:
     except (message.DecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
     return model
+
+
+def one_node() -> bytes:
+    """Return a serialized graph that adds its float32 input [1, 8] to itself: what any engine and device can run."""
+    model = _ModelProto(ir_version=8)
+    model.opset_import.add(version=17)
+    model.graph.name = "one"
+    model.graph.node.add(op_type="Add", name="add", input=["x", "x"], output=["y"])
+    for value, name in ((model.graph.input.add(), "x"), (model.graph.output.add(), "y")):
+        value.name = name
+        value.type.tensor_type.elem_type = FLOAT
+        for size in (1, 8):
+            value.type.tensor_type.shape.dim.add(dim_value=size)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def property_bytes(key: str, value: str) -> bytes:

@@ -53,7 +53,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _engine(engine: dict[str, Any]) -> str:
     if not engine["installed"]:
         return "not installed"
-    return engine["error"] or f"{engine['version']}: {', '.join(engine['devices']) or 'no device'}"
+    names = [f"{d} (does not load)" if d in engine["do_not_load"] else d for d in engine["devices"]]
+    return engine["error"] or f"{engine['version']}: {', '.join(names) or 'no device'}"
 
 
 def _extras(report: dict[str, Any]) -> list[tuple[str, str, str]]:
