@@ -8,6 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
 from vit_edge.artifact import ModelFile
 from vit_edge.image import Pixels
 from vit_edge.progress import Progress, silent
@@ -29,7 +33,8 @@ _log = logging.getLogger(__name__)
 class Speed:
     """Median milliseconds of one image in one engine, one thread; `ratio` is float over INT8, above 1 is faster.
 
-    `all_integer_ms` is that of the file with no product left float, where one was.
+    `ratio_interval` is the 95 % percentile bootstrap of the median of the rounds' ratios. `all_integer_ms` is that of
+    the file with no product left float, where one was.
     """
 
     engine: str
@@ -37,6 +42,7 @@ class Speed:
     integer_ms: float
     all_integer_ms: float | None
     ratio: float
+    ratio_interval: tuple[float, float]
 
 
 def compare_speed(
@@ -51,13 +57,15 @@ def compare_speed(
     found = []
     for engine in chosen_engines(engines):
         files = [file for file in (reference, candidate, all_integer) if file is not None]
-        medians = _medians(files, engine, progress)
+        rounds_FR = _medians(files, engine, progress)
+        medians = [float(np.median(each_R)) for each_R in rounds_FR]
         speed = Speed(
             engine=engine,
             float_ms=medians[0],
             integer_ms=medians[1],
             all_integer_ms=medians[2] if all_integer is not None else None,
             ratio=medians[0] / medians[1],
+            ratio_interval=_interval(rounds_FR[0] / rounds_FR[1]),
         )
         if speed.ratio <= 1:
             text = "INT8 is not faster than float in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
@@ -66,22 +74,26 @@ def compare_speed(
     return tuple(found)
 
 
-def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> list[float]:
-    """Return the median milliseconds of each file, measured in turns."""
+def _interval(ratio_R: npt.NDArray[np.float64]) -> tuple[float, float]:
+    found = stats.bootstrap((ratio_R,), np.median, method="percentile", random_state=0).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> npt.NDArray[np.float64]:
+    """Return the median milliseconds of each file in each round [files, rounds], measured in turns."""
     stage = f"measuring in {engine}"
-    loaded = [load_model(file, engine=engine, options=EngineOptions(threads=1), verify="hash") for file in files]
+    options = EngineOptions(threads=1)
+    loaded = [load_model(file, engine=engine, options=options, verify="hash", warn=False) for file in files]
     try:
         height, width = files[0].manifest.preprocessing.crop
         image_NHWC = golden_images([0], height=height, width=width)
-        samples: list[list[float]] = [[] for _ in files]
+        rounds: list[list[float]] = [[] for _ in files]
         for number in range(_WARM_UP_ROUNDS + _ROUNDS):
             progress(stage, number, _WARM_UP_ROUNDS + _ROUNDS)
-            for classifier, kept in zip(loaded, samples, strict=True):
-                taken = _turn(classifier, image_NHWC)
-                if number >= _WARM_UP_ROUNDS:
-                    kept.extend(taken)
+            for classifier, kept in zip(loaded, rounds, strict=True):
+                kept.append(statistics.median(_turn(classifier, image_NHWC)))
         progress(stage, _WARM_UP_ROUNDS + _ROUNDS, _WARM_UP_ROUNDS + _ROUNDS)
-        return [statistics.median(kept) for kept in samples]
+        return np.asarray(rounds)[:, _WARM_UP_ROUNDS:]
     finally:
         for classifier in loaded:
             classifier.close()

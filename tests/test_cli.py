@@ -24,12 +24,13 @@ COMMANDS = (
     "tune",
     "bundle",
     "benchmark",
+    "deploy",
     "inspect",
     "doctor",
     "seal",
 )
 # The README shows these outside of its console block.
-ELSEWHERE = {"convert", "bundle", "tune", "doctor", "seal"}
+ELSEWHERE = {"convert", "bundle", "tune", "deploy", "doctor", "seal"}
 
 
 @pytest.fixture

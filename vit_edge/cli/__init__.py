@@ -15,6 +15,7 @@ from vit_edge.cli.benchmark import benchmark
 from vit_edge.cli.bundle import bundle
 from vit_edge.cli.classify import classify
 from vit_edge.cli.convert import convert
+from vit_edge.cli.deploy import deploy
 from vit_edge.cli.doctor import doctor
 from vit_edge.cli.export import export
 from vit_edge.cli.inspect import inspect
@@ -28,7 +29,7 @@ from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = (train, convert, export, quantize, verify, classify, tune, bundle, benchmark, inspect, doctor, seal)
+_COMMANDS = (train, convert, export, quantize, verify, classify, tune, bundle, benchmark, deploy, inspect, doctor, seal)
 
 
 class _InOrder(click.Group):

@@ -1,0 +1,114 @@
+"""`vit-edge deploy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vit_edge.cli.output import Result, command, make_table, progress_bar
+from vit_edge.errors import UsageError, VerificationFailed, require
+
+if TYPE_CHECKING:
+    from vit_edge.export.deployment import Deployment
+
+_PATH = click.Path(path_type=Path)
+_TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, or a FILE.json of `vit-edge doctor`"
+
+
+@command("deploy")
+@click.argument("source", required=False)
+@click.option("--calibration", type=_PATH, metavar="DIR", help="Pictures that calibrate.")
+@click.option("--data", type=_PATH, metavar="DIR", help="Pictures that judge; with --check, where they lie now.")
+@click.option("--max-drop", type=float, metavar="POINTS", help="Accuracy that may be lost, in percentage points.")
+@click.option("--min-agreement", type=float, metavar="PERCENT", help="Answers that have to stay the same.")
+@click.option("-o", "--out", type=_PATH, default=Path("deploy"), show_default=True, help="Folder for all that is made.")
+@click.option("--target", default="portable", show_default=True, help=f"{_TARGETS}.")
+@click.option("--recipe", type=click.Choice(["fast", "accurate"]), default="fast", show_default=True,
+              help="accurate spends time where it buys most accuracy.")  # fmt: skip
+@click.option("--effort", type=click.Choice(["fast", "balanced", "thorough"]), default="balanced", show_default=True,
+              help="Steps of the optimisers.")  # fmt: skip
+@click.option("--like", metavar="timm:NAME", help="Network of timm to ask for what weights from elsewhere do not tell.")
+@click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
+@click.option(
+    "--preprocessing", type=_PATH, metavar="FILE", help="JSON or TOML: resize, crop, interpolation, mean, std."
+)
+@click.option("--check", type=_PATH, metavar="RECORD.json", help="Verify a deployment again, files, pictures and all.")
+def deploy(source: str | None, check: Path | None, data: Path | None, **values: Any) -> Result:
+    """Go the whole way from SOURCE, whatever `vit-edge convert` takes, to a verified INT8 file, with one verdict.
+
+    The folder gets model.onnx, model.int8.onnx and record.json: hashes, versions and results of every step. A step is
+    skipped where its inputs did not change. The exit code is 6 where the pictures do not certify the accuracy, or INT8
+    is not faster here.
+
+    \b
+    Examples:
+      vit-edge deploy run/best.safetensors --calibration pictures/train --data pictures/test --max-drop 1
+      vit-edge deploy --check deploy/record.json
+    """
+    for module in ("torch", "onnx", "onnxruntime", "scipy"):
+        require(module, extra="export,onnxruntime", what="deploy")
+    from vit_edge.export.deployment import check_record
+
+    with progress_bar() as progress:
+        if check is not None:
+            if source is not None:
+                reason = "--check takes a record, and no source"
+                raise UsageError("cannot check", reason=reason, remedy="leave the source out")
+            found = check_record(check, data=data, progress=progress)
+        else:
+            found = _deploy(source, data, values, progress)
+    return Result(data=_fields(found), shown=_shown(found), error=_failure(found))
+
+
+def _deploy(source: str | None, data: Path | None, values: dict[str, Any], progress: Any) -> Deployment:
+    from vit_edge.export import QuantizationOptions
+    from vit_edge.export.deployment import DeploymentOptions, deploy
+
+    missing = [name for name, value in (("SOURCE", source), ("--calibration", values["calibration"]), ("--data", data))
+               if value is None]  # fmt: skip
+    if source is None or data is None or missing:
+        remedy = "see `vit-edge deploy -h`"
+        raise UsageError("cannot deploy", reason=f"{', '.join(missing)} is not given", remedy=remedy)
+    quantization = QuantizationOptions(
+        target=values["target"],
+        recipe=values["recipe"],
+        effort=values["effort"],
+        max_drop_points=values["max_drop"],
+        min_agreement=values["min_agreement"],
+    )
+    told = {name: values[name] for name in ("like", "labels", "preprocessing")}
+    options = DeploymentOptions(**told, quantization=quantization)
+    return deploy(
+        source, calibration=values["calibration"], data=data, out=values["out"], options=options, progress=progress
+    )
+
+
+def _fields(found: Deployment) -> dict[str, Any]:
+    return {
+        "folder": str(found.folder),
+        "verdict": found.verdict,
+        "claims": list(found.claims),
+        "ran": list(found.ran),
+        "skipped": list(found.skipped),
+        "record": found.record,
+    }
+
+
+def _shown(found: Deployment) -> list[Any]:
+    rows = [(name, "run") for name in found.ran] + [
+        (name, "skipped: its inputs did not change") for name in found.skipped
+    ]
+    files = [f"{digest}  {name}" for name, digest in sorted(found.record["files"].items())]
+    return [make_table("", ("step", ""), rows), *files, *found.claims, f"verdict: {found.verdict}"]
+
+
+def _failure(found: Deployment) -> VerificationFailed | None:
+    if found.verdict == "pass":
+        return None
+    reason = "; ".join(claim for claim in found.claims if ", pass:" not in claim)
+    remedy = (
+        "give more pictures, or ask for less" if found.verdict == "inconclusive" else "see `vit-edge verify --explain`"
+    )
+    return VerificationFailed("the deployment does not pass", file=found.folder, reason=reason, remedy=remedy)
