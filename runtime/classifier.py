@@ -14,16 +14,15 @@ import numpy as np
 from vit_edge.artifact import Manifest
 from vit_edge.cpu import instruction_set
 from vit_edge.errors import Closed, InputError, UsageError, VerificationFailed
-from vit_edge.image import Color, Decoding, Picture, Pixels, decode
+from vit_edge.image import Color, Decoding, Picture, Pixels, decode_for
 from vit_edge.metrics import softmax
-from vit_edge.runtime.engine import Engine, Logits, answers, check_count
+from vit_edge.runtime.engine import Engine, Logits, answers
 from vit_edge.targets import mismatch, target_name
 
-__all__ = ["MOST_CLASSES", "Answer", "Classifier", "Prediction", "Prepared", "Timings"]
+__all__ = ["Answer", "Classifier", "Prediction", "Prepared", "Timings", "check_top"]
 
 # Larger batches run in parts: memory grows with a batch, speed no longer.
 _MOST_AT_ONCE = 64
-MOST_CLASSES = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +88,12 @@ class Prepared:
     waited_ms: float = 0.0
 
 
+def check_top(top: object) -> None:
+    """Raise UsageError where the number of answers asked for is none."""
+    if not isinstance(top, int) or top < 1:
+        raise UsageError("cannot classify", reason=f"top is {top!r}", remedy="give 1 or more")
+
+
 class Classifier:
     """A model ready to answer; made by `vit_edge.runtime.load`, usable from several threads, not across a fork."""
 
@@ -133,16 +138,16 @@ class Classifier:
         """Return a picture as the network sees it; raises as a call does."""
         started = time.perf_counter()
         preprocessing = self._manifest.preprocessing
-        image = decode(picture, color=color, fast_for=preprocessing if self._decoding == "fast" else None)
+        image, upright = decode_for(preprocessing if self._decoding == "fast" else None, picture, color=color)
         decoded = time.perf_counter()
-        pixels = preprocessing.fit(image)
+        pixels = preprocessing.fit(image, upright=upright)
         resize_ms = (time.perf_counter() - decoded) * 1000
         return Prepared(pixels=pixels, decode_ms=(decoded - started) * 1000, resize_ms=resize_ms)
 
     def predict(self, prepared: Sequence[Prepared], *, tops: Sequence[int]) -> list[Prediction]:
         """Return one prediction for each prepared picture, with as many answers as `tops` says, computed together."""
         for top in tops:
-            check_count("top", top, MOST_CLASSES, what="cannot classify")
+            check_top(top)
         if not prepared:
             return []
         started = time.perf_counter()
@@ -234,8 +239,8 @@ class Classifier:
         )
 
     def close(self) -> None:
-        """Free the model; the second call does nothing."""
-        if not self._closed:
+        """Free the model; the second call does nothing, nor does one in a child after a fork."""
+        if not self._closed and os.getpid() == self._pid:
             self._closed = True
             self._engine.close()
 

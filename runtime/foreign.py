@@ -64,6 +64,8 @@ def _adopted(data: bytes, name: str, preprocessing: Preprocessing, labels: tuple
     if not proto.graph.node:
         raise _rejected(*(kind_of(data) or ("it is not an ONNX model", "give an ONNX file")))
     graph = proto.graph
+    if any(tensor.external_data for tensor in graph.initializer):
+        raise _rejected("its weights lie in a file beside it, which is read only of files made by vit-edge", _EXPORT)
     producer = proto.producer_name
     entry = _set_input(graph, preprocessing)
     _set_output(graph, len(labels), entry.get("batch"))
@@ -105,6 +107,10 @@ def _set_input(graph: Any, preprocessing: Preprocessing) -> dict[str, Any]:
     is_uint8 = tensor.elem_type == UINT8
     _set_shape(tensor, [sizes[0] or "batch", *([height, width, 3] if is_uint8 else [3, height, width])])
     entry = type(value).FromString(value.SerializeToString())  # what a list held is gone with it
+    if entry.name == "logits":  # the output's name here
+        entry.name = "logits.input"
+        for node in graph.node:
+            node.input[:] = [entry.name if read == "logits" else read for read in node.input]
     del graph.input[:]
     graph.input.append(entry)
     fixed = {"batch": sizes[0]} if sizes[0] else {}
@@ -138,6 +144,7 @@ def _set_output(graph: Any, num_labels: int, batch: int | None) -> None:
     """Leave the graph one output, `logits` [batch, classes]."""
     shapes = {value.name: _shape(value) for value in graph.output}
     fitting = [name for name, (dtype, sizes) in shapes.items() if dtype == FLOAT and len(sizes) == 2]
+    fitting.sort(key=lambda name: shapes[name][1][1] != num_labels)  # several may have two axes
     if not fitting:
         raise _rejected(f"no output of {', '.join(shapes)} is float32 [batch, classes]", _EXPORT)
     name = fitting[0]

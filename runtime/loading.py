@@ -30,13 +30,13 @@ from vit_edge.runtime.engine import (
     make_engine,
 )
 from vit_edge.runtime.foreign import adopt, is_foreign
-from vit_edge.runtime.golden import check_golden, check_pictures, recorded_version
+from vit_edge.runtime.golden import check_golden, check_pictures, promised, recorded_version
 from vit_edge.runtime.guard import check_graph, check_ir
 from vit_edge.runtime.probing import probe
 from vit_edge.runtime.verdicts import promised_engines, verdict_for
 from vit_edge.targets import mismatch, target_name
 
-__all__ = ["Verify", "load", "load_model", "open_any"]
+__all__ = ["Verify", "check_decode", "load", "load_model", "open_any"]
 
 Verify: TypeAlias = Literal["full", "hash", "none"]
 _VERIFY = ("full", "hash", "none")
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 def load(
-    source: str | os.PathLike[str] | bytes,
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview,
     *,
     engine: EngineName | Literal["auto"] = "auto",
     device: str = "cpu",
@@ -83,19 +83,23 @@ def load(
         device=device, precision=precision, threads=threads, batch_size=batch_size, allow_fallback=allow_fallback
     )
     _check_choice("verify", verify, _VERIFY)
-    _check_choice("decode", decode, ("full", "fast"))
+    check_decode(decode)
     model = open_any(source, preprocessing=preprocessing, labels=labels, verify=verify)
     return load_model(model, engine=engine, options=options, verify=verify, decode=decode)
 
 
 def open_any(
-    source: str | os.PathLike[str] | bytes,
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview,
     *,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     verify: Verify = "full",
 ) -> Model:
     """Return the verified bytes of a model file of either format, or of an ONNX classifier with what is told of it."""
+    if isinstance(source, bytearray | memoryview):
+        source = bytes(source)
+    if not isinstance(source, str | os.PathLike | bytes):
+        raise TypeError(f"source is {type(source).__name__}; give a path, or the bytes of a model file")
     if not isinstance(source, bytes) and Path(source).suffix.lower() == ".xml":
         if preprocessing is not None or labels is not None:
             raise _told_twice(source)
@@ -183,6 +187,8 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
     if _is_unchecked(model):
         return "probe"
     if verify == "hash":
+        if engine.name not in promised(manifest):
+            _log.warning("%s: nothing is promised of its answers in %s", model.source, engine.name)
         recorded = recorded_version(engine, manifest)
         if recorded in (None, engine.version):
             return "hash"
@@ -196,6 +202,11 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
     check_pictures(manifest.golden, manifest.preprocessing)
     check_golden(engine, manifest)
     return "full"
+
+
+def check_decode(decode: object) -> None:
+    """Raise UsageError where there is no such way to decode."""
+    _check_choice("decode", decode, ("full", "fast"))
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

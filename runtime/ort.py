@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +35,19 @@ _PRECISIONS: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
+# Those that live: a child after a fork must never free one, whose threads are not there to be joined.
+_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _keep_for_ever() -> None:
+    for session in list(_sessions):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_for_ever)
+
+
 class OnnxRuntimeEngine:
     """One InferenceSession; it is safe to call from several threads (9,600 of 9,600 answers bitwise equal)."""
 
@@ -40,12 +56,13 @@ class OnnxRuntimeEngine:
     def __init__(self, model: ModelFile, options: EngineOptions) -> None:
         self._manifest = model.manifest
         self.version: str = onnxruntime.__version__
-        self.threads = options.num_threads
         self.batch_size = batch_of(model.manifest, options)
         self._session, self.fallback = _open_session(model, options)
+        _sessions.add(self._session)
+        self.threads = int(self._session.get_session_options().intra_op_num_threads)
         provider = self._session.get_providers()[0]
         self.device = next(name for name, device in DEVICES.items() if device.onnxruntime == provider)
-        self.float_precision = _precision(provider, options)[0] or "unknown"
+        self.float_precision = _read_precision(self._session)
         self.placement: Mapping[str, int] | None = _placement(self._session)
         on_cpu = (self.placement or {}).get(_CPU, 0)
         if provider != _CPU and on_cpu:
@@ -138,6 +155,16 @@ def _precision(provider: str, options: EngineOptions) -> tuple[str | None, dict[
         reason = f"{provider} does not compute in {chosen}; it can in {', '.join(possible) or 'what it chooses'}"
         raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these, or another engine")
     return chosen, possible.get(chosen or "", {})
+
+
+def _read_precision(session: Any) -> str:
+    """Return what the float parts are computed in, by the options that the session says it has."""
+    provider = session.get_providers()[0]
+    told = session.get_provider_options().get(provider, {})
+    for name, options in _PRECISIONS.get(provider, {}).items():
+        if all(told.get(key) == value for key, value in options.items()):
+            return name
+    return "unknown"
 
 
 def _placement(session: Any) -> dict[str, int] | None:

@@ -49,7 +49,9 @@ class OpenVinoEngine:
         self.float_precision = _read_precision(self._compiled)
         expected = _precision(ran)
         if self.float_precision not in (expected, "unknown"):
-            raise _failed("load", RuntimeError(f"it runs in {self.float_precision}, not in {expected}"))
+            reason = f"OpenVINO runs it in {self.float_precision} on {self.device}, not in {expected}"
+            remedy = f"ask for {self.float_precision} or f32"
+            raise EngineUnavailable("cannot load", reason=reason, remedy=remedy)
         self._request: Any
         self._open_request()
 

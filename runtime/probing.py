@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -21,11 +22,15 @@ from vit_edge.files import sha256_hex
 from vit_edge.runtime.cache import recall, remember
 from vit_edge.runtime.engine import EngineOptions, engine_version, make_engine
 
-__all__ = ["limit_memory", "main", "probe", "run_apart"]
+__all__ = ["REFUSED", "limit_memory", "main", "probe", "run_apart", "start_of"]
 
 _TIMEOUT_S = 120
 # Of address space: what an engine maps by itself, and so much for each byte of the file.
 _BASE_BYTES, _TIMES_FILE = 2**33, 16
+# The exit code of a child that refuses the file itself.
+REFUSED = 3
+# Not SIGKILL, which the system sends where memory is short, or a person.
+_CRASHES = [getattr(signal, name, None) for name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE", "SIGBUS")]
 _log = logging.getLogger(__name__)
 
 
@@ -34,17 +39,30 @@ def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int, who: str
 
     The last line that it writes to stderr is why it failed; engines write above it what they like.
     """
-    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", start_of(module), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired as error:
         raise _rejected(f"{who} did not finish in {timeout_s} s") from error
     if done.returncode < 0:
-        raise _rejected(f"{who} crashed ({signal.Signals(-done.returncode).name})")
+        number = -done.returncode
+        raise _rejected(f"{who} crashed ({signal.Signals(number).name})", is_final=number in _CRASHES)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise _rejected(lines[-1][:500] if lines else f"it ended with {done.returncode}")
+        reason = lines[-1][:500] if lines else f"it ended with {done.returncode}"
+        raise _rejected(reason, is_final=done.returncode == REFUSED)
     return done.stdout
+
+
+def start_of(module: str) -> str:
+    """Return the Python that runs `module` as a program, with the paths of this process and no others.
+
+    `python -m` would look in the current folder first, where anybody may have put a numpy.py.
+    """
+    paths = [os.path.abspath(path) for path in sys.path if path]  # noqa: PTH100 - sys.path holds texts
+    return f"import sys; sys.path[:] = {paths!r}; import runpy; runpy.run_module({module!r}, run_name='__main__')"
 
 
 def limit_memory(most_bytes: int) -> None:
@@ -61,8 +79,8 @@ def limit_memory(most_bytes: int) -> None:
 def probe(model: ModelFile, engine: str) -> None:
     """Load a model file in `engine` and let it answer once, in a process of its own; raises ModelRejected.
 
-    A file that was tried is remembered by its hash, the engine's version and the CPU: one that crashed is not tried
-    again, one that answered need not be.
+    A file that was tried is remembered by its hash, the engine's version and the CPU: one that crashed or was refused
+    is not tried again, one that answered need not be. What may have had another cause, such as time, is not remembered.
     """
     key = sha256_hex(json.dumps([model.sha256, engine, engine_version(engine), instruction_set()]).encode())
     known = recall("probes", key)
@@ -76,14 +94,14 @@ def probe(model: ModelFile, engine: str) -> None:
         path.write_bytes(model.data)
         try:
             run_apart("vit_edge.runtime.probing", [str(path), engine], timeout_s=_TIMEOUT_S)
-        except ModelRejected as error:
+        except _Refused as error:
             remember("probes", key, {"reason": error.reason})
             raise
     remember("probes", key, {"answered": True})
 
 
 def main(path: str, engine: str) -> int:
-    """Load the file at `path`, let it answer for one black picture, and exit with 0."""
+    """Load the file at `path`, let it answer for one golden input, and return 0."""
     from vit_edge.runtime.golden import golden_images
 
     limit_memory(_BASE_BYTES + _TIMES_FILE * Path(path).stat().st_size)
@@ -94,15 +112,20 @@ def main(path: str, engine: str) -> int:
         logits = loaded.run(golden_images([1], height=height, width=width))
     except VitEdgeError as error:
         sys.stderr.write(f"\n{' '.join(error.reason.split())}\n")
-        return 1
+        return REFUSED
     if logits.shape != (1, len(model.manifest.labels)):
         sys.stderr.write(f"\nits answer has the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]")
-        return 1
+        return REFUSED
     return 0
 
 
-def _rejected(reason: str) -> ModelRejected:
-    return ModelRejected("the engine cannot run the network", reason=reason, remedy="export it again")
+class _Refused(ModelRejected):
+    """What the file itself is the cause of: it would end so every time."""
+
+
+def _rejected(reason: str, *, is_final: bool = False) -> ModelRejected:
+    kind = _Refused if is_final else ModelRejected
+    return kind("the engine cannot run the network", reason=reason, remedy="export it again")
 
 
 if __name__ == "__main__":

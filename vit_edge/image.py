@@ -20,7 +20,18 @@ from PIL import Image, ImageOps
 from vit_edge.errors import ImageRejected, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 
-__all__ = ["BACKGROUND", "FORMATS", "Color", "Decoding", "Picture", "Pixels", "Preprocessing", "decode", "pixel_hash"]
+__all__ = [
+    "BACKGROUND",
+    "FORMATS",
+    "Color",
+    "Decoding",
+    "Picture",
+    "Pixels",
+    "Preprocessing",
+    "decode",
+    "decode_for",
+    "pixel_hash",
+]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Picture: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Pixels"
@@ -100,9 +111,12 @@ class Preprocessing:
         """Return uint8 [height, width, 3] RGB, resized and cropped; raises ImageRejected, or TypeError."""
         return self.fit(decode(picture))
 
-    def fit(self, image: Image.Image) -> Pixels:
-        """Return uint8 [height, width, 3] from a decoded RGB image, resized and cropped."""
-        height, width = self.resized(image.height, image.width)
+    def fit(self, image: Image.Image, *, upright: tuple[int, int] | None = None) -> Pixels:
+        """Return uint8 [height, width, 3] from a decoded RGB image, resized and cropped.
+
+        `upright` is the (height, width) of the picture where it was decoded at a smaller scale.
+        """
+        height, width = self.resized(*(upright or (image.height, image.width)))
         if (width, height) != image.size:
             image = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
         # Python's round, as torchvision's CenterCrop uses: half goes to the even number.
@@ -126,24 +140,38 @@ class Preprocessing:
         return self.resize, int(self.resize * width / height)
 
 
-def decode(picture: Picture, *, color: Color = "rgb", fast_for: Preprocessing | None = None) -> Image.Image:
+def decode(picture: Picture, *, color: Color = "rgb") -> Image.Image:
     """Return an RGB image, upright (EXIF orientation applied), alpha composited on white.
 
     A picture is a path, the bytes of a file, an open binary file, a PIL image, or uint8 pixels [height, width, 3 or 4],
-    whose channels are those of `color`. With `fast_for` a JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that is
-    not below what that preprocessing resizes to. Raises ImageRejected (limits, format, damage), or TypeError for
-    anything else.
+    whose channels are those of `color`. An RGB image that was given is returned as it is. Raises ImageRejected (limits,
+    format, damage), or TypeError for anything else.
+    """
+    return decode_for(None, picture, color=color)[0]
+
+
+def decode_for(
+    preprocessing: Preprocessing | None, picture: Picture, *, color: Color = "rgb"
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return what `decode` does, and the (height, width) of the upright picture; raises as it does.
+
+    With `preprocessing` a JPEG file is decoded at the smallest scale (1/2, 1/4, 1/8) that is not below what that
+    resizes to. An image that was opened by somebody else is not touched.
     """
     name, image = _open(picture, color)
     try:
         _check_size(image, name)
-        if fast_for is not None:
-            _scale_down(image, fast_for)
+        upright = _upright(image)
+        if preprocessing is not None and not isinstance(picture, Image.Image):
+            _scale_down(image, preprocessing.resized(*upright))
         if getattr(image, "is_animated", False):
             _log.warning("%s has several frames; only the first is used", name)
         if image.mode == "I" and image.format == "PNG":  # a 16-bit grey PNG, in Pillow before 10.3
             image = image.convert("I;16")
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image, name), upright
     except ImageRejected:
         raise
     # Pillow's decoders raise struct.error, TypeError, IndexError, SyntaxError, ValueError, RuntimeError and more.
@@ -157,12 +185,17 @@ def pixel_hash(pixels: Pixels) -> str:
     return sha256_hex(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).tobytes())
 
 
-def _scale_down(image: Image.Image, preprocessing: Preprocessing) -> None:
-    """Tell the decoder of a JPEG file that was not decoded yet what is needed of it; others take no notice."""
-    turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
-    width, height = reversed(image.size) if turned else image.size
-    needed_height, needed_width = preprocessing.resized(height, width)
-    image.draft(None, (needed_height, needed_width) if turned else (needed_width, needed_height))
+def _upright(image: Image.Image) -> tuple[int, int]:
+    """Return the height and width that the picture has when it is upright."""
+    is_turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+    return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
+def _scale_down(image: Image.Image, needed: tuple[int, int]) -> None:
+    """Tell the decoder of a JPEG file what (height, width) of the upright picture is needed; others take no notice."""
+    is_turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+    height, width = reversed(needed) if is_turned else needed
+    image.draft(None, (width, height))
 
 
 def _open(picture: Picture, color: Color) -> tuple[str, Image.Image]:
@@ -243,7 +276,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if mode in ("I", "F"):
         reason = f"its colour mode is {mode} (32 bits a pixel), which has no known range"
         raise _rejected(name, reason, "convert it to 8 or 16 bits a channel")
-    return image.convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")
 
 
 def _rejected(name: str, reason: str, remedy: str) -> ImageRejected:
