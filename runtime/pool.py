@@ -215,7 +215,10 @@ class Pool:
         }
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests, answer those that wait (with `drain` False cancel them), and end every thread."""
+        """Take no more requests, answer those that wait (with `drain` False cancel them), and end every thread.
+
+        Called by a request's callback it returns at once, and the workers end when they are done.
+        """
         if os.getpid() != self._pid:  # the workers are the parent's, and so may be the locks
             return
         with self._changed:
@@ -228,11 +231,14 @@ class Pool:
             stop.set()
         for request in dropped:
             request.future.cancel()
-        # A second call waits too: the first one may have been interrupted.
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
         atexit.unregister(self.close)
+        if threading.current_thread() in self._threads:
+            return
+        # Not by `join` alone: one that was interrupted takes the thread for ended (CPython 3.11).
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_working == 0)
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> Pool:
         return self
@@ -257,9 +263,9 @@ class Pool:
             self._answer(number, batch)
         with self._changed:
             self._num_working -= 1
-            is_last = self._num_working == 0
-        if is_last:  # whoever closed the pool may have been a callback of a worker
-            self._holder.replace(None)
+            if self._num_working == 0:  # whoever closed the pool may have been a callback of a worker
+                self._holder.replace(None)
+            self._changed.notify_all()  # who closes waits for it
 
     def _take(self) -> list[_Request]:
         """Return the requests to answer together, in the order they came; none where the pool is closed and empty."""

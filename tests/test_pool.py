@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,16 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT, Workspace
+from tests.networks import PREPROCESSING, write_checkpoint
 from vit_edge.artifact import open_model
 from vit_edge.errors import Closed, DeadlineExceeded, GoldenMismatch, ImageRejected, NotTrusted, Overloaded, UsageError
+from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.runtime import Answer, Pool, Prediction, load
 from vit_edge.runtime.golden import golden_images
 
 ENGINES = ("onnxruntime", "openvino")
 IMAGES = golden_images(range(40), height=48, width=40)
+MANY = np.random.default_rng(0).integers(0, 256, (5000, 40, 36, 3), dtype=np.uint8)
 
 
 def answers_of(path: Path, engine: Any) -> list[tuple[Answer, ...]]:
@@ -47,13 +53,15 @@ def eventually(pool: Pool, image: Any, **more: Any) -> Future[Prediction]:
 def test_sixteen_callers_of_a_pool_get_the_answers_of_one(
     workspace: Workspace, engine: Any, max_batch: int, max_delay_ms: float
 ) -> None:
-    expected, before = answers_of(workspace.int8_model, engine), IMAGES.copy()
+    images = MANY if max_batch == 1 else MANY[:1250]
+    with load(workspace.int8_model, engine=engine, threads=1) as classifier:
+        expected = [classifier(image).answers for image in images]
+    before = images.copy()
     settings = {"queue_size": 8, "max_batch": max_batch, "max_delay_ms": max_delay_ms}
     with Pool(workspace.int8_model, engine=engine, workers=3, **settings) as pool, ThreadPoolExecutor(16) as callers:  # type: ignore[arg-type]
-        found = list(callers.map(lambda i: eventually(pool, IMAGES[i % 40]).result().answers, range(1250)))
-    for position, answers in enumerate(found):
-        assert answers == expected[position % 40]
-    np.testing.assert_array_equal(IMAGES, before)
+        found = list(callers.map(lambda image: eventually(pool, image).result().answers, images))
+    assert found == expected
+    np.testing.assert_array_equal(images, before)
 
 
 @pytest.fixture
@@ -214,6 +222,104 @@ def test_a_pool_notices_a_fork(workspace: Workspace) -> None:
 def test_impossible_pools_are_refused(workspace: Workspace, settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(settings))):
         Pool(workspace.int8_model, **settings)
+
+
+def test_callbacks_may_do_with_the_pool_what_they_like(workspace: Workspace, late: _Late) -> None:
+    done = threading.Event()
+    pool = Pool(workspace.int8_model, workers=1, queue_size=8, engine="onnxruntime")
+    first = pool.submit(late)  # type: ignore[arg-type]
+    assert late.asked.wait(30)
+    expired = pool.submit(IMAGES[0], timeout_s=0.0)
+    kept = [pool.submit(image) for image in IMAGES[1:4]]
+
+    def close(_future: object) -> None:
+        pool.close()
+        done.set()
+
+    expired.add_done_callback(close)
+    late.may_go.set()
+    assert done.wait(30)
+    assert first.result(30).label == "3"
+    expected = answers_of(workspace.int8_model, "onnxruntime")
+    assert [future.result(30).answers for future in kept] == expected[1:4]  # closing answers what waits
+    pool.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vit-edge-")]
+
+
+def test_a_callback_that_ends_the_program_ends_no_worker(workspace: Workspace, late: _Late) -> None:
+    def leave(_future: object) -> None:
+        raise SystemExit(3)
+
+    with Pool(workspace.int8_model, workers=1, engine="onnxruntime") as pool:
+        first = pool.submit(late)  # type: ignore[arg-type]
+        first.add_done_callback(leave)
+        late.may_go.set()
+        first.result(30)
+        assert pool.submit(IMAGES[0]).result(30).answers
+
+
+def test_a_request_is_not_kept_waiting_for_others_beyond_its_deadline(workspace: Workspace) -> None:
+    with Pool(workspace.int8_model, workers=1, max_batch=8, max_delay_ms=30_000) as pool:
+        assert pool.submit(IMAGES[0], timeout_s=20.0).result(15).answers
+
+
+def test_a_picture_that_is_shared_or_filled_again_is_copied(slow: Pool, late: _Late, workspace: Workspace) -> None:
+    blocking = slow.submit(late)  # type: ignore[arg-type]
+    assert late.asked.wait(30)
+    image = Image.open(workspace.folder / "picture.png")
+    data = bytearray((workspace.folder / "picture.png").read_bytes())
+    futures = [slow.submit(image), slow.submit(data)]
+    image.close()
+    data[:] = bytes(len(data))
+    late.may_go.set()
+    assert {future.result(30).label for future in (blocking, *futures)} == {"3"}
+
+
+def test_an_interrupted_close_goes_on_at_the_second(workspace: Workspace, late: _Late) -> None:
+    pool = Pool(workspace.int8_model, workers=1, queue_size=50, engine="onnxruntime")
+    pool.submit(late)  # type: ignore[arg-type]
+    futures = [pool.submit(image) for image in IMAGES]
+    assert late.asked.wait(30)
+    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.close()
+    late.may_go.set()
+    pool.close()
+    assert all(future.done() for future in futures)
+
+
+def test_a_pool_serves_a_classifier_made_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIT_EDGE_CACHE", str(tmp_path / "cache"))
+    write_checkpoint(tmp_path / "c.safetensors")
+    export_onnx(tmp_path / "c.safetensors", out=tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    del model.metadata_props[:]
+    model.producer_name = "somebody"
+    onnx.save(model, tmp_path / "theirs.onnx")
+    told = {"preprocessing": PREPROCESSING, "labels": tuple("abcdefg")}
+    with load(tmp_path / "m.onnx") as classifier:
+        expected = classifier(IMAGES[0]).answers
+    with Pool(tmp_path / "theirs.onnx", workers=1, **told) as pool:  # type: ignore[arg-type]
+        assert pool.submit(IMAGES[0]).result(30).answers == expected
+        assert pool.describe()["verified"] == "probe"
+
+
+def test_ir_is_exchanged_when_both_its_files_are_there(tmp_path: Path) -> None:
+    for name, depth in (("one", 2), ("two", 3)):
+        write_checkpoint(tmp_path / f"{name}.safetensors", depth=depth)
+        options = ExportOptions(format="openvino")
+        export_onnx(tmp_path / f"{name}.safetensors", out=tmp_path / f"{name}.xml", options=options)
+    with Pool(tmp_path / "one.xml", workers=1) as pool:
+        pool.watch(tmp_path / "one.xml", interval_s=0.05)
+        before = pool.describe()["sha256"]
+        (tmp_path / "two.xml").replace(tmp_path / "one.xml")
+        time.sleep(0.3)  # the weights are still those of the other: it is refused
+        assert pool.describe()["sha256"] == before
+        (tmp_path / "two.bin").replace(tmp_path / "one.bin")
+        end = time.monotonic() + 30
+        while pool.describe()["sha256"] == before and time.monotonic() < end:
+            time.sleep(0.02)
+        assert pool.describe()["sha256"] != before
 
 
 def _damaged(folder: Path, good: Path) -> list[Path]:

@@ -150,7 +150,8 @@ def test_odd_paths_work(workspace: Workspace, tmp_path: Path) -> None:
         os.fsdecode(b"caf\xe9.onnx"),
     ):
         (tmp_path / name).write_bytes(workspace.int8_model.read_bytes())
-        load(tmp_path / name).close()
+        with load(tmp_path / name) as classifier:
+            assert classifier(workspace.folder / "picture.png").label == "3"
 
 
 def test_the_null_engine_computes_nothing(workspace: Workspace) -> None:

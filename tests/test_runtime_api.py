@@ -402,3 +402,60 @@ def test_odd_requests_are_errors_of_ours(workspace: Workspace, tmp_path: Path) -
         closed.close()
         with pytest.raises(ImageRejected, match="cannot be read"):
             classifier(closed)
+
+
+def test_an_image_that_was_given_is_not_touched_by_fast_decoding(workspace: Workspace, tmp_path: Path) -> None:
+    Image.fromarray(DIGITS[0]).resize((800, 600)).save(tmp_path / "p.jpg")
+    image = Image.open(tmp_path / "p.jpg")
+    with load(workspace.float_model, decode="fast") as classifier:
+        classifier(image)
+    assert image.size == (800, 600)
+
+
+def test_a_probe_looks_for_modules_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vit_edge.runtime.probing import probe
+
+    model = open_model(_foreign(tmp_path), warn=False)
+    (tmp_path / "hostile").mkdir()
+    for name in ("numpy", "onnxruntime", "runpy"):
+        (tmp_path / "hostile" / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise RuntimeError")
+    monkeypatch.chdir(tmp_path / "hostile")
+    probe(model, "onnxruntime")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_had_another_cause_than_the_file_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vit_edge.runtime import probing
+
+    model = open_model(_foreign(tmp_path), warn=False)
+    monkeypatch.setattr(probing, "_TIMEOUT_S", 0.01)
+    with pytest.raises(ModelRejected, match="did not finish"):
+        probing.probe(model, "onnxruntime")
+    monkeypatch.setattr(probing, "_TIMEOUT_S", 120)
+    probing.probe(model, "onnxruntime")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_child_after_a_fork_can_drop_what_it_inherited_and_load_its_own(workspace: Workspace, engine: Any) -> None:
+    import gc
+    import os
+    import signal
+
+    classifier = load(workspace.float_model, engine=engine, threads=2)
+    classifier.logits(DIGITS)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        classifier.close()
+        del classifier
+        gc.collect()
+        code = 0
+        if engine == "onnxruntime":
+            with load(workspace.float_model, engine=engine, threads=2) as own:
+                code = 0 if own.logits(DIGITS).shape == (6, 10) else 4
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    classifier.close()
