@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -169,7 +170,7 @@ def _extras(
         extras.products.update({path: count_products(model) for path, model in opened.items()})
         for candidate in candidates:
             key = _peak_key(candidate)
-            if key not in extras.peaks and candidate.options.device == "cpu":
+            if key not in extras.peaks and key[0] != "null" and candidate.options.device == "cpu":
                 extras.peaks[key] = measure_peak(*key)
     return extras
 
@@ -187,10 +188,11 @@ def _accuracies(opened: dict[str, Model]) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], float] = {}
     for path, model in opened.items():
         reference = by_hash.get(str(model.manifest.provenance.get("float_model_sha256")))
-        for entry in (model.manifest.evaluation or {}).get("results", ()):
-            for where, key in ((path, "candidate_top1"), (reference, "reference_top1")):
-                if where is not None and entry.get(key) is not None:
-                    found[where, entry["engine"]] = float(entry[key])
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # a manifest of somebody's own
+            for entry in (model.manifest.evaluation or {}).get("results", ()):
+                for where, key in ((path, "candidate_top1"), (reference, "reference_top1")):
+                    if where is not None and entry.get(key) is not None:
+                        found[where, entry["engine"]] = float(entry[key])
     return found
 
 

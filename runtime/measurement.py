@@ -78,7 +78,7 @@ class Measurement:
     highest rate that held the bound. `by_round_ms` is what an image cost in each round; `ratio` how many times as fast
     as the first candidate, an image for an image. `load_ms`, `cold_start_ms` and `peak_rss_bytes` are those of a fresh
     process. `share_of_peak` is the share of an image's time that its multiplications alone would take at the engine's
-    peak. `top1` is in per cent, from the evaluation that `vit-edge verify --record` left in a file.
+    peak. `top1` is in per cent, from the evaluation that `vit-edge quantize --data` left in a file.
     """
 
     model: str
