@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.conftest import Workspace, vit_edge
 from vit_edge.artifact import open_model
-from vit_edge.errors import UsageError
+from vit_edge.errors import MissingExtra, UsageError
 from vit_edge.export.costs import macs_per_image
 from vit_edge.runtime import BenchmarkOptions, Measurement, installed_engines, load, measure
 from vit_edge.runtime.energy import open_meter
@@ -88,10 +88,8 @@ def test_a_machine_that_others_load_makes_a_run_invalid(workspace: Workspace, bu
     assert done.returncode == 0, done.stderr
     assert "INVALID: " in done.stdout
     assert "other processes took" in done.stdout
-    strict = vit_edge(
-        "benchmark", workspace.int8_model, "--engine", "onnxruntime", "--min-seconds", "1.5", "--fail-if-noisy", "--json",
-        *BRIEF[2:],
-    )  # fmt: skip
+    given = ("--engine", "onnxruntime", "--min-seconds", "1.5", "--fail-if-noisy", "--json", *BRIEF[2:])
+    strict = vit_edge("benchmark", workspace.int8_model, *given)
     printed = json.loads(strict.stdout)
     assert strict.returncode == 6
     assert printed["valid"] is False
@@ -154,12 +152,12 @@ def test_loadgen_and_our_scheduler_ask_alike(workspace: Workspace) -> None:
     assert all(r.loadgen and r.loadgen.p50_ms is None and r.loadgen.throughput_per_s for r in run.results)
 
 
-def test_without_loadgen_the_way_to_it_is_said_before_anything_is_measured(workspace: Workspace) -> None:
-    script = "import sys; sys.modules['mlperf_loadgen'] = None\nfrom vit_edge.__main__ import main; sys.exit(main())"
-    command = [sys.executable, "-c", script, "benchmark", str(workspace.int8_model), "--loadgen"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 7
-    assert 'pip install "vit-edge[loadgen]"' in done.stderr
+def test_without_loadgen_the_way_to_it_is_said_before_anything_is_measured(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
+    with pytest.raises(MissingExtra, match=r"vit-edge\[loadgen\]"):
+        measure([workspace.int8_model], brief(with_loadgen=True))
 
 
 def test_what_is_saved_can_be_compared_and_a_slower_one_fails(workspace: Workspace, tmp_path: Path) -> None:
