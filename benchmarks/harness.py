@@ -1,6 +1,6 @@
 """Is our harness right? Beside LoadGen, beside a bare loop of `session.run`, beside OpenVINO's benchmark_app.
 
-    python benchmarks/harness.py MODEL.onnx... [--rounds 12] [--queries 40]
+    python benchmarks/harness.py MODEL.onnx... [--rounds 30] [--queries 64]
 
 Batch 1, one thread, the same loaded model wherever one process allows it: in each round our single-stream loop, a bare
 loop over the engine's own call, and a LoadGen run of as many queries; benchmark_app runs in processes of its own, in
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "cannot compare", reason="benchmark_app is not installed", remedy='pip install "vit-edge[openvino]"'
         )
     models = {path.name: open_model(path) for path in arguments.models}
+    arguments.queries = max(arguments.queries, _LEAST_LOADGEN_QUERIES)  # the same for all
     watch = Watch(is_busy=False)  # while benchmark_app runs this process waits
     rows = []
     for path, (name, model) in zip(arguments.models, models.items(), strict=True):
@@ -121,10 +122,10 @@ def our_block(candidate: Candidate, queries: int) -> Samples:
 
 
 def loadgen_block(candidate: Candidate, queries: int) -> Any:
-    """Return a LoadGen run, of at least as many queries as its rules want."""
+    """Return a LoadGen run of at least as many queries."""
     if not candidate.rounds:
         candidate.sample(0.0, 3)  # LoadGen wants to know what to expect
-    return run_loadgen(candidate, "single-stream", min_seconds=0.001, min_queries=max(queries, _LEAST_LOADGEN_QUERIES))
+    return run_loadgen(candidate, "single-stream", min_seconds=0.001, min_queries=queries)
 
 
 def block(ask: Callable[[int], object], queries: int) -> Samples:
