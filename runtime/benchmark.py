@@ -163,6 +163,8 @@ def _extras(
         stages = measure_stages(candidates, options.images, progress=progress)
         extras.stages.update({id(c): found for c, found in zip(candidates, stages, strict=True)})
     for candidate in candidates if options.with_loadgen else ():
+        if not candidate.throughput_per_s:
+            continue  # a server of which no rate holds the bound
         extras.loadgen[id(candidate)] = run_loadgen(
             candidate, _scenario(candidate), min_seconds=options.min_seconds, min_queries=options.min_queries
         )

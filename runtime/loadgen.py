@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import numpy as np
 from vit_edge.errors import VitEdgeError, require
 from vit_edge.runtime.candidate import Candidate
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.scenarios import Scenario
+from vit_edge.runtime.scenarios import Scenario, SideBySide
+from vit_edge.runtime.server import ServerCandidate
 
 __all__ = ["LoadgenRun", "check_loadgen", "run_loadgen"]
 
-_NAMES = {"single-stream": "SingleStream", "multi-stream": "MultiStream", "offline": "Offline"}
+_NAMES = {"single-stream": "SingleStream", "multi-stream": "MultiStream", "offline": "Offline", "server": "Server"}
 _DETAIL, _PREFIX = "mlperf_log_detail.txt", ":::MLLOG "
 _MILLIONTHS = 1e6
 _lock = threading.Lock()  # LoadGen has one logger a process
@@ -49,41 +50,71 @@ def check_loadgen() -> Any:
 
 
 def run_loadgen(candidate: Candidate, scenario: Scenario, *, min_seconds: float, min_queries: int) -> LoadgenRun:
-    """Return what LoadGen measures of a candidate, whose inputs are prepared; raises MissingExtra without LoadGen."""
+    """Return what LoadGen measures of a candidate, whose inputs are prepared; raises MissingExtra without LoadGen.
+
+    A server is asked at the rate that our own scheduler found, and LoadGen says whether the bound holds there.
+    """
     loadgen = check_loadgen()
     settings = _settings(loadgen, candidate, scenario, min_seconds=min_seconds, min_queries=min_queries)
-    failed: list[Exception] = []
-    images, classifiers = np.concatenate(candidate.prepared), candidate.classifiers
-
-    def work(classifier: Classifier, parts: Sequence[Sequence[Any]]) -> None:
-        for part in parts:
-            try:
-                classifier.logits(_picked(images, [sample.index for sample in part]))
-            except Exception as error:  # it must not pass through LoadGen's own thread
-                failed.append(error)
-            loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(sample.id, 0, 0) for sample in part])
-
-    def issue(samples: Sequence[Any]) -> None:
-        step = candidate.batch_size
-        parts = [samples[start : start + step] for start in range(0, len(samples), step)]
-        if len(parts) == 1 or len(classifiers) == 1:
-            work(classifiers[0], parts)
-            return
-        with ThreadPoolExecutor(len(classifiers)) as pool:
-            for number, classifier in enumerate(classifiers):
-                pool.submit(work, classifier, parts[number :: len(classifiers)])
-
+    asked = _Asked(loadgen, candidate)
     with _lock, tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
-        system = loadgen.ConstructSUT(issue, lambda: None)
-        library = loadgen.ConstructQSL(len(images), len(images), lambda _: None, lambda _: None)
+        system = loadgen.ConstructSUT(asked.issue, lambda: None)
+        library = loadgen.ConstructQSL(asked.num_images, asked.num_images, lambda _: None, lambda _: None)
         try:
             loadgen.StartTestWithLogSettings(system, library, settings, _log_settings(loadgen, folder))
         finally:
+            asked.close()
             loadgen.DestroyQSL(library)
             loadgen.DestroySUT(system)
-        if failed:
-            raise failed[0]
+        if asked.failed:
+            raise asked.failed[0]
         return _read(Path(folder) / _DETAIL, scenario)
+
+
+class _Asked:
+    """What LoadGen calls with queries: one worker answers at once, several take them from a queue."""
+
+    def __init__(self, loadgen: Any, candidate: Candidate) -> None:
+        self._loadgen, self._batch_size = loadgen, candidate.batch_size
+        self._images, self._first = np.concatenate(candidate.prepared), candidate.classifier
+        self._queue: queue.SimpleQueue[Sequence[Any] | None] = queue.SimpleQueue()
+        self.failed: list[Exception] = []
+        workers = candidate.classifiers if isinstance(candidate, SideBySide) else []
+        self._threads = [threading.Thread(target=self._work, args=(worker,), daemon=True) for worker in workers]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def num_images(self) -> int:
+        return len(self._images)
+
+    def issue(self, samples: Sequence[Any]) -> None:
+        """Take what LoadGen asks, in batches."""
+        for start in range(0, len(samples), self._batch_size):
+            part = samples[start : start + self._batch_size]
+            if self._threads:
+                self._queue.put(part)
+            else:
+                self._answer(self._first, part)
+
+    def close(self) -> None:
+        """End the workers."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, classifier: Classifier) -> None:
+        while (part := self._queue.get()) is not None:
+            self._answer(classifier, part)
+
+    def _answer(self, classifier: Classifier, part: Sequence[Any]) -> None:
+        try:
+            classifier.logits(_picked(self._images, [sample.index for sample in part]))
+        except Exception as error:  # it must not pass through LoadGen's own thread
+            self.failed.append(error)
+        complete, response = self._loadgen.QuerySamplesComplete, self._loadgen.QuerySampleResponse
+        complete([response(sample.id, 0, 0) for sample in part])
 
 
 def _picked(images: Any, indices: Sequence[int]) -> Any:
@@ -108,6 +139,10 @@ def _settings(loadgen: Any, candidate: Candidate, scenario: Scenario, *, min_sec
         # One query with as many samples as this rate gives in the shortest duration.
         settings.min_query_count = 1
         settings.offline_expected_qps = max(1.0, candidate.throughput_per_s, min_queries / min_seconds)
+    if isinstance(candidate, ServerCandidate):
+        settings.server_target_qps = candidate.throughput_per_s
+        settings.server_target_latency_ns = round(candidate.latency_bound_ms * _MILLIONTHS)
+        settings.server_target_latency_percentile = 0.99
     return settings
 
 
@@ -129,7 +164,8 @@ def _read(path: Path, scenario: Scenario) -> LoadgenRun:
     percentiles = [told.get(f"result_{number}.00_percentile_{_of(scenario)}_ns") for number in (50, 90, 99)]
     # Offline, a latency counts from the beginning of the run: it says nothing.
     p50, p90, p99 = (None if value is None or scenario == "offline" else value / _MILLIONTHS for value in percentiles)
-    rates = [told.get(key) for key in ("result_samples_per_second", "result_qps_without_loadgen_overhead")]
+    rates = [told.get(key) for key in ("result_samples_per_second", "result_completed_samples_per_sec")]
+    rates.append(told.get("result_qps_without_loadgen_overhead"))
     return LoadgenRun(
         version=str(told.get("loadgen_version", "unknown")).split(" ")[0],
         scenario=scenario,

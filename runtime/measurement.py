@@ -62,8 +62,6 @@ class BenchmarkOptions:
             raise _refused(reason, "give --scenario server and --latency-bound MS together")
         if bound is not None and not (math.isfinite(bound) and bound > 0):
             raise _refused(f"the latency bound is {bound} ms", "give a positive number of milliseconds")
-        if self.with_loadgen and self.scenario == "server":
-            raise _refused("LoadGen is not run in the server scenario", "leave --loadgen out, or choose another one")
 
 
 def _refused(reason: str, remedy: str) -> UsageError:
