@@ -25,7 +25,7 @@ from vit_edge.runtime.latency import quantiles_ms, ratio
 from vit_edge.runtime.loadgen import LoadgenRun, check_loadgen, run_loadgen
 from vit_edge.runtime.loading import open_any
 from vit_edge.runtime.measurement import Benchmark, BenchmarkOptions, Harness, Measurement
-from vit_edge.runtime.noise import Watch
+from vit_edge.runtime.noise import Noise, Watch
 from vit_edge.runtime.peak import Peak, measure_peak, share_of_peak
 from vit_edge.runtime.products import Products, count_products
 from vit_edge.runtime.scenarios import OfflineCandidate, Scenario, workers_for
@@ -58,14 +58,7 @@ def measure(
         meter, energy_meter = open_meter()
         if meter:
             stack.callback(meter.close)
-        on_cpu = all(candidate.options.device == "cpu" for candidate in candidates)
-        watch = Watch(is_busy=on_cpu and options.scenario != "server")
-        _sample(candidates, options, watch, meter, progress)
-        noise = watch.stop()
-        for reason in noise.said if noise.is_valid else ():
-            _log.warning("the machine was not quite quiet: %s", reason)
-        for candidate in candidates:
-            _warn_unsettled(candidate)
+        noise = _sample(candidates, options, meter, progress)
         extras = _extras(candidates, opened, options, progress)
         results = tuple(_result(candidate, candidates[0], extras) for candidate in candidates)
         return Benchmark(
@@ -124,18 +117,23 @@ def _candidate(
 
 
 def _sample(
-    candidates: Sequence[Candidate],
-    options: BenchmarkOptions,
-    watch: Watch,
-    meter: Meter | None,
-    progress: Progress,
-) -> None:
-    least = {"min_seconds": options.min_seconds, "min_queries": options.min_queries}
+    candidates: Sequence[Candidate], options: BenchmarkOptions, meter: Meter | None, progress: Progress
+) -> Noise:
+    """Measure all in turn; returns what the machine was like, and warns of what was not as it should be."""
+    on_cpu = all(candidate.options.device == "cpu" for candidate in candidates)
+    watch = Watch(is_busy=on_cpu and options.scenario != "server")
+    least: dict[str, Any] = {"min_seconds": options.min_seconds, "min_queries": options.min_queries}
     servers = [candidate for candidate in candidates if isinstance(candidate, ServerCandidate)]
     if servers:
-        search_in_turns(servers, **least, progress=progress, after_round=watch.look)  # type: ignore[arg-type]
+        search_in_turns(servers, **least, progress=progress, after_round=watch.look)
     else:
-        sample_in_turns(candidates, **least, progress=progress, meter=meter, after_round=watch.look)  # type: ignore[arg-type]
+        sample_in_turns(candidates, **least, progress=progress, meter=meter, after_round=watch.look)
+    noise = watch.stop()
+    for reason in noise.said if noise.is_valid else ():
+        _log.warning("the machine was not quite quiet: %s", reason)
+    for candidate in candidates:
+        _warn_unsettled(candidate)
+    return noise
 
 
 def _warn_unsettled(candidate: Candidate) -> None:

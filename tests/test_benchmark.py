@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,35 @@ def test_multiplications_are_those_of_the_graph_and_stand_beside_the_measured_pe
         assert peak.float_gmac_per_s
         assert result.share_of_peak is not None
         assert result.share_of_peak > 0
+
+
+def test_a_file_with_an_evaluation_is_drawn_by_accuracy_and_so_is_the_float_file_it_was_made_from(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    model = open_model(workspace.int8_model)
+    results = [{"engine": "onnxruntime", "candidate_top1": 98.25, "reference_top1": 98.5}]
+    (tmp_path / "int8.onnx").write_bytes(
+        model.with_manifest(replace(model.manifest, evaluation={"data_sha256": "0", "results": results}))
+    )
+    given = ("--engine", "onnxruntime", "--plot", "run.png", "--json", *BRIEF)
+    done = vit_edge("benchmark", workspace.float_model, "int8.onnx", workspace.int8_model, *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [result["top1"] for result in json.loads(done.stdout)["results"]] == [98.5, 98.25, None]
+    with Image.open(tmp_path / "run.png") as picture:
+        assert picture.width > 1_500  # a third panel
+
+
+def test_files_that_could_not_be_written_are_refused_before_anything_is_measured(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    for files, sentence in (
+        (("--save", "a", "--csv", "a"), "one file"),
+        (("--save", "no/such/folder"), "does not exist"),
+    ):
+        done = vit_edge("benchmark", workspace.int8_model, *files, "--min-seconds", "3600", cwd=tmp_path)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_energy_is_read_where_there_is_a_meter_and_not_available_elsewhere(tmp_path: Path) -> None:

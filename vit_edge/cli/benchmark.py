@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,21 +111,28 @@ def benchmark(
     if fail_if_slower is not None and compare is None:
         reason = "--fail-if-slower needs something to compare with"
         raise UsageError("cannot compare", reason=reason, remedy="add --compare OLD.json")
-    for path in (csv, save, plot):
-        if path is not None:
-            may_write(path, force=force)
-    if plot is not None:
-        require("matplotlib", extra="train", what="draw the results")
+    _check_outputs((csv, save, plot), draws=plot is not None, force=force)
     old = None if compare is None else _read_old(compare)
     run = _measure(models, measured)
     data = _data(run)
     comparisons = [] if old is None else _compared(data, old, compare)
     _write(data, run, csv=csv, save=save, plot=plot)
-    shown = tables(run, comparisons)
     if old is not None:
         data["comparison"] = [asdict(one) for one in comparisons]
     error = _verdict(run, comparisons, fail_if_slower, fail_if_noisy=fail_if_noisy)
-    return Result(data=data, shown=shown, error=error)
+    return Result(data=data, shown=tables(run, comparisons), error=error)
+
+
+def _check_outputs(paths: Sequence[Path | None], *, draws: bool, force: bool) -> None:
+    """Raise before anything is measured where a file may not be written, or where what draws is not installed."""
+    given = [path for path in paths if path is not None]
+    if len({path.absolute() for path in given}) < len(given):
+        reason, remedy = "two results would go into one file", "give each a name of its own"
+        raise UsageError("cannot write", reason=reason, remedy=remedy)
+    for path in given:
+        may_write(path, force=force)
+    if draws:
+        require("matplotlib", extra="train", what="draw the results")
 
 
 def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
