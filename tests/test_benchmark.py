@@ -17,8 +17,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Workspace, vit_edge
+from tests.networks import write_checkpoint
 from vit_edge.artifact import open_model
 from vit_edge.errors import MissingExtra, UsageError
+from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.export.costs import macs_per_image
 from vit_edge.runtime import BenchmarkOptions, Measurement, installed_engines, load, measure
 from vit_edge.runtime.energy import open_meter
@@ -290,6 +292,19 @@ def test_what_an_engine_cannot_do_is_left_out_and_said(workspace: Workspace) -> 
     printed = json.loads(done.stdout)
     assert [result["float_precision"] for result in printed["results"]] == ["f32"]
     assert any("left out" in warning for warning in printed["warnings"])
+
+
+def test_openvinos_own_format_and_a_fixed_batch_are_measured_too(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "c.safetensors")
+    export_onnx(checkpoint, out=tmp_path / "m.xml", options=ExportOptions(format="openvino"))
+    export_onnx(checkpoint, out=tmp_path / "four.onnx", options=ExportOptions(batch=4))
+    done = vit_edge("benchmark", "m.xml", "four.onnx", "--json", *BRIEF, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    names = [(result["model"], result["engine"]) for result in printed["results"]]
+    assert names == [("m.xml", "openvino"), *(("four.onnx", engine) for engine in installed_engines())]
+    assert printed["results"][0]["size_bytes"] > (tmp_path / "m.bin").stat().st_size
+    assert any("its batch is fixed at 4" in warning for warning in printed["warnings"])
 
 
 def test_the_null_engine_is_measured_as_any_other(workspace: Workspace) -> None:
