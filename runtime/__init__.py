@@ -6,14 +6,19 @@ with load("model.int8.onnx") as classifier:
     print(classifier("picture.jpg").label)
 """
 
-from vit_edge.runtime.benchmark import Latency, Measurement, Scenario, measure
+from vit_edge.runtime.benchmark import measure
 from vit_edge.runtime.classifier import Answer, Classifier, Prediction, Timings
 from vit_edge.runtime.engine import EngineName, installed_engines
+from vit_edge.runtime.latency import Latency
 from vit_edge.runtime.loading import load
+from vit_edge.runtime.measurement import Benchmark, BenchmarkOptions, Measurement
 from vit_edge.runtime.pool import Pool
+from vit_edge.runtime.scenarios import Scenario
 
 __all__ = [
     "Answer",
+    "Benchmark",
+    "BenchmarkOptions",
     "Classifier",
     "EngineName",
     "Latency",

@@ -2,207 +2,263 @@
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
+import itertools
+import logging
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from vit_edge.artifact import ModelFile, open_model
 from vit_edge.cpu import cpu_name, instruction_set
-from vit_edge.errors import ResourceExhausted, UsageError, VitEdgeError
+from vit_edge.errors import EngineUnavailable, MissingExtra
+from vit_edge.ir import IrModel
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engine import EngineOptions, chosen_engines
-from vit_edge.runtime.golden import golden_images
-from vit_edge.runtime.loading import load_model
+from vit_edge.runtime.candidate import Candidate, WarmUp, sample_in_turns
+from vit_edge.runtime.energy import Meter, open_meter
+from vit_edge.runtime.engine import EngineOptions, Model, chosen_engines
+from vit_edge.runtime.fresh import cold_start
+from vit_edge.runtime.latency import quantiles_ms, ratio
+from vit_edge.runtime.loadgen import LoadgenRun, check_loadgen, run_loadgen
+from vit_edge.runtime.loading import open_any
+from vit_edge.runtime.measurement import Benchmark, BenchmarkOptions, Harness, Measurement
+from vit_edge.runtime.noise import Noise, Watch
+from vit_edge.runtime.peak import Peak, measure_peak, share_of_peak
+from vit_edge.runtime.products import Products, count_products
+from vit_edge.runtime.scenarios import OfflineCandidate, Scenario, workers_for
+from vit_edge.runtime.server import ServerCandidate, search_in_turns
+from vit_edge.runtime.stages import EndToEnd, measure_stages
 
-__all__ = ["Candidate", "Latency", "Measurement", "Scenario", "measure", "sample_in_turns"]
+__all__ = ["measure"]
 
-# MLPerf's terms: single-stream is one image a query, multi-stream several; the next query starts when one ends.
-Scenario = Literal["single-stream", "multi-stream"]
-_ROUNDS = 8
-_WARM_UP_S = 0.3
-_CHILD_TIMEOUT_S = 300
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Latency:
-    """Observed times of one query in milliseconds; percentiles are samples that occurred (nearest rank)."""
-
-    min: float
-    p50: float
-    p90: float
-    p99: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
-    """One model in one engine: what ran, and how long it took."""
-
-    model: str
-    name: str
-    engine: str
-    engine_version: str
-    device: str
-    precision: str
-    batch_size: int
-    threads: int
-    scenario: Scenario
-    instruction_set: str
-    cpu: str
-    num_queries: int
-    latency_ms: Latency
-    throughput_per_s: float
-    load_ms: float
-    peak_rss_bytes: int
-    size_bytes: int
+_NULL_QUERIES, _NULL_S = 2_000, 0.1
+_log = logging.getLogger(__name__)
 
 
 def measure(
     models: Sequence[str | os.PathLike[str]],
+    options: BenchmarkOptions | None = None,
     *,
-    engines: Sequence[str] = (),
-    batch_size: int = 1,
-    threads: int | None = None,
-    min_seconds: float = 3.0,
-    min_queries: int = 200,
     progress: Progress = silent,
-) -> list[Measurement]:
-    """Return one measurement for each model and engine (default: all installed), measured alternately in rounds.
+) -> Benchmark:
+    """Return one measurement for every mix of model, engine, device, precision, batch size and threads.
 
-    Each gets at least `min_seconds` and `min_queries`, after a warm-up. Inputs are prepared beforehand. `load_ms` (file
-    to first answer) and `peak_rss_bytes` are those of a fresh process that does nothing else.
+    They are measured alternately in rounds, after a warm-up, with inputs prepared beforehand. A mix that an engine
+    cannot do is left out with a warning, unless nothing is left. Raises as `load` does.
     """
-    if not (1 <= batch_size <= 1024 and 1 <= min_queries <= 1_000_000 and 0 < min_seconds <= 3600):
-        reason = f"batch size {batch_size}, {min_seconds} seconds, {min_queries} queries"
-        remedy = "give a batch of 1 to 1,024, up to 3,600 seconds, up to 1,000,000 queries"
-        raise UsageError("cannot measure", reason=reason, remedy=remedy)
-    chosen = chosen_engines(engines)
-    options = EngineOptions(threads=threads)
-    candidates: list[Candidate] = []
-    try:
-        for model in models:
-            for engine in chosen:
-                candidates.append(  # noqa: PERF401 - those made are closed where a later one fails
-                    Candidate(os.fspath(model), open_model(model), engine, options, batch_size)
-                )
-        sample_in_turns(candidates, min_seconds=min_seconds, min_queries=min_queries, progress=progress)
-        return [candidate.result() for candidate in candidates]
-    finally:
-        for candidate in candidates:
-            candidate.close()
-
-
-def sample_in_turns(
-    candidates: Sequence[Candidate], *, min_seconds: float, min_queries: int, progress: Progress = silent
-) -> None:
-    """Warm every candidate up, then measure each a little in every round, so that drift hits all alike."""
-    for position, candidate in enumerate(candidates):
-        progress("warming up", position, len(candidates))
-        candidate.warm_up()
-    for number in range(_ROUNDS):
-        for candidate in candidates:
-            candidate.sample(min_seconds / _ROUNDS, math.ceil(min_queries / _ROUNDS))
-        progress("measuring", number + 1, _ROUNDS)
-
-
-class Candidate:
-    """One file in one engine, and every latency observed of it, in nanoseconds."""
-
-    def __init__(self, path: str, model: ModelFile, engine: str, options: EngineOptions, batch_size: int) -> None:
-        self.path, self.size_bytes, self.batch_size = path, len(model.data), batch_size
-        self.classifier = load_model(model, engine=engine, options=options)
-        self.batches = _inputs(self.classifier, batch_size)
-        self.samples_ns: list[int] = []
-
-    def warm_up(self) -> None:
-        """Answer for a while without measuring."""
-        end = time.perf_counter() + _WARM_UP_S
-        while time.perf_counter() < end:
-            self.classifier.logits(next(self.batches))
-
-    def sample(self, seconds: float, queries: int) -> None:
-        """Measure at least so many queries, for at least so many seconds."""
-        end, left = time.perf_counter() + seconds, queries
-        while left > 0 or time.perf_counter() < end:
-            batch = next(self.batches)
-            started = time.perf_counter_ns()
-            self.classifier.logits(batch)
-            self.samples_ns.append(time.perf_counter_ns() - started)
-            left -= 1
-
-    @property
-    def latency(self) -> Latency:
-        """Return the percentiles of what was observed."""
-        return _latency(self.samples_ns)
-
-    def result(self) -> Measurement:
-        """Return what ran and how fast, its cold start in a process of its own included."""
-        what = self.classifier.describe()
-        cold = _cold_start(self.path, what["engine"], what["threads"], self.batch_size)
-        return Measurement(
-            model=self.path,
-            name=what["name"],
-            engine=what["engine"],
-            engine_version=what["engine_version"],
-            device=what["device"],
-            precision=what["precision"],
-            batch_size=self.batch_size,
-            threads=what["threads"],
-            scenario="single-stream" if self.batch_size == 1 else "multi-stream",
-            instruction_set=instruction_set(),
-            cpu=cpu_name(),
-            num_queries=len(self.samples_ns),
-            latency_ms=self.latency,
-            throughput_per_s=len(self.samples_ns) * self.batch_size / (sum(self.samples_ns) / 1e9),
-            load_ms=cold["load_ms"],
-            peak_rss_bytes=cold["peak_rss_bytes"],
-            size_bytes=self.size_bytes,
+    options = options or BenchmarkOptions()
+    if options.with_loadgen:
+        check_loadgen()
+    with ExitStack() as stack:
+        opened = _opened(models)
+        candidates = _candidates(opened, options, stack)
+        meter, energy_meter = open_meter()
+        if meter:
+            stack.callback(meter.close)
+        noise = _sample(candidates, options, meter, progress)
+        extras = _extras(candidates, opened, options, progress)
+        results = tuple(_result(candidate, candidates[0], extras) for candidate in candidates)
+        return Benchmark(
+            results=results,
+            noise=noise,
+            invalid_because=noise.invalid_because,
+            harness=_harness(candidates[0]),
+            peaks=tuple(extras.peaks.values()),
+            energy_meter=energy_meter,
         )
 
-    def close(self) -> None:
-        """Free the model."""
-        self.classifier.close()
+
+def _opened(models: Sequence[str | os.PathLike[str]]) -> dict[str, Model]:
+    return {os.fspath(model): open_any(model) for model in models}
 
 
-def _inputs(classifier: Classifier, batch_size: int) -> Iterator[Any]:
-    """Yield prepared batches for ever, several different ones in turn."""
-    height, width = classifier.manifest.preprocessing.crop
-    images = golden_images(range(4 * batch_size), height=height, width=width)
-    batches = images.reshape(4, batch_size, height, width, 3)
-    while True:
-        yield from batches
+def _candidates(opened: dict[str, Model], options: BenchmarkOptions, stack: ExitStack) -> list[Candidate]:
+    """Return what can be loaded of every mix; raises what the last one raised where nothing can."""
+    found: list[Candidate] = []
+    unable: EngineUnavailable | None = None
+    engines = chosen_engines(options.engines)
+    mixes = itertools.product(
+        opened.items(), engines, options.devices, options.precisions, options.batch_sizes, options.threads
+    )
+    for (path, model), engine, device, precision, batch_size, threads in mixes:
+        if isinstance(model, IrModel) and engine == "onnxruntime" and not options.engines:
+            continue  # it cannot read it, and nobody asked for it
+        mix = EngineOptions(device=device, precision=precision, threads=threads)
+        try:
+            candidate = _candidate(path, model, engine, mix, batch_size, options)
+        except MissingExtra:
+            raise
+        except EngineUnavailable as error:
+            _log.warning("left out: %s in %s on %s: %s", path, engine, device, error.reason)
+            unable = error
+            continue
+        stack.callback(candidate.close)
+        found.append(candidate)
+    if unable is not None and not found:
+        raise unable
+    return found
 
 
-def _latency(samples_ns: Sequence[int]) -> Latency:
-    ordered = np.sort(np.asarray(samples_ns, dtype=np.float64)) / 1e6
+def _candidate(
+    path: str, model: Model, engine: str, mix: EngineOptions, batch_size: int, options: BenchmarkOptions
+) -> Candidate:
+    fixed = model.manifest.batch
+    if fixed is not None and batch_size % fixed:
+        _log.warning("%s: its batch is fixed at %d: a query of %d is filled up with black", path, fixed, batch_size)
+    side_by_side = replace(mix, streams=workers_for(mix))
+    if options.latency_bound_ms is not None:
+        return ServerCandidate(path, model, engine, side_by_side, latency_bound_ms=options.latency_bound_ms)
+    if options.scenario == "offline":
+        return OfflineCandidate(path, model, engine, side_by_side, batch_size)
+    return Candidate(path, model, engine, mix, batch_size)
 
-    def percentile(share: float) -> float:
-        return float(ordered[math.ceil(share * len(ordered)) - 1])
 
-    return Latency(min=float(ordered[0]), p50=percentile(0.5), p90=percentile(0.9), p99=percentile(0.99))
+def _sample(
+    candidates: Sequence[Candidate], options: BenchmarkOptions, meter: Meter | None, progress: Progress
+) -> Noise:
+    """Measure all in turn; returns what the machine was like, and warns of what was not as it should be."""
+    on_cpu = all(candidate.options.device == "cpu" for candidate in candidates)
+    watch = Watch(is_busy=on_cpu and options.scenario != "server")
+    least: dict[str, Any] = {"min_seconds": options.min_seconds, "min_queries": options.min_queries}
+    servers = [candidate for candidate in candidates if isinstance(candidate, ServerCandidate)]
+    if servers:
+        search_in_turns(servers, **least, progress=progress, after_round=watch.look)
+    else:
+        sample_in_turns(candidates, **least, progress=progress, meter=meter, after_round=watch.look)
+    noise = watch.stop()
+    for reason in noise.said if noise.is_valid else ():
+        _log.warning("the machine was not quite quiet: %s", reason)
+    for candidate in candidates:
+        _warn_unsettled(candidate)
+    return noise
 
 
-def _cold_start(path: str, engine: str, threads: int, batch_size: int) -> dict[str, Any]:
-    """Return load time and peak memory of a fresh process that loads the file and answers once."""
-    arguments = (path, engine, str(threads), str(batch_size))
-    command = [sys.executable, "-m", "vit_edge.runtime.coldstart", *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        reason = f"a fresh process took over {_CHILD_TIMEOUT_S} s"
-        raise ResourceExhausted(
-            "cannot measure the cold start", file=path, reason=reason, remedy="try again"
-        ) from error
-    if done.returncode != 0:
-        reason = f"a fresh process ended with {done.returncode}: {done.stderr.strip()[-300:]}"
-        raise VitEdgeError("cannot measure the cold start", file=path, reason=reason, remedy="run it again")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+def _warn_unsettled(candidate: Candidate) -> None:
+    if candidate.warmed is not None and not candidate.warmed.is_settled:
+        text = "%s in %s: its latency had not settled after %.1f s"
+        _log.warning(text, candidate.path, candidate.classifier.describe()["engine"], candidate.warmed.seconds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Extras:
+    """What is measured beside the latency: by file, by engine with its options, and by candidate."""
+
+    products: dict[str, Products | None] = field(default_factory=dict)
+    peaks: dict[tuple[str, EngineOptions], Peak] = field(default_factory=dict)
+    stages: dict[int, EndToEnd] = field(default_factory=dict)
+    loadgen: dict[int, LoadgenRun] = field(default_factory=dict)
+    top1: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+def _extras(
+    candidates: Sequence[Candidate], opened: dict[str, Model], options: BenchmarkOptions, progress: Progress
+) -> _Extras:
+    extras = _Extras(top1=_accuracies(opened))
+    if options.images is not None:
+        stages = measure_stages(candidates, options.images, progress=progress)
+        extras.stages.update({id(c): found for c, found in zip(candidates, stages, strict=True)})
+    for candidate in candidates if options.with_loadgen else ():
+        if not candidate.throughput_per_s:
+            continue  # a server of which no rate holds the bound
+        extras.loadgen[id(candidate)] = run_loadgen(
+            candidate, _scenario(candidate), min_seconds=options.min_seconds, min_queries=options.min_queries
+        )
+    if options.has_peak:
+        extras.products.update({path: count_products(model) for path, model in opened.items()})
+        for candidate in candidates:
+            key = _peak_key(candidate)
+            if key not in extras.peaks and key[0] != "null" and candidate.options.device == "cpu":
+                extras.peaks[key] = measure_peak(*key)
+    return extras
+
+
+def _peak_key(candidate: Candidate) -> tuple[str, EngineOptions]:
+    """Return the engine, and options with all the threads that the candidate has: of all its workers."""
+    mix = candidate.options
+    threads = min(mix.num_threads * len(candidate.classifiers), 256)
+    return candidate.classifier.describe()["engine"], replace(mix, threads=threads, streams=1, batch_size=None)
+
+
+def _accuracies(opened: dict[str, Model]) -> dict[tuple[str, str], float]:
+    """Return the top-1 that evaluations in the files tell, by file and engine; of a float file, an INT8 file tells."""
+    by_hash = {model.sha256: path for path, model in opened.items()}
+    found: dict[tuple[str, str], float] = {}
+    for path, model in opened.items():
+        reference = by_hash.get(str(model.manifest.provenance.get("float_model_sha256")))
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # a manifest of somebody's own
+            for entry in (model.manifest.evaluation or {}).get("results", ()):
+                for where, key in ((path, "candidate_top1"), (reference, "reference_top1")):
+                    if where is not None and entry.get(key) is not None:
+                        found[where, entry["engine"]] = float(entry[key])
+    return found
+
+
+def _scenario(candidate: Candidate) -> Scenario:
+    if isinstance(candidate, ServerCandidate):
+        return "server"
+    if isinstance(candidate, OfflineCandidate):
+        return "offline"
+    return "single-stream" if candidate.batch_size == 1 else "multi-stream"
+
+
+def _harness(candidate: Candidate) -> Harness:
+    """Measure the null engine with one image a query, through the same code as every candidate."""
+    null = Candidate(candidate.path, candidate.model, "null", EngineOptions(threads=1), 1)
+    null.sample(_NULL_S, _NULL_QUERIES)
+    found = null.latency
+    null.close()
+    return Harness(p50_us=found.p50 * 1000, p99_us=found.p99 * 1000, num_queries=len(null.samples_ns))
+
+
+def _result(candidate: Candidate, first: Candidate, extras: _Extras) -> Measurement:
+    what, mix = candidate.classifier.describe(), candidate.options
+    cold = cold_start(candidate.path, what["engine"], mix, candidate.batch_size)
+    same = ("name", "sha256", "engine", "engine_version", "device", "precision", "float_precision", "threads")
+    return Measurement(
+        model=candidate.path,
+        **{key: what[key] for key in same},
+        batch_size=candidate.batch_size,
+        workers=len(candidate.classifiers),
+        scenario=_scenario(candidate),
+        instruction_set=instruction_set(),
+        cpu=cpu_name(),
+        **_observed(candidate, first),
+        load_ms=cold.load_ms,
+        cold_start_ms=cold.cold_start_ms,
+        peak_rss_bytes=cold.peak_rss_bytes,
+        size_bytes=candidate.size_bytes,
+        products=extras.products.get(candidate.path),
+        share_of_peak=_share_of_peak(candidate, extras),
+        top1=extras.top1.get((candidate.path, what["engine"])),
+        end_to_end=extras.stages.get(id(candidate)),
+        latency_bound_ms=candidate.latency_bound_ms if isinstance(candidate, ServerCandidate) else None,
+        trials=tuple(candidate.trials) if isinstance(candidate, ServerCandidate) else (),
+        loadgen=extras.loadgen.get(id(candidate)),
+    )
+
+
+def _observed(candidate: Candidate, first: Candidate) -> dict[str, Any]:
+    """Return the fields of a Measurement that come of its samples."""
+    costs_ms, base_ms = candidate.costs_ms, first.costs_ms
+    num_images = sum(one.num_images for one in candidate.rounds)
+    return {
+        "num_queries": len(candidate.samples_ns),
+        "seconds": sum(one.wall_s for one in candidate.rounds),
+        "warm_up": candidate.warmed or WarmUp(seconds=0.0, num_queries=0, is_settled=False),
+        "latency_ms": candidate.latency,
+        "quantiles_ms": quantiles_ms(candidate.samples_ns),
+        "throughput_per_s": candidate.throughput_per_s,
+        "by_round_ms": tuple(float(np.median(one)) for one in costs_ms),
+        "ratio": None if candidate is first or not costs_ms or not base_ms else ratio(base_ms, costs_ms),
+        "millijoules_per_image": None if candidate.joules is None else 1000 * candidate.joules / num_images,
+    }
+
+
+def _share_of_peak(candidate: Candidate, extras: _Extras) -> float | None:
+    products, peak = extras.products.get(candidate.path), extras.peaks.get(_peak_key(candidate))
+    if products is None or peak is None or isinstance(candidate, ServerCandidate):
+        return None
+    return share_of_peak(products, peak, float(np.median([np.median(one) for one in candidate.costs_ms])))

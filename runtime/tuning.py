@@ -9,8 +9,9 @@ from vit_edge.artifact import ModelFile, open_model
 from vit_edge.cpu import usable_threads
 from vit_edge.errors import EngineUnavailable, UsageError
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.benchmark import Candidate, Latency, sample_in_turns
+from vit_edge.runtime.candidate import Candidate, sample_in_turns
 from vit_edge.runtime.engine import EngineOptions
+from vit_edge.runtime.latency import Latency
 from vit_edge.runtime.verdicts import Verdict, leave_verdict, promised_engines
 
 __all__ = ["Tried", "Tuning", "tune"]

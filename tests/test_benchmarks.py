@@ -196,3 +196,15 @@ def test_a_thread_with_a_core_for_itself_is_quiet_and_one_that_waits_is_not() ->
     assert Load(**times, own_cpu_s=9.95).is_quiet  # type: ignore[arg-type]
     assert not Load(**times, own_cpu_s=9.0).is_quiet  # type: ignore[arg-type]
     assert not Load(**{**times, "other_cores": 0.5}, own_cpu_s=9.95).is_quiet  # type: ignore[arg-type]
+
+
+def test_our_harness_stands_beside_loadgen_a_bare_loop_and_benchmark_app(inputs: Inputs) -> None:
+    pytest.importorskip("mlperf_loadgen", reason='LoadGen is not installed: pip install "vit-edge[loadgen]"')
+    result = inputs.measured("harness.py", "int8.onnx", "--app-seconds", "1", "--app-rounds", "1")
+    beside = {(row["engine"], row["beside"]) for row in result["rows"]}
+    both = {(engine, name) for engine in ("onnxruntime", "openvino") for name in ("LoadGen, p50", "bare loop, p50")}
+    assert both | {("openvino", "benchmark_app, p50")} <= beside
+    for row in result["rows"]:
+        assert min(row["ours_ms"], row["theirs_ms"]) > 0
+        assert row["apart_percent"] == pytest.approx(100 * (row["ours_ms"] / row["theirs_ms"] - 1))
+    assert result["null"]["queries"] >= 10_000

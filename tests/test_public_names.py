@@ -24,6 +24,8 @@ SURFACE = {
     ],
     "vit_edge.runtime": [
         "Answer",
+        "Benchmark",
+        "BenchmarkOptions",
         "Classifier",
         "EngineName",
         "Latency",

@@ -26,7 +26,7 @@ from vit_edge.errors import (
     UsageError,
     VitEdgeError,
 )
-from vit_edge.runtime import installed_engines, load, measure
+from vit_edge.runtime import installed_engines, load
 from vit_edge.runtime.golden import golden_images
 
 ENGINES = ("onnxruntime", "openvino")
@@ -312,37 +312,6 @@ def test_a_signal_after_two_models_were_closed_does_not_end_the_process(workspac
     command = [sys.executable, "-c", _CLOSE_TWO, workspace.float_model, engine]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_every_model_and_engine_is_measured_with_observed_percentiles(workspace: Workspace) -> None:
-    models = [workspace.float_model, workspace.int8_model]
-    results = measure(models, min_seconds=0.2, min_queries=40, threads=1)
-    assert [(Path(r.model).name, r.engine) for r in results] == [
-        (path.name, engine) for path in models for engine in installed_engines()
-    ]
-    for result in results:
-        latency = result.latency_ms
-        assert 0 < latency.min <= latency.p50 <= latency.p90 <= latency.p99
-        assert result.num_queries >= 40
-        assert (result.scenario, result.batch_size, result.threads) == ("single-stream", 1, 1)
-        assert result.throughput_per_s > 0
-        assert result.load_ms > 0
-        assert result.peak_rss_bytes > 20e6
-
-
-def test_the_harness_itself_costs_little_beside_a_model(workspace: Workspace) -> None:
-    null, real = (
-        measure([workspace.float_model], engines=[engine], min_seconds=0.2, min_queries=50)[0]
-        for engine in ("null", "onnxruntime")
-    )
-    assert null.engine == "null"
-    assert null.latency_ms.min < real.latency_ms.min
-
-
-def test_a_larger_batch_is_multi_stream(workspace: Workspace) -> None:
-    result = measure([workspace.int8_model], engines=["openvino"], batch_size=4, min_seconds=0.1, min_queries=10)[0]
-    assert (result.scenario, result.batch_size) == ("multi-stream", 4)
-    assert result.throughput_per_s > 0
 
 
 def test_real_pictures_are_answered_alike_by_both_engines(workspace: Workspace) -> None:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes, progress_bar, threads_option
+from vit_edge.cli.benchmark_tables import csv_text, tables
+from vit_edge.cli.output import SCHEMA, Result, command, file_argument, finite, progress_bar
+from vit_edge.cpu import MOST_THREADS
+from vit_edge.errors import UsageError, VerificationFailed, require
+from vit_edge.files import may_write, write_atomic
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from vit_edge.cli.benchmark_comparison import Comparison
+    from vit_edge.runtime.measurement import Benchmark
 
-    from vit_edge.runtime.benchmark import Measurement
+_MOST_PERCENT = 1000
+
+
+def _percent(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
+    """Return the number in "5%" or "5"."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= _MOST_PERCENT:
+        raise UsageError("cannot use --fail-if-slower", reason=f"it is {text!r}", remedy="write per cent, such as 5%")
+    return value
 
 
 @command("benchmark")
@@ -21,78 +41,169 @@ if TYPE_CHECKING:
 @click.option(
     "--engine", "engines", multiple=True, help="onnxruntime or openvino, repeatable  [default: all installed]."
 )
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Pictures a query.")
+@click.option("--device", "devices", multiple=True, default=("cpu",), show_default=True, help="Repeatable.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["f32", "f16", "bf16", "tf32"]),
+    help="Of the float parts, repeatable  [default: f32 on a CPU].",
+)
+@click.option(
+    "--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Pictures a query, repeatable."
+)
+@click.option(
+    "--threads",
+    multiple=True,
+    type=click.IntRange(1, MOST_THREADS),
+    help="Repeatable  [default: the CPUs the container grants].",
+)
+@click.option(
+    "--scenario",
+    type=click.Choice(["single-stream", "multi-stream", "offline", "server"]),
+    help="In MLPerf's terms  [default: single-stream for batch 1, else multi-stream].",
+)
+@click.option("--latency-bound", type=float, metavar="MS", help="What 99 % of a server's answers must hold.")
 @click.option(
     "--min-seconds", type=float, default=3.0, show_default=True, help="Shortest time each candidate is measured."
 )
 @click.option(
     "--min-queries", type=click.IntRange(1), default=200, show_default=True, help="Fewest queries for each candidate."
 )
-@threads_option()
+@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Measure from file to labels too.")
+@click.option("--loadgen", "with_loadgen", is_flag=True, help="Measure with MLCommons LoadGen too.")
+@click.option("--no-peak", is_flag=True, help="Leave out the peak of the CPU.")
+@click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV.")
+@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write what --json prints.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the results.")
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option("--compare", type=click.Path(path_type=Path), metavar="OLD.json", help="Compare with a saved run.")
+@click.option(
+    "--fail-if-slower",
+    callback=_percent,
+    metavar="PERCENT",
+    help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
+)
+@click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
 def benchmark(
     models: tuple[Path, ...],
-    engines: tuple[str, ...],
-    batch_size: int,
-    min_seconds: float,
-    min_queries: int,
-    threads: int | None,
+    csv: Path | None,
+    save: Path | None,
+    plot: Path | None,
+    force: bool,
+    compare: Path | None,
+    fail_if_slower: float | None,
+    fail_if_noisy: bool,
+    **measured: Any,
 ) -> Result:
-    """Measure how fast MODELS answer, each in every engine, alternately in rounds.
+    """Measure how fast MODELS answer, in every mix of the options, alternately in rounds.
 
-    Latency is that of one query with its input prepared; percentiles are samples that occurred. Load time and memory
-    are those of a fresh process. Figures hold for this machine as it is now: compare within one table.
+    Latency is that of one query with its input prepared; percentiles are samples that occurred; a ratio is that to the
+    first line. Load time, cold start and memory are those of a fresh process. Figures hold for this machine as it is
+    now: compare within one table. A run on a machine that others used too is marked invalid.
 
     \b
     Example:
-      vit-edge benchmark model.onnx model.int8.onnx --threads 1
+      vit-edge benchmark model.onnx model.int8.onnx --threads 1 --threads 2
+      vit-edge benchmark model.int8.onnx --threads 1 --scenario server --latency-bound 30
+      vit-edge benchmark model.int8.onnx --compare last.json --fail-if-slower 5%
     """
-    from vit_edge.runtime.benchmark import measure
+    if fail_if_slower is not None and compare is None:
+        reason = "--fail-if-slower needs something to compare with"
+        raise UsageError("cannot compare", reason=reason, remedy="add --compare OLD.json")
+    _check_outputs((csv, save, plot), draws=plot is not None, force=force)
+    old = None if compare is None else _read_old(compare)
+    run = _measure(models, measured)
+    data = _data(run)
+    comparisons = [] if old is None else _compared(data, old, compare)
+    _write(data, run, csv=csv, save=save, plot=plot)
+    if old is not None:
+        data["comparison"] = [asdict(one) for one in comparisons]
+    error = _verdict(run, comparisons, fail_if_slower, fail_if_noisy=fail_if_noisy)
+    return Result(data=data, shown=tables(run, comparisons), error=error)
 
+
+def _check_outputs(paths: Sequence[Path | None], *, draws: bool, force: bool) -> None:
+    """Raise before anything is measured where a file may not be written, or where what draws is not installed."""
+    given = [path for path in paths if path is not None]
+    if len({path.absolute() for path in given}) < len(given):
+        reason, remedy = "two results would go into one file", "give each a name of its own"
+        raise UsageError("cannot write", reason=reason, remedy=remedy)
+    for path in given:
+        may_write(path, force=force)
+    if draws:
+        require("matplotlib", extra="train", what="draw the results")
+
+
+def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
+    from vit_edge.runtime import BenchmarkOptions, measure
+
+    scenario = measured["scenario"]
+    # Eight images a query is what MLPerf's multi-stream has.
+    batch_sizes = measured["batch_sizes"] or ((8,) if scenario == "multi-stream" else (1,))
+    options = BenchmarkOptions(
+        engines=measured["engines"],
+        devices=measured["devices"],
+        precisions=measured["precisions"] or (None,),
+        batch_sizes=batch_sizes,
+        threads=measured["threads"] or (None,),
+        scenario=scenario,
+        min_seconds=measured["min_seconds"],
+        min_queries=measured["min_queries"],
+        latency_bound_ms=measured["latency_bound"],
+        with_loadgen=measured["with_loadgen"],
+        images=measured["images"],
+        has_peak=not measured["no_peak"],
+    )
     with progress_bar() as progress:
-        results = measure(
-            models,
-            engines=engines,
-            batch_size=batch_size,
-            threads=threads,
-            min_seconds=min_seconds,
-            min_queries=min_queries,
-            progress=progress,
-        )
-    return Result(data={"results": [asdict(r) for r in results]}, shown=[_table(results)])
+        return measure(models, options, progress=progress)
 
 
-def _table(results: list[Measurement]) -> Table:
-    first = results[0]
-    rows = [
-        (
-            Path(r.model).name,
-            f"{r.engine} {r.engine_version}",
-            r.precision,
-            f"{r.latency_ms.min:.3f}",
-            f"{r.latency_ms.p50:.3f}",
-            f"{r.latency_ms.p90:.3f}",
-            f"{r.latency_ms.p99:.3f}",
-            f"{r.throughput_per_s:.0f}",
-            f"{r.load_ms:.0f}",
-            megabytes(r.peak_rss_bytes),
-            megabytes(r.size_bytes),
-        )
-        for r in results
-    ]
-    columns = (
-        "model",
-        "engine",
-        "precision",
-        "min ms",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "images/s",
-        "load ms",
-        "peak RSS",
-        "file",
-    )
-    title = (
-        f"{first.scenario}, batch {first.batch_size}, {first.threads} threads, {first.cpu} ({first.instruction_set})"
-    )
-    return make_table(title, columns, rows)
+def _data(run: Benchmark) -> dict[str, Any]:
+    return {
+        "results": [asdict(result) for result in run.results],
+        "valid": not run.invalid_because,
+        "invalid_because": list(run.invalid_because),
+        "noise": run.noise.to_dict(),
+        "harness": asdict(run.harness),
+        "peaks": [asdict(peak) for peak in run.peaks],
+        "energy_meter": run.energy_meter,
+    }
+
+
+def _write(data: dict[str, Any], run: Benchmark, *, csv: Path | None, save: Path | None, plot: Path | None) -> None:
+    if csv is not None:
+        write_atomic(csv, csv_text(run).encode())
+    if save is not None:
+        everything = finite({"schema": SCHEMA, "command": "benchmark", **data})
+        write_atomic(save, (json.dumps(everything, ensure_ascii=False, default=str) + "\n").encode())
+    if plot is not None:
+        from vit_edge.cli.benchmark_plot import draw
+
+        draw(plot, run)
+
+
+def _read_old(path: Path) -> dict[str, Any]:
+    from vit_edge.cli.benchmark_comparison import read_old
+
+    return read_old(path)
+
+
+def _compared(data: dict[str, Any], old: dict[str, Any], path: Path | None) -> list[Comparison]:
+    from vit_edge.cli.benchmark_comparison import compare
+
+    return compare(data["results"], old["results"], path)
+
+
+def _verdict(
+    run: Benchmark, comparisons: list[Comparison], limit: float | None, *, fail_if_noisy: bool
+) -> VerificationFailed | None:
+    slower = [one for one in comparisons if limit is not None and one.is_slower_than(limit)]
+    if slower:
+        reason = "; ".join(f"{one.what}: {one.said}" for one in slower)
+        remedy = "measure both again in one run, or find what changed"
+        return VerificationFailed(f"it became slower by more than {limit:g} %", reason=reason, remedy=remedy)
+    if fail_if_noisy and run.invalid_because:
+        reason = "; ".join(run.invalid_because)
+        return VerificationFailed("the figures do not count", reason=reason, remedy="measure on a quiet machine")
+    return None

@@ -32,11 +32,13 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "SCHEMA",
     "Result",
     "bar",
     "command",
     "error_fields",
     "file_argument",
+    "finite",
     "image_size_option",
     "make_table",
     "megabytes",
@@ -260,15 +262,15 @@ def error_fields(error: VitEdgeError) -> dict[str, Any]:
 
 def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
     everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
-    click.echo(json.dumps(_finite(everything), ensure_ascii=False, default=str))
+    click.echo(json.dumps(finite(everything), ensure_ascii=False, default=str))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return the value with infinite and undefined numbers as null: JSON has no word for them."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
