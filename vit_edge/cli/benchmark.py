@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes, progress_bar, threads_option
+from vit_edge.cli.remote import measured, on_devices
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     "--min-queries", type=click.IntRange(1), default=200, show_default=True, help="Fewest queries for each candidate."
 )
 @threads_option()
+@on_devices(uploads=("models",), shown=measured)
 def benchmark(
     models: tuple[Path, ...],
     engines: tuple[str, ...],
