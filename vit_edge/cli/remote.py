@@ -19,7 +19,7 @@ from vit_edge.remote.device import Bundle, Device, Session, Setup
 from vit_edge.remote.fleet import Outcome, chosen_devices, failure, run_on
 from vit_edge.runtime.foreign import is_foreign
 
-__all__ = ["Remote", "Shown", "merged", "on_devices", "ran_on"]
+__all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", "parts", "ran_on"]
 
 # A command's tables for people, of what each device printed.
 Shown = Callable[[Sequence[Outcome]], list[Any]]
@@ -122,7 +122,7 @@ def _asked(told: dict[str, Any]) -> Remote | None:
 def _run_there(remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool) -> Result:
     context = click.get_current_context()
     given = list(_given(context, uploads))
-    files = {path: _parts(path) for _, values, is_file in given for path in map(Path, values) if is_file}
+    files = {path: parts(path) for _, values, is_file in given for path in map(Path, values) if is_file}
     with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
         bundle = Bundle.write(Path(folder), files, remote.setup)
 
@@ -189,7 +189,7 @@ def _arguments(
     return engine, [context.command.name or "", "--json", *options, "--", *arguments]
 
 
-def _parts(path: Path) -> list[tuple[str, Path]]:
+def parts(path: Path) -> list[tuple[str, Path]]:
     """Return the file and what belongs to it, each with a name for it there; raises what is wrong with a model file."""
     suffix = path.suffix.lower()
     if path.is_dir():

@@ -142,20 +142,21 @@ class Session:
     @property
     def engines(self) -> list[str]:
         """Return the engines whose package is there."""
-        return list(ENGINES) if self._setup_installs else [e for e in ENGINES if e in self.facts["packages"]]
+        return list(ENGINES) if self.installs else [e for e in ENGINES if e in self.facts["packages"]]
 
     @property
-    def _setup_installs(self) -> bool:
+    def installs(self) -> bool:
+        """Return whether the engine is put there for this run."""
         return self._setup.install or self._setup.wheels is not None
 
     def provide(self, bundle: Bundle, *, engine: str | None, needs_engine: bool) -> None:
         """Put our package and the files there, and the engine with `install`; raises EngineUnavailable."""
-        if not self._setup_installs:
+        if not self.installs:
             self._check_packages(engine, needs_engine=needs_engine)
         _log.info("%s: copying %.1f MB", self.device.name, bundle.path.stat().st_size / 1e6)
         self._transport.copy_to(bundle.path, f"{self.facts['folder']}/bundle.zip", seconds=self._setup.seconds)
         self._ask({"do": "unpack", "file": "bundle.zip", "to": "."})
-        if self._setup_installs:
+        if self.installs:
             self._install(engine or "onnxruntime")
         else:
             self._ask({"do": "unpack", "file": WHEEL_NAME, "to": "package"})
@@ -165,14 +166,13 @@ class Session:
 
     def run(self, argv: Sequence[str], *, python: str | None = None) -> Finished:
         """Run our Python there with these arguments, in the folder; raises EngineUnavailable where it is lost."""
-        env = {"PYTHONUTF8": "1", "PYTHONPATH": ":".join(self._path)}
         command = [python or self._python, *argv]
-        found = self._ask({"do": "run", "argv": command, "env": env, "seconds": self._setup.seconds})
+        found = self._ask({"do": "run", "argv": command, "env": self._environment(), "seconds": self._setup.seconds})
         return Finished(returncode=found["returncode"], stdout=found["stdout"], stderr=found["stderr"])
 
     def open(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """Return a process of our Python there, whose stdin and stdout are ours; it has to end where stdin does."""
-        variables = [f"PYTHONPATH={':'.join(self._path)}", "PYTHONUTF8=1"]
+        variables = [f"{name}={value}" for name, value in self._environment().items()]
         return self._transport.start(["env", *variables, self._python, *argv], stderr=self._told)
 
     def command(self, argv: Sequence[str], bundle: Bundle) -> dict[str, Any]:
@@ -243,6 +243,10 @@ class Session:
         if answer["left"]:
             _log.warning("%s could not remove %s: %s", self.device.name, self.facts["folder"], answer["left"])
         return True
+
+    def _environment(self) -> dict[str, str]:
+        # Engines leave files in the temp folder (OpenVINO's telemetry does): theirs is ours, which is removed.
+        return {"PYTHONUTF8": "1", "PYTHONPATH": ":".join(self._path), "TMPDIR": self.facts["folder"]}
 
     def _end_input(self) -> None:
         assert self._process.stdin is not None

@@ -105,7 +105,8 @@ class Ssh:
         else:
             reason, remedy = (lines[-1] if lines else "the connection ended"), "check that the device is on"
         remedy = f"{remedy} {self._host}" if remedy.endswith(("-R", "copy-id")) else remedy
-        return EngineUnavailable(what, file=None, reason=f"{self.address}: {printable(reason)}", remedy=remedy)
+        named = "" if self.address in what else f"{self.address}: "
+        return EngineUnavailable(what, reason=f"{named}{printable(reason)}", remedy=remedy)
 
     def close(self) -> None:
         """Remove the folder of the shared connection; it ended with its first command."""
