@@ -193,6 +193,7 @@ def facts(agent: Agent) -> dict[str, Any]:
         "bits": struct.calcsize("P") * 8,
         "emulated": emulated(),
         "packages": [name for name in _PACKAGES if _is_there(name)],
+        "pythonpath": os.environ.get("PYTHONPATH", ""),
         "removed": agent.removed,
     }
 

@@ -246,7 +246,8 @@ class Session:
 
     def _environment(self) -> dict[str, str]:
         # Engines leave files in the temp folder (OpenVINO's telemetry does): theirs is ours, which is removed.
-        return {"PYTHONUTF8": "1", "PYTHONPATH": ":".join(self._path), "TMPDIR": self.facts["folder"]}
+        path = ":".join(entry for entry in (*self._path, self.facts["pythonpath"]) if entry)
+        return {"PYTHONUTF8": "1", "PYTHONPATH": path, "TMPDIR": self.facts["folder"]}
 
     def _end_input(self) -> None:
         assert self._process.stdin is not None
