@@ -159,7 +159,11 @@ def ask(model: Path, pictures: Path, count: int, address: str, folder: Path) -> 
     fast = ["--min-seconds", "1", "--min-queries", "5", "--engine", "onnxruntime"]
     for arguments in (["classify", str(model), picture], ["benchmark", str(model), *fast]):
         command = [sys.executable, "-m", "vit_edge", *arguments, "--on", address]
-        printed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            failed.append(f"{arguments[0]} ended with {done.returncode}: {done.stderr.strip()}")
+            continue
+        printed = json.loads(done.stdout)
         (device,) = printed["devices"]
         if device["machine"] != "aarch64" or not device["emulated"]:
             failed.append(f"{arguments[0]} was not labelled as emulated aarch64")
@@ -178,8 +182,7 @@ def answers_there(model: Path, images_NHWC: np.ndarray, address: str, folder: Pa
     bundle = Bundle.write(folder, {model: [("model.onnx", model)]}, setup)
     with Session(Device(address=address, name="arm64"), setup) as session:
         session.provide(bundle, engine="onnxruntime", needs_engine=True)
-        path = bundle.name_there(model)
-        with RemoteModel(session, path, engine="onnxruntime", threads=None, seconds=600) as there:
+        with RemoteModel(session, bundle, model=model, engine="onnxruntime", threads=None, seconds=600) as there:
             print(f"golden vectors there: {there.described['verified']}, {there.described['instruction_set']}")
             return np.concatenate([there.logits(image[None]) for image in images_NHWC])
 

@@ -35,8 +35,8 @@ def verify_there(
             session.provide(bundle, engine=chosen[0], needs_engine=True)
 
             def there(engine: str) -> AbstractContextManager[RemoteModel]:
-                path, seconds = bundle.name_there(model), remote.setup.seconds
-                return RemoteModel(session, path, engine=engine, threads=threads, seconds=seconds)
+                seconds = remote.setup.seconds
+                return RemoteModel(session, bundle, model=model, engine=engine, threads=threads, seconds=seconds)
 
             return verify(model, **asked, engines=chosen, threads=threads, candidate=there)
 

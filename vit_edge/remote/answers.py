@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from vit_edge.errors import EngineUnavailable
 from vit_edge.image import Pixels
 from vit_edge.metrics import Logits
-from vit_edge.remote.device import Session
+from vit_edge.remote.device import Bundle, Session
 from vit_edge.runtime.remote_logits import READY, read_message, write_message
 
 __all__ = ["RemoteModel"]
@@ -21,10 +22,12 @@ __all__ = ["RemoteModel"]
 class RemoteModel:
     """A model file on a device, loaded in one engine there; its golden vectors passed there. A context, to end it."""
 
-    def __init__(self, session: Session, path: str, *, engine: str, threads: int | None, seconds: float) -> None:
-        self._session, self._seconds = session, seconds
+    def __init__(
+        self, session: Session, bundle: Bundle, *, model: Path, engine: str, threads: int | None, seconds: float
+    ) -> None:
+        self._session, self._bundle, self._seconds = session, bundle, seconds
         module = "vit_edge.runtime.remote_logits"
-        where = f"{session.facts['folder']}/{path}"
+        where = f"{session.facts['folder']}/{bundle.name_there(model)}"
         self._process = session.open(["-m", module, where, engine, str(threads or 0)])
         self.described: dict[str, Any] = {}
 
@@ -71,7 +74,7 @@ class RemoteModel:
         if message is None:
             raise self._session.lost("the connection was lost")
         if "error" in message[0]:
-            raise self._session.error_of(message[0]["error"])
+            raise self._session.error_of(self._session.here(message[0]["error"], self._bundle))
         return message
 
     @contextlib.contextmanager

@@ -187,7 +187,7 @@ class Session:
             assert isinstance(printed, dict)
         except (ValueError, AssertionError):
             raise self._crash(finished) from None
-        named: dict[str, Any] = self._here(printed, bundle)
+        named: dict[str, Any] = self.here(printed, bundle)
         return named
 
     def error_of(self, fields: Mapping[str, Any]) -> VitEdgeError:
@@ -354,12 +354,12 @@ class Session:
         what = f"{self.device.name}: the command crashed there"
         return EngineUnavailable(what, reason=printable(reason), remedy="run `vit-edge doctor` on it")
 
-    def _here(self, value: Any, bundle: Bundle) -> Any:
+    def here(self, value: Any, bundle: Bundle) -> Any:
         """Return JSON values in which files are called as they are here."""
         if isinstance(value, dict):
-            return {key: self._here(entry, bundle) for key, entry in value.items()}
+            return {key: self.here(entry, bundle) for key, entry in value.items()}
         if isinstance(value, list):
-            return [self._here(entry, bundle) for entry in value]
+            return [self.here(entry, bundle) for entry in value]
         if isinstance(value, str):
             for there, asked in bundle.there.items():
                 value = value.replace(f"{self.facts['folder']}/{there}", printable(asked))
