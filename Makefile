@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-emulated lint clean
+.PHONY: demo test test-emulated test-arm64 lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -15,6 +15,10 @@ test: $(VENV)/.dev-installed lint
 # An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file.
 test-emulated: $(VENV)/.dev-installed
 	$(BIN)/python benchmarks/emulated_cpu.py $(MODEL)
+
+# An INT8 file on an emulated arm64 device over SSH against this machine; as root. MODEL=FILE asks of that file.
+test-arm64: $(VENV)/.dev-installed
+	$(BIN)/python benchmarks/emulated_arm64.py $(MODEL)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .

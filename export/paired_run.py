@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +17,28 @@ from vit_edge.artifact import ModelFile
 from vit_edge.data import EVALUATION_SPLITS, lies_loose, read_labelled, read_unlabelled, stream_pixels
 from vit_edge.errors import DataRejected
 from vit_edge.image import Pixels, pixel_hash
-from vit_edge.metrics import UNKNOWN, PairedAnswers, join_answers, pair_answers
+from vit_edge.metrics import UNKNOWN, Logits, PairedAnswers, join_answers, pair_answers
 from vit_edge.progress import Progress
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engine import EngineOptions, refuse_null
 from vit_edge.runtime.loading import load_model
 from vit_edge.similarity import fingerprint
 
-__all__ = ["JudgingPictures", "PairedRun", "find_pictures", "run_both"]
+__all__ = ["Answering", "JudgingPictures", "OpenCandidate", "PairedRun", "find_pictures", "run_both"]
 
 _BATCH = 16
 _log = logging.getLogger(__name__)
+
+
+class Answering(Protocol):
+    """What gives logits: a classifier here, or a model on a device."""
+
+    def logits(self, images_NHWC: Pixels) -> Logits:
+        """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]."""
+
+
+# Given an engine's name, the candidate loaded in it: somewhere else than here.
+OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Answering]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,18 +103,20 @@ def run_both(
     engine: str,
     threads: int | None,
     progress: Progress,
+    candidate: OpenCandidate | None = None,
 ) -> PairedRun:
     """Return what `model` and its `reference` answer on the pictures in one engine; copies count once, with a warning.
 
+    With `candidate` it is what this opens that answers for `model`; the reference is always run here.
     Raises DataRejected where pictures cannot be used, GoldenMismatch and more where a model cannot be loaded.
     """
     refuse_null(engine)
     options, kept = EngineOptions(threads=threads), _Kept()
     with (
         load_model(reference, engine=engine, options=options) as expected,
-        load_model(model, engine=engine, options=options) as candidate,
+        candidate(engine) if candidate else load_model(model, engine=engine, options=options) as answering,
     ):
-        kept.stream(pictures.paths, expected, candidate, lambda done, of: progress(f"verifying in {engine}", done, of))
+        kept.stream(pictures.paths, expected, answering, lambda done, of: progress(f"verifying in {engine}", done, of))
     num_copies = kept.num_seen - len(kept.hashes)
     if num_copies:
         _log.warning("%d pictures are copies of others and were not counted again", num_copies)
@@ -130,7 +145,7 @@ class _Kept:
         self,
         paths: Sequence[Path],
         reference: Classifier,
-        candidate: Classifier,
+        candidate: Answering,
         progress: Callable[[int, int], None],
     ) -> None:
         for position, pixels in stream_pixels(paths, reference.manifest.preprocessing):
@@ -151,7 +166,7 @@ class _Kept:
         self.batch.append(pixels)
         return True
 
-    def answer(self, reference: Classifier, candidate: Classifier) -> None:
+    def answer(self, reference: Classifier, candidate: Answering) -> None:
         if self.batch:
             images_NHWC = np.stack(self.batch)
             self.answers.append(pair_answers(reference.logits(images_NHWC), candidate.logits(images_NHWC)))

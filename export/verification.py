@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from vit_edge.data import refuse_overlap, set_hash
 from vit_edge.errors import DataRejected, InputError, UsageError, printable, require
 from vit_edge.export.flips import Change, FlipLabels, changes, class_titles, flips_csv, may_write_flips, read_flips
 from vit_edge.export.judgement import SEVERITY, Budget, Outlook, Verdict, judge, outlook
-from vit_edge.export.paired_run import JudgingPictures, PairedRun, find_pictures, run_both
+from vit_edge.export.paired_run import JudgingPictures, OpenCandidate, PairedRun, find_pictures, run_both
 from vit_edge.files import sha256_hex, write_atomic
 from vit_edge.metrics import Comparison, compare_answers
 from vit_edge.progress import Progress, silent
@@ -114,6 +114,7 @@ def verify(
     engines: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = silent,
+    candidate: OpenCandidate | None = None,
 ) -> Verification:
     """Return how the file `model` compares with the file `reference` on the pictures of `data`.
 
@@ -121,7 +122,8 @@ def verify(
     `max_drop_points` (default: 1) and that of the agreement at least `min_agreement` percent, if given; it fails where
     the figures seen are not; else it is inconclusive. Without labels agreement is judged alone where only that is
     given; else each changed answer counts as lost until `flips`, a file of `write_flips`, has its label (with
-    `carry_labels` one of other models). Raises DataRejected, ModelRejected, NotTrusted, GoldenMismatch, UsageError.
+    `carry_labels` one of other models). With `candidate` the model answers where this opens it, on a device. Raises
+    DataRejected, ModelRejected, NotTrusted, GoldenMismatch, UsageError.
     """
     return verify_models(
         open_model(model),
@@ -135,6 +137,7 @@ def verify(
         engines=engines,
         threads=threads,
         progress=progress,
+        candidate=candidate,
     )
 
 
@@ -151,6 +154,7 @@ def verify_models(
     engines: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = silent,
+    candidate: OpenCandidate | None = None,
 ) -> Verification:
     """Return what `verify` returns, for files that were opened already."""
     check_comparable(model, reference)
@@ -158,7 +162,8 @@ def verify_models(
     models_sha256 = sha256_hex(f"{model.sha256} {reference.sha256}".encode())
     given = _given(flips, reference, None if carry_labels else models_sha256)
     runs, results = list[PairedRun](), list[EngineResult]()
-    for run in _each_engine(asked, model, reference, engines=engines, threads=threads, progress=progress):
+    how: dict[str, Any] = {"threads": threads, "progress": progress, "candidate": candidate}
+    for run in _each_engine(asked, model, reference, engines=engines, **how):
         runs.append(run)
         results.append(_result(run, given, asked, strict=not carry_labels))
     return Verification(
@@ -240,11 +245,13 @@ def _each_engine(
     engines: Sequence[str],
     threads: int | None,
     progress: Progress,
+    candidate: OpenCandidate | None,
 ) -> Iterator[PairedRun]:
     """Yield the answers in one engine after another, on the very same pictures; the first run checks these."""
     first, pictures = None, asked.pictures
     for engine in chosen_engines(engines):
-        run = run_both(pictures, model, reference, engine=engine, threads=threads, progress=progress)
+        how: dict[str, Any] = {"threads": threads, "progress": progress, "candidate": candidate}
+        run = run_both(pictures, model, reference, engine=engine, **how)
         if first is None:
             refuse_overlap((model.manifest.quantization or {}).get("images", ()), run.path_of)
             if pictures.labelled:

@@ -12,6 +12,8 @@ import click
 
 from vit_edge.cli.benchmark_tables import csv_text, tables
 from vit_edge.cli.output import SCHEMA, Result, command, file_argument, finite, progress_bar
+from vit_edge.cli.remote import measured as shown_of_devices
+from vit_edge.cli.remote import on_devices
 from vit_edge.cpu import MOST_THREADS
 from vit_edge.errors import UsageError, VerificationFailed, require
 from vit_edge.files import may_write, write_atomic
@@ -85,6 +87,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
 )
 @click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
+@on_devices(uploads=("models",), shown=shown_of_devices)
 def benchmark(
     models: tuple[Path, ...],
     csv: Path | None,

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
+from vit_edge.cli.remote import classified, on_devices
 from vit_edge.errors import ImageRejected, InputError, printable
 
 _PATH = click.Path(path_type=Path)
@@ -32,6 +33,7 @@ _MAX_BYTES = 1_000_000
               help="JSON: resize, crop, interpolation, mean, std, for an ONNX file made elsewhere.")  # fmt: skip
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each picture.")
 @threads_option()
+@on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
 def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
     """Name what IMAGES show, from the file MODEL alone: an `.onnx`, or OpenVINO's `.xml` beside its `.bin`.
 
@@ -41,6 +43,7 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
     Examples:
       vit-edge classify model.int8.onnx photo.jpg other.png
       vit-edge classify theirs.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
+      vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
     from vit_edge.runtime.engine import refuse_null
     from vit_edge.runtime.loading import load

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vit_edge.cli.output import Result, command, make_table, megabytes
+from vit_edge.cli.remote import on_devices, ran_on
 from vit_edge.errors import EngineUnavailable
+from vit_edge.remote.fleet import Outcome
+
+
+def _reported(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Return what each device is told to have."""
+    return [entry for outcome in outcomes for entry in _shown(outcome.value, ran_on(outcome))]
 
 
 @command("doctor")
+@on_devices(shown=_reported, needs_engine=False)
 def doctor() -> Result:
     """Tell what this machine has to run a model with, what is wrong with it, and which target to quantize for.
 
@@ -19,17 +28,21 @@ def doctor() -> Result:
     Example:
       vit-edge doctor
       vit-edge doctor --json > device.json
+      vit-edge doctor --on ssh://pi@raspberrypi --json > device.json
     """
     from vit_edge.doctor import examine
 
     report = examine()
-    shown = [
-        make_table("", ("this machine", ""), _rows(report)),
+    return Result(data=report, shown=_shown(report, "this machine"), error=_unusable(report))
+
+
+def _shown(report: dict[str, Any], name: str) -> list[Any]:
+    return [
+        make_table("", (name, ""), _rows(report)),
         *([make_table("", ("missing extra", "for", "install with"), _extras(report))] if _extras(report) else []),
         *(f"{finding['kind']}: {finding['what']} - {finding['advice']}" for finding in report["findings"]),
         _advised(report),
     ]
-    return Result(data=report, shown=shown, error=_unusable(report))
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:

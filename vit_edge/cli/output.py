@@ -90,9 +90,17 @@ def command(name: str) -> Callable[[Callable[..., Result]], click.Command]:
 
         for option in reversed(_COMMON):
             run = option(run)
-        return click.command(name, context_settings={"help_option_names": ["-h", "--help"]})(run)
+        return click.command(name, cls=_Remembering, context_settings={"help_option_names": ["-h", "--help"]})(run)
 
     return decorate
+
+
+class _Remembering(click.Command):
+    """A command that keeps its arguments as they were written, to run them on another machine."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = tuple(args)
+        return super().parse_args(ctx, args)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import click
 
 from vit_edge.cli.explanation import explain_options, explained, picture_target, prepare
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
+from vit_edge.cli.remote import Remote, merged, on_devices, ran_on
 from vit_edge.errors import UsageError, VerificationFailed, require
 from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
 
@@ -53,6 +54,7 @@ _NUM_SHOWN = 20
 )
 @threads_option()
 @explain_options
+@on_devices(own=True)
 def verify(
     model: Path,
     reference: Path,
@@ -65,6 +67,7 @@ def verify(
     force: bool,
     engines: tuple[str, ...],
     threads: int | None,
+    remote: Remote | None,
     **explaining: Any,
 ) -> Result:
     """Compare MODEL with its float reference on the same pictures, in every engine.
@@ -79,6 +82,8 @@ def verify(
     --checkpoint, REF, each algorithm with --calibration, MODEL in each engine; and it times each layer. The layers are
     also drawn, in layers.png.
 
+    With --on MODEL answers on a device, its reference and the statistics run here.
+
     \b
     Examples:
       vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test --max-drop 0.5
@@ -87,7 +92,7 @@ def verify(
       vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test --explain --calibration pictures/train
     """
     require("scipy", extra="export", what="verify")
-    from vit_edge.export.verification import certifiable, write_flips
+    from vit_edge.export.verification import certifiable
     from vit_edge.export.verification import verify as run
 
     asked: dict[str, Any] = {"max_drop_points": max_drop, "min_agreement": min_agreement}
@@ -96,16 +101,57 @@ def verify(
     picture = picture_target(explaining, force=force)
     if not click.get_current_context().meta["quiet"]:
         click.echo(outlook_text(at_best, budget, labels), err=True)
+    judged: dict[str, Any] = {**asked, "unlabelled": unlabelled, "flips": flips, "carry_labels": flips_out is not None}
+    if remote is not None:
+        given = {"reference": reference, "data": data, **judged}
+        return _on_devices(
+            remote, model, given, explaining, engines=engines, threads=threads, target=target, force=force
+        )
     common: dict[str, Any] = {"reference": reference, "data": data, "engines": engines, "threads": threads}
     with progress_bar() as progress:
         common["progress"] = progress
         prepared = prepare(model, explaining, **common, unlabelled=labels != "all")
-        result = run(model, **common, **asked, unlabelled=unlabelled, flips=flips, carry_labels=flips_out is not None)
-    written = target if target is not None and any(r.changed for r in result.results) else None
-    if written is not None:
-        write_flips(result, written, force=force)
-    told = _told(result, model, flips=flips, written=written)
+        result = run(model, **common, **judged)
+    told = _told(result, model, flips=flips, written=_written(result, target, force=force))
     return told if prepared is None or picture is None else explained(prepared, picture, told)
+
+
+def _written(result: Verification, target: Path | None, *, force: bool) -> Path | None:
+    """Write the changed answers where some changed and a file is wanted; returns the file."""
+    from vit_edge.export.verification import write_flips
+
+    if target is None or not any(r.changed for r in result.results):
+        return None
+    write_flips(result, target, force=force)
+    return target
+
+
+def _on_devices(
+    remote: Remote,
+    model: Path,
+    given: dict[str, Any],
+    explaining: dict[str, Any],
+    *,
+    engines: tuple[str, ...],
+    threads: int | None,
+    target: Path | None,
+    force: bool,
+) -> Result:
+    """Verify on each device; flips are written of one device alone."""
+    from vit_edge.cli.verify_there import verify_there
+
+    if explaining["explain"]:
+        raise UsageError("cannot explain on a device", reason="--explain runs here", remedy="leave out --on")
+    shown: list[Any] = []
+    found = verify_there(remote, model, asked=given, engines=engines, threads=threads)
+    for outcome, result in found:
+        if result is None:
+            continue
+        written = _written(result, target, force=force) if len(found) == 1 else None
+        told = _told(result, model, flips=given["flips"], written=written)
+        outcome.value, outcome.error = told.data, told.error
+        shown += [f"on {ran_on(outcome)}:", *told.shown]
+    return merged([outcome for outcome, _ in found], shown)
 
 
 def _told(result: Verification, model: Path, *, flips: Path | None, written: Path | None) -> Result:
