@@ -22,6 +22,7 @@ from vit_edge.image import Pixels
 from vit_edge.ir import NO_SEAL, seal_ir
 from vit_edge.runtime.engine import Logits
 from vit_edge.runtime.golden import Tolerance, differences
+from vit_edge.runtime.probing import start_of
 
 __all__ = ["convert_to_ir", "main"]
 
@@ -44,7 +45,7 @@ def convert_to_ir(
         for size in sizes:
             images = np.resize(images_NHWC, (size, *images_NHWC.shape[1:]))  # repeated as often as needed
             np.save(folder / f"{size}.npy", model.manifest.network_input(images))
-        command = [sys.executable, "-m", "vit_edge.export.ir_conversion", name]
+        command = [sys.executable, "-c", start_of("vit_edge.export.ir_conversion"), name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode:
             raise _failed(f"OpenVINO ends with {done.returncode}: {done.stderr.strip()[-300:]}")

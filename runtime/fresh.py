@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from vit_edge.errors import ResourceExhausted, VitEdgeError
 from vit_edge.runtime.engine import EngineOptions
+from vit_edge.runtime.probing import start_of
 
 __all__ = ["ColdStart", "cold_start"]
 
@@ -33,7 +34,7 @@ def cold_start(path: str, engine: str, options: EngineOptions, batch_size: int) 
         "device": options.device,
         "precision": options.precision,
     }
-    command = [sys.executable, "-m", "vit_edge.runtime.coldstart", path, json.dumps(told), str(batch_size)]
+    command = [sys.executable, "-c", start_of("vit_edge.runtime.coldstart"), path, json.dumps(told), str(batch_size)]
     started = time.time()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S, check=False)
