@@ -23,12 +23,12 @@ from vit_edge.errors import InputError, NotTrusted, UsageError, printable
 from vit_edge.export.exporter import export_onnx
 from vit_edge.export.judgement import SEVERITY
 from vit_edge.export.quantization import QuantizationOptions, quantize
-from vit_edge.export.speed import compare_speed
+from vit_edge.export.speed import bootstrap_ratio, compare_speed
 from vit_edge.export.verification import Verification, verify
 from vit_edge.files import read_file, sha256_hex, write_atomic
 from vit_edge.progress import Progress, silent
 
-__all__ = ["Deployment", "DeploymentOptions", "check_record", "deploy"]
+__all__ = ["Deployment", "DeploymentOptions", "check_record", "deploy", "with_devices"]
 
 SCHEMA = 1
 FLOAT_FILE, INTEGER_FILE, RECORD_FILE = "model.onnx", "model.int8.onnx", "record.json"
@@ -118,7 +118,7 @@ def deploy(
         "verdict": verdict,
         "claims": claims,
     }
-    write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=1, sort_keys=True, default=str) + "\n").encode())
+    _write_record(folder, record)
     return Deployment(
         folder=folder,
         verdict=verdict,
@@ -129,6 +129,10 @@ def deploy(
     )
 
 
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=1, sort_keys=True, default=str) + "\n").encode())
+
+
 def _integers(
     model: Path, out: Path, options: QuantizationOptions, folders: Mapping[str, Any], progress: Progress
 ) -> dict[str, Any]:
@@ -136,6 +140,44 @@ def _integers(
     result = quantize(model, **folders, out=out, options=options, force=True, progress=progress)
     kept = {key: value for key, value in asdict(result).items() if key not in ("verification", "speed", "model")}
     return {**kept, "verification": _judged(result.verification)}
+
+
+def with_devices(found: Deployment, devices: list[dict[str, Any]]) -> Deployment:
+    """Return the deployment judged by its speed on these devices instead of here; the record keeps what they gave.
+
+    Each has `results`, those of `vit-edge benchmark --json` on both files, or an `error`.
+    """
+    accuracy = found.claims[0]
+    claims = [accuracy, *(_claim_of(device) for device in devices)]
+    judged = found.record["steps"]["quantize"]["result"]["verification"]["verdict"]
+    if "again" in found.record:
+        judged = found.record["again"]["quantize"]["verification"]["verdict"]
+    outcome: Outcome = judged
+    if judged == "pass" and not all(", pass: " in claim for claim in claims[1:]):
+        outcome = "fail"
+    record = {**found.record, "devices": devices, "verdict": outcome, "claims": claims}
+    if "again" not in record:
+        _write_record(found.folder, record)
+    return replace(found, verdict=outcome, claims=tuple(claims), record=record)
+
+
+def _claim_of(device: Mapping[str, Any]) -> str:
+    """Return in a sentence how much faster INT8 is on a device, in the engine in which that is surest."""
+    name = f"{device['device']}{' (emulated)' if device.get('emulated') else ''}"
+    by_engine: dict[str, dict[str, Any]] = {}
+    for entry in device["results"]:
+        by_engine.setdefault(entry["engine"], {})[entry["precision"]] = entry
+    pairs = [both for both in by_engine.values() if both.keys() >= {"float32", "int8"}]
+    if not pairs:
+        return f"speed on {name}, fail: {device.get('error', 'nothing was measured')}"
+    found = [(bootstrap_ratio(b["float32"]["by_round_ms"], b["int8"]["by_round_ms"]), b["int8"]) for b in pairs]
+    (ratio, low, high), entry = max(found, key=lambda each: each[0][1])
+    golden = "its golden vectors pass, and it is"
+    where = f"{entry['engine']} {entry['engine_version']}, {entry['cpu']} ({entry['instruction_set']})"
+    return (
+        f"speed on {name}, {'pass' if low > 1 else 'fail'}: {golden} {ratio:.2f} times as fast as float32 "
+        f"({low:.2f} to {high:.2f} with 95 % confidence; batch 1, one thread, {where})"
+    )
 
 
 def check_record(

@@ -20,7 +20,7 @@ from vit_edge.runtime.engine import EngineOptions, chosen_engines
 from vit_edge.runtime.golden import golden_images
 from vit_edge.runtime.loading import load_model
 
-__all__ = ["Speed", "compare_speed"]
+__all__ = ["Speed", "bootstrap_ratio", "compare_speed"]
 
 _ROUNDS = 24
 _WARM_UP_ROUNDS = 3
@@ -65,7 +65,7 @@ def compare_speed(
             integer_ms=medians[1],
             all_integer_ms=medians[2] if all_integer is not None else None,
             ratio=medians[0] / medians[1],
-            ratio_interval=_interval(rounds_FR[0] / rounds_FR[1]),
+            ratio_interval=bootstrap_ratio(rounds_FR[0], rounds_FR[1])[1:],
         )
         if speed.ratio <= 1:
             text = "INT8 is not faster than float in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
@@ -74,9 +74,11 @@ def compare_speed(
     return tuple(found)
 
 
-def _interval(ratio_R: npt.NDArray[np.float64]) -> tuple[float, float]:
+def bootstrap_ratio(float_R: npt.ArrayLike, integer_R: npt.ArrayLike) -> tuple[float, float, float]:
+    """Return the median of the rounds' ratios and its 95 % percentile bootstrap interval, of milliseconds by round."""
+    ratio_R = np.asarray(float_R, dtype=np.float64) / np.asarray(integer_R, dtype=np.float64)
     found = stats.bootstrap((ratio_R,), np.median, method="percentile", random_state=0).confidence_interval
-    return float(found.low), float(found.high)
+    return float(np.median(ratio_R)), float(found.low), float(found.high)
 
 
 def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> npt.NDArray[np.float64]:

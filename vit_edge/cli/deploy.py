@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vit_edge.cli.output import Result, command, make_table, progress_bar
+from vit_edge.cli.remote import Remote, on_devices, parts
 from vit_edge.errors import UsageError, VerificationFailed, require
+from vit_edge.remote.device import Bundle, Session
+from vit_edge.remote.fleet import Outcome, failure, run_on
 
 if TYPE_CHECKING:
     from vit_edge.export.deployment import Deployment
@@ -35,21 +39,24 @@ _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, 
     "--preprocessing", type=_PATH, metavar="FILE", help="JSON or TOML: resize, crop, interpolation, mean, std."
 )
 @click.option("--check", type=_PATH, metavar="RECORD.json", help="Verify a deployment again, files, pictures and all.")
-def deploy(source: str | None, check: Path | None, data: Path | None, **values: Any) -> Result:
+@on_devices(own=True)
+def deploy(source: str | None, check: Path | None, data: Path | None, remote: Remote | None, **values: Any) -> Result:
     """Go the whole way from SOURCE, whatever `vit-edge convert` takes, to a verified INT8 file, with one verdict.
 
     The folder gets model.onnx, model.int8.onnx and record.json: hashes, versions and results of every step. A step is
     skipped where its inputs did not change. The exit code is 6 where the pictures do not certify the accuracy, or INT8
-    is not faster here.
+    is not faster here. With --on it has to be faster on each of these devices instead, after its golden vectors passed
+    there; one that cannot be reached is told, and the exit code is 7.
 
     \b
     Examples:
       vit-edge deploy run/best.safetensors --calibration pictures/train --data pictures/test --max-drop 1
+      vit-edge deploy CKPT --calibration cal/ --data test/ --max-drop 1 --on ssh://pi@raspberrypi
       vit-edge deploy --check deploy/record.json
     """
     for module in ("torch", "onnx", "onnxruntime", "scipy"):
         require(module, extra="export,onnxruntime", what="deploy")
-    from vit_edge.export.deployment import check_record
+    from vit_edge.export.deployment import check_record, with_devices
 
     with progress_bar() as progress:
         if check is not None:
@@ -59,7 +66,36 @@ def deploy(source: str | None, check: Path | None, data: Path | None, **values: 
             found = check_record(check, data=data, progress=progress)
         else:
             found = _deploy(source, data, values, progress)
-    return Result(data=_fields(found), shown=_shown(found), error=_failure(found))
+    outcomes = [] if remote is None else _measured_there(found, remote)
+    if outcomes:
+        found = with_devices(found, [_device_data(outcome) for outcome in outcomes])
+    return Result(data=_fields(found), shown=_shown(found), error=failure(outcomes) or _failure(found))
+
+
+def _measured_there(found: Deployment, remote: Remote) -> list[Outcome]:
+    """Measure both files on every device; each load there checks the golden vectors first."""
+    from vit_edge.export.deployment import FLOAT_FILE, INTEGER_FILE
+
+    files = {path: parts(path) for path in (found.folder / name for name in (FLOAT_FILE, INTEGER_FILE))}
+    with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
+        bundle = Bundle.write(Path(folder), files, remote.setup)
+        names = [bundle.name_there(path) for path in files]
+
+        def work(session: Session, outcome: Outcome) -> dict[str, Any]:
+            engine = outcome.device.engine
+            session.provide(bundle, engine=engine, needs_engine=True)
+            options = ["--threads=1", "--no-peak", *([] if engine is None else [f"--engine={engine}"])]
+            value = session.command(["benchmark", "--json", *options, "--", *names], bundle)
+            if "error" in value:
+                outcome.error = session.error_of(value["error"])
+            return value
+
+        return run_on(remote.devices, work, remote.setup)
+
+
+def _device_data(outcome: Outcome) -> dict[str, Any]:
+    error = {"error": str(outcome.error)} if outcome.error else {}
+    return {**outcome.to_dict(), "results": (outcome.value or {}).get("results", []), **error}
 
 
 def _deploy(source: str | None, data: Path | None, values: dict[str, Any], progress: Any) -> Deployment:
