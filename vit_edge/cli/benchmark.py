@@ -181,9 +181,9 @@ def _write(data: dict[str, Any], run: Benchmark, *, csv: Path | None, save: Path
         everything = finite({"schema": SCHEMA, "command": "benchmark", **data})
         write_atomic(save, (json.dumps(everything, ensure_ascii=False, default=str) + "\n").encode())
     if plot is not None:
-        from vit_edge.cli.benchmark_plot import draw
+        from vit_edge.report.benchmark_picture import draw_benchmark
 
-        draw(plot, run)
+        write_atomic(plot, draw_benchmark(data["results"], run.invalid_because))
 
 
 def _read_old(path: Path) -> dict[str, Any]:

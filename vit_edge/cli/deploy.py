@@ -10,7 +10,7 @@ import click
 
 from vit_edge.cli.output import Result, command, make_table, progress_bar
 from vit_edge.cli.remote import Remote, on_devices, parts
-from vit_edge.errors import UsageError, VerificationFailed, require
+from vit_edge.errors import UsageError, VerificationFailed, printable, require
 from vit_edge.remote.device import Bundle, Session
 from vit_edge.remote.fleet import Outcome, failure, run_on
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vit_edge.export.deployment import Deployment
 
 _PATH = click.Path(path_type=Path)
+_PAGE = "report.html"
 _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, or a FILE.json of `vit-edge doctor`"
 
 
@@ -43,10 +44,11 @@ _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, 
 def deploy(source: str | None, check: Path | None, data: Path | None, remote: Remote | None, **values: Any) -> Result:
     """Go the whole way from SOURCE, whatever `vit-edge convert` takes, to a verified INT8 file, with one verdict.
 
-    The folder gets model.onnx, model.int8.onnx and record.json: hashes, versions and results of every step. A step is
-    skipped where its inputs did not change. The exit code is 6 where the pictures do not certify the accuracy, or INT8
-    is not faster here. With --on it has to be faster on each of these devices instead, after its golden vectors passed
-    there; one that cannot be reached is told, and the exit code is 7.
+    The folder gets model.onnx, model.int8.onnx, record.json (hashes, versions and results of every step) and
+    report.html, a page of it all with the pictures whose answer changed. A step is skipped where its inputs did not
+    change. The exit code is 6 where the pictures do not certify the accuracy, or INT8 is not faster here. With --on it
+    has to be faster on each of these devices instead, after its golden vectors passed there; one that cannot be reached
+    is told, and the exit code is 7.
 
     \b
     Examples:
@@ -54,7 +56,7 @@ def deploy(source: str | None, check: Path | None, data: Path | None, remote: Re
       vit-edge deploy CKPT --calibration cal/ --data test/ --max-drop 1 --on ssh://pi@raspberrypi
       vit-edge deploy --check deploy/record.json
     """
-    for module in ("torch", "onnx", "onnxruntime", "scipy"):
+    for module in ("torch", "onnx", "onnxruntime", "scipy", "jinja2"):
         require(module, extra="export,onnxruntime", what="deploy")
     from vit_edge.export.deployment import check_record, with_devices
 
@@ -69,7 +71,19 @@ def deploy(source: str | None, check: Path | None, data: Path | None, remote: Re
     outcomes = [] if remote is None else _measured_there(found, remote)
     if outcomes:
         found = with_devices(found, [_device_data(outcome) for outcome in outcomes])
-    return Result(data=_fields(found), shown=_shown(found), error=failure(outcomes) or _failure(found))
+    report = None if check is not None else _report(found, data)
+    shown = [*_shown(found), *([] if report is None else [f"report: {report}"]), f"verdict: {found.verdict}"]
+    return Result(data={**_fields(found), "report": report}, shown=shown, error=failure(outcomes) or _failure(found))
+
+
+def _report(found: Deployment, data: Path | None) -> str:
+    """Write the page of the deployment beside its files; returns where."""
+    from vit_edge.report import write_report
+
+    with progress_bar() as progress:
+        return printable(
+            write_report([found.folder], out=found.folder / _PAGE, data=data, force=True, progress=progress)
+        )
 
 
 def _measured_there(found: Deployment, remote: Remote) -> list[Outcome]:
@@ -137,7 +151,7 @@ def _shown(found: Deployment) -> list[Any]:
         (name, "skipped: its inputs did not change") for name in found.skipped
     ]
     files = [f"{digest}  {name}" for name, digest in sorted(found.record["files"].items())]
-    return [make_table("", ("step", ""), rows), *files, *found.claims, f"verdict: {found.verdict}"]
+    return [make_table("", ("step", ""), rows), *files, *found.claims]
 
 
 def _failure(found: Deployment) -> VerificationFailed | None:
