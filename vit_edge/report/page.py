@@ -22,6 +22,7 @@ from vit_edge.report.tables import (
     Table,
     accuracy_table,
     benchmark_table,
+    changes_table,
     classes_table,
     coverage_table,
     layers_table,
@@ -168,6 +169,7 @@ def _verifications(
                 title="Answers that changed",
                 said=tuple(_flips_said(shown, flips, has_models=pair is not None)),
                 flips=tuple(flips),
+                folded=(changes_table(verified),),
                 candidate="this" if pair is None else PRECISIONS[pair[0].manifest.precision],
             )
 
@@ -186,13 +188,14 @@ def _accuracy_said(verified: Verified) -> Iterator[str]:
 
 
 def _flips_said(shown: str, flips: Sequence[Flip], *, has_models: bool) -> Iterator[str]:
-    yield f"{shown} pictures, those first that lost a right answer."
+    if flips:
+        yield f"{shown} pictures, those first that lost a right answer."
     if any(flip.attention for flip in flips):
         yield (
             "Each as the network sees it, then under the attention of its last block, both files on one scale: the "
             "brighter a patch, the more the class token (or what is pooled) takes from there."
         )
-    elif not has_models:
+    elif flips and not has_models:
         yield "Give both model files too, and each is shown as the network sees it, with where each of them looks."
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "Table",
     "accuracy_table",
     "benchmark_table",
+    "changes_table",
     "classes_table",
     "coverage_table",
     "layers_table",
@@ -77,6 +78,26 @@ def classes_table(verified: Verified) -> Table | None:
     rows = tuple(tuple(_plain(entry[name]) for name in names) for entry in worst["worst_classes"])
     title = f"Classes that lost most, in {worst['engine']}"
     return Table(title=title, columns=("class", "lost", "pictures", "right, float", "right, this"), rows=rows)
+
+
+def changes_table(verified: Verified) -> Table:
+    """Return every answer that changed in each engine, in words."""
+    rows = tuple(
+        (
+            entry["engine"],
+            each["path"],
+            each["reference"],
+            each["candidate"],
+            f"{each['reference_margin']:.2f}",
+            f"{each['candidate_margin']:.2f}",
+            _plain(each["label"]),
+            _plain(each["effect"]),
+        )
+        for entry in verified.engines
+        for each in entry["changed"]
+    )
+    columns = ("engine", "picture", "float says", "this says", "margin, float", "margin, this", "label", "effect")
+    return Table(title=f"All {len(rows)} changed answers, engine by engine", columns=columns, rows=rows)
 
 
 def benchmark_table(results: Sequence[Mapping[str, Any]]) -> Table:
