@@ -2,8 +2,8 @@
 
     python benchmarks/showcase.py DEIT_TINY --labels NAMES --calibration PICTURES --data LABELLED
 
-Runs the commands of the README, writes the page docs/report.html and the picture docs/pictures/benchmark.png, and the table
-into a section of docs/results.md. Pictures that judge are named in the page and not shown: they may be others' own.
+Runs the commands of the README, writes the page docs/report.html and the picture docs/pictures/benchmark.png, and the
+table into a section of docs/results.md. Pictures that judge are named in the page, not shown: they may be others' own.
 """
 
 from __future__ import annotations
@@ -72,16 +72,26 @@ def section(values: dict[str, Any]) -> str:
     noisy = f" **Invalid: {'; '.join(values['invalid_because'])}.**" if values["invalid_because"] else ""
     rows = [
         f"| {Path(entry['model']).stem} | {entry['engine']} | {entry['threads']} | {entry['batch_size']} "
-        f"| {entry['latency_ms']['p50']:.2f} ms | {entry['latency_ms']['min']:.2f} ms | {entry['latency_ms']['p90']:.2f} ms "
+        f"| {' | '.join('{:.2f} ms'.format(entry['latency_ms'][name]) for name in ('p50', 'min', 'p90'))} "
         f"| {entry['throughput_per_s']:.0f} | {ratio(entry['ratio'])} | {share(entry['share_of_peak'])} |"
         for entry in values["results"]
     ]
-    head = "| file | engine | threads | batch | median | minimum | p90 | images/s | as fast as the first (95 %) | of peak |"
-    about = (
-        f"{machine()}, {versions()}; the harness itself takes {values['harness']['p50_us']:.1f} microseconds a query."
+    columns = (
+        "file",
+        "engine",
+        "threads",
+        "batch",
+        "median",
+        "minimum",
+        "p90",
+        "images/s",
+        "as fast (95 %)",
+        "of peak",
     )
+    head = f"| {' | '.join(columns)} |"
+    about = f"{machine()}, {versions()}; the harness takes {values['harness']['p50_us']:.1f} microseconds a query."
     picture = "![latency, throughput, accuracy against time](pictures/benchmark.png)"
-    return "\n".join([f"{about}{noisy}", "", head, "|---" * 10 + "|", *rows, "", picture])
+    return "\n".join([f"{about}{noisy}", "", head, "|---" * len(columns) + "|", *rows, "", picture])
 
 
 def ratio(found: dict[str, Any] | None) -> str:

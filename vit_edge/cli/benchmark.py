@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.benchmark_tables import csv_text, tables
-from vit_edge.cli.output import SCHEMA, Result, command, file_argument, finite, progress_bar
+from vit_edge.cli.output import SCHEMA, Result, command, file_argument, progress_bar
 from vit_edge.cli.remote import measured as shown_of_devices
 from vit_edge.cli.remote import on_devices
 from vit_edge.cpu import MOST_THREADS
 from vit_edge.errors import UsageError, VerificationFailed, require
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import finite, may_write, write_atomic
 
 if TYPE_CHECKING:
     from vit_edge.cli.benchmark_comparison import Comparison
