@@ -182,6 +182,11 @@ def _accuracy_said(verified: Verified) -> Iterator[str]:
         asked.append(f"an agreement of at least {verified.min_agreement:g} %")
     if asked:
         yield f"Asked, at 95 % confidence: {' and '.join(asked)}."
+    worst = verified.worst
+    lost = f"{'at most ' if worst['unlabelled'] else ''}{worst['drop_points']:.2f} points"
+    bound = f"no more than {worst['drop_upper_bound_points']:.2f} with 95 % confidence"
+    same = f"{worst['agreement']:.2f} % of the answers are the same"
+    yield f"It loses {lost}, {bound}; {same} (in {worst['engine']}, where it loses most)."
     if verified.labels != "all":
         kind = "changed answers were labelled" if verified.labels == "flips" else "pictures have no labels"
         yield f"Only the {kind}." if verified.labels == "flips" else f"The {kind}: changed answers count as lost."

@@ -50,6 +50,11 @@ class Verified:
     engines: tuple[Mapping[str, Any], ...]
     explain: Mapping[str, Any] | None = None
 
+    @property
+    def worst(self) -> Mapping[str, Any]:
+        """Return the engine in which most was lost, by the bound."""
+        return max(self.engines, key=lambda entry: (entry["drop_upper_bound_points"], entry["num_changed"]))
+
 
 @dataclass(kw_only=True, slots=True)
 class Sources:

@@ -71,7 +71,7 @@ def accuracy_table(verified: Verified) -> Table:
 
 def classes_table(verified: Verified) -> Table | None:
     """Return the classes that lost right answers, in the engine that lost most; None where none did."""
-    worst = max(verified.engines, key=lambda entry: (entry["drop_upper_bound_points"], entry["num_changed"]))
+    worst = verified.worst
     if not worst.get("worst_classes"):
         return None
     names = ("label", "lost", "images", "reference_right", "candidate_right")
