@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from vit_edge.errors import require
 __all__ = ["draw_benchmark"]
 
 _DPI = 110
+_LINES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
+_FILLS = ("full", "none", "left", "right", "top", "bottom")
 # Values as `vit-edge benchmark --json` prints them: a saved run is drawn as the one just made.
 Result = Mapping[str, Any]
+Style = dict[str, Any]
 
 
 def draw_benchmark(results: Sequence[Result], invalid_because: Sequence[str] = ()) -> bytes:
@@ -25,11 +29,17 @@ def draw_benchmark(results: Sequence[Result], invalid_because: Sequence[str] = (
     panels = [_latencies, _throughputs]
     if any(result["top1"] is not None for result in results):
         panels.append(_pareto)
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), dpi=_DPI, layout="constrained")
+    num_columns = 2 * len(panels)
+    height = 4.2 + 0.15 * math.ceil(len(results) / num_columns)
+    figure = Figure(figsize=(5.2 * len(panels), height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)  # no window, and nothing of the application's own matplotlib is touched
+    styles = _styles(results)
     for axis, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        panel(axis, results)
+        panel(axis, results, styles)
         axis.grid(alpha=0.3)
+    # One legend below all: in a panel two dozen lines of it would hide the data.
+    named = figure.axes[0].get_lines()
+    figure.legend(handles=named, loc="outside lower center", ncols=num_columns, fontsize=6, handlelength=4)
     if invalid_because:
         figure.suptitle("INVALID: " + "; ".join(invalid_because), color="tab:red", fontsize=8)
     buffer = io.BytesIO()
@@ -37,42 +47,66 @@ def draw_benchmark(results: Sequence[Result], invalid_because: Sequence[str] = (
     return buffer.getvalue()
 
 
-def _latencies(axis: Any, results: Sequence[Result]) -> None:
+def _styles(results: Sequence[Result]) -> list[Style]:
+    """Return how each is drawn: its file by colour, engine by line, threads by marker, batch by how that is filled."""
+    seen: list[dict[Hashable, int]] = [{}, {}, {}, {}]
+    found = []
+    for result in results:
+        ran_as = (result["model"], result["float_precision"], result["device"], result.get("device_name"))
+        keys = (ran_as, result["engine"], (result["workers"], result["threads"]), result["batch_size"])
+        colour, line, marker, fill = (kinds.setdefault(key, len(kinds)) for kinds, key in zip(seen, keys, strict=True))
+        found.append(
+            {
+                "color": f"C{colour % 10}",
+                "linestyle": _LINES[line % len(_LINES)],
+                "marker": _MARKERS[marker % len(_MARKERS)],
+                "fillstyle": _FILLS[fill % len(_FILLS)],
+                "linewidth": 1.2,
+                "markersize": 5,
+            }
+        )
+    return found
+
+
+def _latencies(axis: Any, results: Sequence[Result], styles: Sequence[Style]) -> None:
     """Draw the share of queries that were answered by each time; the last per cent is left out of the picture."""
-    for result in results:
-        axis.plot(result["quantiles_ms"][:100], range(100), label=_label(result), linewidth=1.2)
-    axis.set(title="latency of a query", xlabel="milliseconds", ylabel="answered by then, %")
+    for result, style in zip(results, styles, strict=True):
+        axis.plot(result["quantiles_ms"][:100], range(100), label=_label(result), markevery=[50], **style)
+    axis.set(title="latency of a query", xlabel="milliseconds; the marker is the median", ylabel="answered by then, %")
     axis.set_xscale("log")
-    axis.legend(fontsize=6)
+    axis.xaxis.set_major_formatter("{x:g}")
 
 
-def _throughputs(axis: Any, results: Sequence[Result]) -> None:
+def _throughputs(axis: Any, results: Sequence[Result], styles: Sequence[Style]) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
-    for result in results:
-        point = (result["batch_size"], result["throughput_per_s"])
-        lines.setdefault(_label(result, with_batch=False), []).append(point)
-    for label, points in lines.items():
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label, linewidth=1.2)
+    for result, style in zip(results, styles, strict=True):
+        points = lines.setdefault(_label(result, with_batch=False), [])
+        points.append((result["batch_size"], result["throughput_per_s"]))
+        axis.plot(*points[-1], **{**style, "linestyle": ""})
+        if len(points) > 1:
+            axis.plot(*zip(*sorted(points)[-2:], strict=True), **{**style, "marker": ""})
     sizes = sorted({result["batch_size"] for result in results})
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.set_ylim(bottom=0)
     axis.set(title="throughput", xlabel="images a query", ylabel="images a second")
-    axis.legend(fontsize=6)
 
 
-def _pareto(axis: Any, results: Sequence[Result]) -> None:
-    """Draw accuracy against an image's time; the line joins those that no other beats in both."""
-    points = [(_cost_ms(result), result["top1"], result) for result in results if result["top1"] is not None]
+def _pareto(axis: Any, results: Sequence[Result], styles: Sequence[Style]) -> None:
+    """Draw accuracy against an image's time; the line joins those that no other beats in both, which are named."""
+    points = []
+    for result, style in zip(results, styles, strict=True):
+        if result["top1"] is not None:
+            points.append((_cost_ms(result), result["top1"], result))
+            axis.plot(_cost_ms(result), result["top1"], **{**style, "linestyle": ""})
     points.sort(key=lambda point: (point[0], -point[1]))
-    for cost_ms, top1, result in points:
-        axis.scatter([cost_ms], [top1], s=22)
-        axis.annotate(_label(result), (cost_ms, top1), fontsize=6, xytext=(3, 3), textcoords="offset points")
     best: list[tuple[float, float]] = []
-    for cost_ms, top1, _ in points:
+    for cost_ms, top1, result in points:
         if not best or top1 > best[-1][1]:
             best.append((cost_ms, top1))
+            axis.annotate(_label(result), best[-1], fontsize=6, xytext=(0, 6), textcoords="offset points")
     axis.plot(*zip(*best, strict=True), linewidth=0.8, color="gray", drawstyle="steps-post")
+    axis.margins(0.12)
     axis.set(title="accuracy against time (Pareto)", xlabel="milliseconds an image, median", ylabel="top-1, %")
 
 
