@@ -72,7 +72,10 @@ def measure(
 
 
 def _opened(models: Sequence[str | os.PathLike[str]]) -> dict[str, Model]:
-    return {os.fspath(model): open_any(model) for model in models}
+    paths = [os.fspath(model) for model in models]
+    for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
+        _log.warning("%s is given more than once: it is measured once", path)
+    return {path: open_any(path) for path in dict.fromkeys(paths)}
 
 
 def _candidates(opened: dict[str, Model], options: BenchmarkOptions, stack: ExitStack) -> list[Candidate]:
@@ -80,9 +83,8 @@ def _candidates(opened: dict[str, Model], options: BenchmarkOptions, stack: Exit
     found: list[Candidate] = []
     unable: EngineUnavailable | None = None
     engines = chosen_engines(options.engines)
-    mixes = itertools.product(
-        opened.items(), engines, options.devices, options.precisions, options.batch_sizes, options.threads
-    )
+    each = (engines, options.devices, options.precisions, options.batch_sizes, options.threads)
+    mixes = itertools.product(opened.items(), *(dict.fromkeys(values) for values in each))
     for (path, model), engine, device, precision, batch_size, threads in mixes:
         if isinstance(model, IrModel) and engine == "onnxruntime" and not options.engines:
             continue  # it cannot read it, and nobody asked for it

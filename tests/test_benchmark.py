@@ -186,11 +186,23 @@ def test_what_is_saved_can_be_compared_and_a_slower_one_fails(workspace: Workspa
         printed = json.loads(done.stdout)
         assert printed["results"]
         assert (printed["comparison"][0]["change_percent"] > 5) == (code == 6)
+    noisy = {**saved, "valid": False, "invalid_because": ["other processes took 1.50 of a core"]}
+    (tmp_path / "old.json").write_text(json.dumps(noisy))
+    done = vit_edge(*given, "--compare", "old.json", cwd=tmp_path)
+    assert (done.returncode, "took 1.50 of a core" in done.stderr) == (0, True)
     (tmp_path / "old.json").write_text(json.dumps({**saved, "results": [{**result, "threads": 7}]}))
     done = vit_edge(*given, "--compare", "old.json", cwd=tmp_path)
     assert (done.returncode, "no result of the same" in done.stderr) == (3, True)
     done = vit_edge(*given, "--save", "run.json", cwd=tmp_path)
     assert (done.returncode, "--force" in done.stderr) == (2, True)
+
+
+def test_what_is_given_twice_is_measured_once_and_said(workspace: Workspace, tmp_path: Path) -> None:
+    given = ("--engine", "onnxruntime", "--batch-size", "1", "--batch-size", "1", "--plot", "run.png", "--json", *BRIEF)
+    printed = json.loads(vit_edge("benchmark", *[workspace.int8_model] * 2, *given, cwd=tmp_path).stdout)
+    assert len(printed["results"]) == 1
+    assert any("more than once" in warning for warning in printed["warnings"])
+    assert any("no file holds an evaluation" in warning for warning in printed["warnings"])  # two panels, not three
 
 
 def test_from_file_to_labels_every_stage_has_its_time(workspace: Workspace, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vit_edge.runtime.measurement import Benchmark
 
 _MOST_PERCENT = 1000
+_log = logging.getLogger(__name__)
 
 
 def _percent(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
@@ -183,6 +185,8 @@ def _write(data: dict[str, Any], run: Benchmark, *, csv: Path | None, save: Path
     if plot is not None:
         from vit_edge.report.benchmark_picture import draw_benchmark
 
+        if all(result.top1 is None for result in run.results):
+            _log.warning("accuracy is not drawn: no file holds an evaluation; `vit-edge quantize --data` leaves one")
         write_atomic(plot, draw_benchmark(data["results"], run.invalid_because))
 
 

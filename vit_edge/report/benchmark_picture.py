@@ -78,13 +78,14 @@ def _latencies(axis: Any, results: Sequence[Result], styles: Sequence[Style]) ->
 
 
 def _throughputs(axis: Any, results: Sequence[Result], styles: Sequence[Style]) -> None:
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[int, float, Style]]] = {}
     for result, style in zip(results, styles, strict=True):
-        points = lines.setdefault(_label(result, with_batch=False), [])
-        points.append((result["batch_size"], result["throughput_per_s"]))
-        axis.plot(*points[-1], **{**style, "linestyle": ""})
-        if len(points) > 1:
-            axis.plot(*zip(*sorted(points)[-2:], strict=True), **{**style, "marker": ""})
+        size, rate = result["batch_size"], result["throughput_per_s"]
+        axis.plot(size, rate, **{**style, "linestyle": ""})
+        lines.setdefault(_label(result, with_batch=False), []).append((size, rate, style))
+    for points in lines.values():
+        ordered = sorted(points, key=lambda point: point[0])
+        axis.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], **{**points[0][2], "marker": ""})
     sizes = sorted({result["batch_size"] for result in results})
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
