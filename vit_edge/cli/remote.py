@@ -122,7 +122,7 @@ def _asked(told: dict[str, Any]) -> Remote | None:
 def _run_there(remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool) -> Result:
     context = click.get_current_context()
     given = list(_given(context, uploads))
-    files = {path: parts(path) for _, values, is_file in given for path in map(Path, values) if is_file}
+    files = {path: parts(path) for _, values, is_file in given if is_file for path in map(Path, values)}
     with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
         bundle = Bundle.write(Path(folder), files, remote.setup)
 
