@@ -20,6 +20,7 @@ from vit_edge.artifact import open_model
 from vit_edge.convert import open_source
 from vit_edge.cpu import cpu_name, instruction_set, usable_threads
 from vit_edge.errors import InputError, NotTrusted, UsageError, printable
+from vit_edge.export.deployment_commands import step_commands
 from vit_edge.export.exporter import export_onnx
 from vit_edge.export.judgement import SEVERITY
 from vit_edge.export.quantization import QuantizationOptions, quantize
@@ -107,6 +108,7 @@ def deploy(
     files = {path.name: _file_sha256(path) for path in (float_file, integer_file)}
     steps.run("speed", {**files, "versions": versions(), **_machine()}, speed, None)
     verdict, claims = conclude(steps.results["quantize"]["verification"], steps.results["speed"]["engines"])
+    paths = {"source": source, "calibration": calibration, "data": data, "model": float_file, "out": integer_file}
     record = {
         "schema": SCHEMA,
         "made_with": {"vit_edge": vit_edge.__version__, "versions": versions(), **_machine()},
@@ -114,6 +116,7 @@ def deploy(
         "folders": {"calibration": printable(calibration), "data": printable(data)},
         "pictures": pictures,
         "files": files,
+        "commands": step_commands({**paths, "record": folder / RECORD_FILE}, told=told, options=asked),
         "steps": steps.entries,
         "verdict": verdict,
         "claims": claims,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.deployments import make_deployment, run
 from vit_edge.artifact import open_model
 from vit_edge.errors import InputError, NotTrusted, UsageError
 from vit_edge.export.deployment import DeploymentOptions, check_record, conclude, folder_sha256, read_record
+from vit_edge.files import sha256_hex
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_is_recorded_with_hashes_and_versions(folder: Path) -> None:
     record = read_record(folder / "out" / "record.json")
     assert list(record["steps"]) == ["export", "quantize", "speed"]
+    assert list(record["commands"]) == ["check", "export", "quantize", "speed"]
     assert record["files"]["model.int8.onnx"] == open_model(folder / "out" / "model.int8.onnx").sha256
     assert record["steps"]["quantize"]["inputs"]["model"] == record["files"]["model.onnx"]
     assert record["steps"]["quantize"]["result"]["num_calibration_images"] == 40
@@ -115,6 +118,14 @@ def test_the_command_ends_with_the_verdict(folder: Path, tmp_path: Path) -> None
     assert printed["verdict"] in ("inconclusive", "fail")
     assert printed["skipped"] == ["export"]
     assert printed["error"]["type"] == "VerificationFailed"
+    for path in (tmp_path / "f" / "out").glob("*.onnx"):
+        path.unlink()
+    record = read_record(tmp_path / "f" / "out" / "record.json")
+    for step in ("export", "quantize"):
+        vit_edge(*shlex.split(record["commands"][step])[1:], cwd=tmp_path / "f")
+    # The same files, step by step.
+    for name, digest in record["files"].items():
+        assert sha256_hex((tmp_path / "f" / "out" / name).read_bytes()) == digest, record["commands"]
     for wrong, text in ((("deploy",), "SOURCE, --calibration, --data"), (("deploy", "x", "--check", "y"), "no source")):
         refused = vit_edge(*wrong, cwd=tmp_path)
         assert refused.returncode == 2
