@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.benchmark_tables import csv_text, tables
+from vit_edge.cli.foreign_options import foreign_options, read_told
 from vit_edge.cli.output import SCHEMA, Result, command, file_argument, progress_bar
 from vit_edge.cli.remote import measured as shown_of_devices
 from vit_edge.cli.remote import on_devices
@@ -76,6 +77,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
 )
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Measure from file to labels too.")
 @click.option("--loadgen", "with_loadgen", is_flag=True, help="Measure with MLCommons LoadGen too.")
+@foreign_options
 @click.option("--no-peak", is_flag=True, help="Leave out the peak of the CPU.")
 @click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write what --json prints.")
@@ -89,7 +91,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
 )
 @click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
-@on_devices(uploads=("models",), shown=shown_of_devices)
+@on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices)
 def benchmark(
     models: tuple[Path, ...],
     csv: Path | None,
@@ -159,6 +161,7 @@ def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
         with_loadgen=measured["with_loadgen"],
         images=measured["images"],
         has_peak=not measured["no_peak"],
+        **read_told(measured),
     )
     with progress_bar() as progress:
         return measure(models, options, progress=progress)
