@@ -212,6 +212,8 @@ def _verdict(
     if slower:
         reason = "; ".join(f"{one.what}: {one.said}" for one in slower)
         remedy = "measure both again in one run, or find what changed"
+        if run.invalid_because:
+            remedy = f"the machine was not quiet ({'; '.join(run.invalid_because)}): measure again on a quiet one"
         return VerificationFailed(f"it became slower by more than {limit:g} %", reason=reason, remedy=remedy)
     if fail_if_noisy and run.invalid_because:
         reason = "; ".join(run.invalid_because)
