@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("onnxruntime", "openvino")
 # pip and setuptools come with every environment.
 _NOT_COUNTED = ("pip", "setuptools")
+_NOT_COPIED = shutil.ignore_patterns(".*", "build", "demo", "dist", "*.egg-info", "*.onnx", "__pycache__")
 
 _PACKAGES = f"""
 import importlib.metadata as m, json, pathlib
@@ -94,7 +96,11 @@ def measured(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         python = folder / "venv" / "bin" / "python"
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[{engine}]"]
+        shutil.copytree(
+            ROOT, folder / "clone", symlinks=True, ignore=_NOT_COPIED
+        )  # pip leaves a build/ where it builds
+        source = f"{folder / 'clone'}[{engine}]"
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", source]
         subprocess.run(install, check=True)
         packages = json.loads(output(python, _PACKAGES, folder))
         values = f"engine, model, graph = {engine!r}, {str(arguments.model.resolve())!r}, {one_node()!r}\n"

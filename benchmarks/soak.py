@@ -27,6 +27,8 @@ from vit_edge.runtime.golden import golden_images
 
 SECTION = "soak"
 SAMPLES = 200
+# For each 100,000 answers, and of all loads together.
+MOST_BYTES = 1_000_000
 
 
 def main() -> None:
@@ -109,19 +111,30 @@ def cycles(model: Path, engine: str, count_of: int) -> dict[str, Any]:
     return {"cycles": count_of, "threads_left": left[0], "files_left": left[1], "rss_left": left[2]}
 
 
+def broken(row: dict[str, Any]) -> list[str]:
+    """Return the bounds that did not hold."""
+    held = {
+        "answers were wrong": row["wrong"] == 0,
+        "answers cost memory": row["slope_bytes"] <= MOST_BYTES,
+        "loads left threads or files": max(row["threads_left"], row["files_left"]) <= 0,
+        "loads left memory": row["rss_left"] <= MOST_BYTES,
+    }
+    return [name for name, is_held in held.items() if not is_held]
+
+
 def table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     grown = "memory for each 100,000 | grown after the first fifth"
-    columns = f"engine | answers | wrong | {grown} | loads | threads, files left | memory left"
+    columns = f"engine | answers | wrong | {grown} | loads | threads, files left | memory left | within bounds"
     return "\n".join(
         [
             f"`{arguments.model.name}`, batch 1. {machine()}, {versions()}.",
             "",
             f"| {columns} |",
-            "|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|",
             *(
                 f"| {row['engine']} | {row['runs']:,} | {row['wrong']} | {row['slope_bytes'] / 1e6:+.3f} MB "
                 f"| {row['grown_bytes'] / 1e6:+.2f} MB | {row['cycles']} | {row['threads_left']}, {row['files_left']} "
-                f"| {row['rss_left'] / 1e6:+.2f} MB |"
+                f"| {row['rss_left'] / 1e6:+.2f} MB | {'; '.join(broken(row)) or 'yes'} |"
                 for row in rows
             ),
         ]

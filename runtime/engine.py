@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -140,7 +141,24 @@ class Engine(Protocol):
 
 def installed_engines() -> tuple[str, ...]:
     """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen)."""
-    return tuple(name for name, (_, package, _) in ENGINES.items() if package and importlib.util.find_spec(package))
+    return tuple(name for name, (_, package, _) in ENGINES.items() if package and _is_installed(package))
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package can be imported: a mere folder of its name, or one emptied by pip, has no origin."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _module(name: str) -> ModuleType:
+    """Return our module for an engine that is installed; raises EngineUnavailable where its package is broken."""
+    module, package, _ = ENGINES[name]
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        reason = f"{package} is installed, but cannot be imported: {' '.join(str(error).split())[:300]}"
+        remedy = f"pip install --force-reinstall {package}, and see that its release fits that of numpy"
+        raise EngineUnavailable("cannot load", reason=reason, remedy=remedy) from error
 
 
 def engines_with(device: str) -> tuple[str, ...]:
@@ -152,7 +170,7 @@ def available_devices() -> dict[str, tuple[str, ...]]:
     """Return the devices here and, for each, the installed engines that have it, by asking the engines."""
     found: dict[str, tuple[str, ...]] = {}
     for name in installed_engines():
-        for device in importlib.import_module(ENGINES[name][0]).devices_here():
+        for device in _module(name).devices_here():
             found[device] = (*found.get(device, ()), name)
     return found
 
@@ -179,14 +197,14 @@ def make_engine(name: str, model: Model, options: EngineOptions) -> Engine:
         known = ", ".join(engine for engine, (_, package, _) in ENGINES.items() if package)
         reason = f"no engine is named {name!r}; there are {known}"
         raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these")
-    module, package, extra = ENGINES[name]
-    if package and importlib.util.find_spec(package) is None:
+    _, package, extra = ENGINES[name]
+    if package and not _is_installed(package):
         reason = f"the engine {name} is not installed; installed: {', '.join(installed_engines()) or 'none'}"
         raise MissingExtra("cannot load", reason=reason, remedy=f'pip install "vit-edge[{extra}]"')
     if isinstance(model, IrModel) and name == "onnxruntime":
         reason, remedy = "it is OpenVINO's IR, which ONNX Runtime cannot read", "choose openvino"
         raise ModelRejected("cannot load", file=model.source, reason=reason, remedy=remedy)
-    make: type[Engine] = importlib.import_module(module).ENGINE
+    make: type[Engine] = _module(name).ENGINE
     engine: Engine = make(model, options)  # type: ignore[call-arg]  # a protocol does not list __init__
     return engine
 

@@ -96,10 +96,10 @@ _PLAIN_OPERATORS = frozenset(["Expand", "Shape"])
 # What exporters of others leave in, arithmetic on shapes for the most part; such files are tried in a process apart.
 _ELSEWHERE_OPERATORS = _PLAIN_OPERATORS | frozenset(
     [
-        "And", "ArgMax", "Ceil", "ConstantOfShape", "Cos", "Dropout", "Einsum", "Equal", "Floor", "Greater",
-        "GreaterOrEqual", "GroupNormalization", "LRN", "Less", "LessOrEqual", "LpNormalization", "Mod", "Not", "Or",
-        "QLinearConv", "QLinearMatMul", "Range", "ReduceSumSquare", "Round", "ScatterND", "Sign", "Sin", "Size",
-        "Sum", "Tile", "Trilu", "Where",
+        "And", "ArgMax", "Ceil", "ConstantOfShape", "ConvInteger", "Cos", "Dropout", "Einsum", "Equal", "Floor",
+        "Greater", "GreaterOrEqual", "GroupNormalization", "LRN", "Less", "LessOrEqual", "LpNormalization", "Mod",
+        "Not", "Or", "QLinearConv", "QLinearMatMul", "Range", "ReduceProd", "ReduceSumSquare", "Resize", "Round",
+        "ScatterND", "Sign", "Sin", "Size", "Sum", "Tile", "Trilu", "Where",
     ]
 )  # fmt: skip
 # OpenVINO's names of what its importer makes of these operators; all of its own sets ("opset1" ...), no extensions.
@@ -121,8 +121,10 @@ _IR_SETS = re.compile(r"opset\d{1,2}")
 
 def check_graph(model: ModelFile) -> None:
     """Raise ModelRejected where the graph holds anything a classifier has no need of, or contradicts its manifest."""
+    is_ours = model.manifest.provenance.get("form") != "elsewhere"
     for problem in _problems(model.proto, model):
-        reason, remedy = problem, "make the model file again with `vit-edge export`"
+        again = "make the model file again with `vit-edge export`"
+        reason, remedy = problem, again if is_ours else "export it again where it was made, as a plain classifier"
         raise ModelRejected("will not load the model", file=model.source, reason=reason, remedy=remedy)
 
 

@@ -186,14 +186,15 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
         return "none" if verify == "none" else "hash"
     if _is_unchecked(model):
         return "probe"
-    if verify == "hash":
-        if engine.name not in promised(manifest):
-            _log.warning("%s: nothing is promised of its answers in %s", model.source, engine.name)
-        recorded = recorded_version(engine, manifest)
-        if recorded in (None, engine.version):
-            return "hash"
+    recorded = recorded_version(engine, manifest)
+    is_other_release = recorded not in (None, engine.version)
+    if is_other_release:
         _log.warning("%s was checked in %s %s, this is %s: its golden vectors are run",
                      model.source, engine.name, recorded, engine.version)  # fmt: skip
+    if verify == "hash" and not is_other_release:
+        if engine.name not in promised(manifest):
+            _log.warning("%s: nothing is promised of its answers in %s", model.source, engine.name)
+        return "hash"
     if manifest.golden is None:
         remedy = "export it again, or load it with verify='hash'"
         raise ModelRejected(

@@ -19,7 +19,7 @@ from vit_edge.ir import IrModel
 from vit_edge.runtime.devices import DEVICES, known_as, unavailable
 from vit_edge.runtime.engine import Array, EngineOptions, Logits, Model, answer, batch_of, log_fallback, private_copy
 
-__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "read_graph"]
+__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "is_as_asked", "read_graph"]
 
 # What the manifest's entry on quantization calls the list of roundings that are there for ONNX Runtime alone.
 _SKIPS = "openvino_skips"
@@ -44,6 +44,9 @@ class OpenVinoEngine:
         ran = replace(options, device="cpu", precision=None) if self.fallback else options
         self.device, nodes = _read_devices(self._compiled)
         self.placement: Mapping[str, int] | None = nodes
+        if not is_as_asked(ran.device, self.device):
+            reason = f"OpenVINO runs it on {self.device!r}, not on {ran.device!r}"
+            raise EngineUnavailable("cannot load", reason=reason, remedy="ask for that device, or for 'auto'")
         threads = int(_property(self._compiled, "INFERENCE_NUM_THREADS") or options.num_threads * options.streams)
         self.threads = max(1, threads // options.streams)
         self.float_precision = _read_precision(self._compiled)
@@ -117,6 +120,11 @@ def compile_model(model: Model, options: EngineOptions, *, profile: bool = False
 def devices_here() -> list[str]:
     """Return the devices that OpenVINO finds here, the first of each kind without its number."""
     return [str(name).lower().removesuffix(".0") for name in _core().available_devices]
+
+
+def is_as_asked(asked: str, runs: str) -> bool:
+    """Return whether the device that runs is the one asked for: "gpu.0" is "gpu", and "auto" may be any."""
+    return asked == "auto" or asked.removesuffix(".0") == runs.removesuffix(".0")
 
 
 def _compile_somewhere(model: Model, options: EngineOptions) -> tuple[Any, str | None]:

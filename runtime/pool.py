@@ -13,10 +13,9 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -25,12 +24,13 @@ from PIL import Image
 
 from vit_edge.artifact import MOST_BATCH
 from vit_edge.cpu import MOST_THREADS, usable_threads
-from vit_edge.errors import Closed, DeadlineExceeded, Overloaded, UsageError, VitEdgeError
+from vit_edge.errors import Closed, UsageError, VitEdgeError
 from vit_edge.image import Color, Decoding, Picture, Preprocessing
 from vit_edge.runtime.classifier import Prediction, Prepared, check_top
 from vit_edge.runtime.engine import EngineName, EngineOptions, FloatPrecision, check_count
 from vit_edge.runtime.generation import Generation, Holder
 from vit_edge.runtime.loading import check_decode, load_model, open_any
+from vit_edge.runtime.queueing import Request, RequestQueue, finish
 from vit_edge.runtime.watching import Signature, signature_of
 
 __all__ = ["Pool"]
@@ -40,16 +40,6 @@ _MOST_DELAY_MS, _MOST_TIMEOUT_S = 60_000, 1e9
 _log = logging.getLogger(__name__)
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Request:
-    picture: Picture
-    top: int
-    color: Color
-    taken: float  # on time.monotonic, as is the deadline
-    deadline: float | None
-    future: Future[Prediction]
 
 
 class Pool:
@@ -103,20 +93,18 @@ class Pool:
         )
         self._engine, self._decode, self._workers = engine, decode, workers
         self._preprocessing, self._labels = preprocessing, labels
-        self._queue_size, self._max_batch, self._max_delay_s = queue_size, max_batch, max_delay_ms / 1000
+        self._queue_size, self._max_batch = queue_size, max_batch
         self._served = _served(source)
         self._holder = Holder(self._loaded(source))
-        self._pid, self._is_closed, self._num_working = os.getpid(), False, workers
-        self._waiting: deque[_Request] = deque()
-        self._changed = threading.Condition()
+        self._queue = RequestQueue(queue_size, max_batch=max_batch, max_delay_s=max_delay_ms / 1000)
+        self._pid, self._is_closed, self._num_working = os.getpid(), False, 0
+        self._ending = threading.Condition()
         self._swapping = threading.Lock()
         self._stop_watching: list[threading.Event] = []
-        self._threads = [
-            threading.Thread(target=self._work, args=(number,), name=f"vit-edge-{number}", daemon=True)
-            for number in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self._start("deadlines", self._queue.expire)
+        for number in range(workers):
+            self._start(str(number), self._work, number)
         atexit.register(self.close, drain=False)
 
     def submit(
@@ -125,33 +113,23 @@ class Pool:
         """Return the future answer for one picture, which `Classifier.__call__` describes; an array is copied.
 
         Raises Overloaded at once where the queue is full, Closed after `close` or a fork. The future raises what the
-        classifier does, or DeadlineExceeded where `timeout_s` was over before a worker took it; it can be cancelled
-        until then.
+        classifier does, or DeadlineExceeded as soon as `timeout_s` is over where no worker took it by then; it can be
+        cancelled until then.
         """
         self._check_process()
         check_top(top)
         if timeout_s is not None:
             _check("timeout_s", timeout_s, most=_MOST_TIMEOUT_S)
-        picture = _own(picture)
+        self._queue.reserve()  # before the picture is copied: a full queue refuses large ones as fast as small ones
+        try:
+            owned = _own(picture)
+        except BaseException:
+            self._queue.release()
+            raise
         taken = time.monotonic()
-        future: Future[Prediction] = Future()
         deadline = None if timeout_s is None else taken + timeout_s
-        request = _Request(picture=picture, top=top, color=color, taken=taken, deadline=deadline, future=future)
-        hopeless: list[_Request] = []
-        with self._changed:
-            if self._is_closed:
-                raise Closed("cannot classify", reason="the pool is closed", remedy="make another")
-            if len(self._waiting) >= self._queue_size:
-                hopeless = self._without_hopeless()
-            num_waiting = len(self._waiting)
-            if num_waiting < self._queue_size:
-                self._waiting.append(request)
-                self._changed.notify()
-        for other in hopeless:
-            _is_wanted(other)
-        if num_waiting >= self._queue_size:
-            reason = f"{num_waiting} requests wait already, as many as may"
-            raise Overloaded("the pool is overloaded", reason=reason, remedy="send it later, or to another machine")
+        future: Future[Prediction] = Future()
+        self._queue.enter(Request(picture=owned, top=top, color=color, taken=taken, deadline=deadline, future=future))
         return future
 
     async def classify(
@@ -171,16 +149,16 @@ class Pool:
         """
         self._check_process()
         with self._swapping:
+            self._check_open("swap")
             served = _served(source)
             generation = self._loaded(source)
-            with self._changed:
-                closed = self._is_closed
-                if not closed:
+            with self._ending:
+                if not self._is_closed:
                     self._holder.replace(generation)
                     self._served = served
-        if closed:
-            generation.close()
-            raise Closed("cannot swap", reason="the pool is closed", remedy="make another")
+                    return
+        generation.close()
+        self._check_open("swap")
 
     def watch(self, path: str | os.PathLike[str], *, interval_s: float = 1.0) -> None:
         """Swap to the model file at `path` whenever it changes, until the pool is closed.
@@ -192,14 +170,10 @@ class Pool:
         _check("interval_s", interval_s, most=86_400)
         stop = threading.Event()
         served = self._served[1] if self._served[0] == os.path.abspath(path) else None  # noqa: PTH100 - not resolved
-        arguments = (path, served, interval_s, stop)
-        thread = threading.Thread(target=self._watch, args=arguments, name="vit-edge-watch", daemon=True)
-        with self._changed:
-            if self._is_closed:
-                raise Closed("cannot watch", reason="the pool is closed", remedy="make another")
+        with self._ending:
+            self._check_open("watch")
             self._stop_watching.append(stop)
-            self._threads.append(thread)
-            thread.start()
+            self._start("watch", self._watch, path, served, interval_s, stop)
 
     def describe(self) -> dict[str, Any]:
         """Return what `Classifier.describe` does of the model that serves, and `workers`, `queue_size`, `queued`."""
@@ -210,7 +184,7 @@ class Pool:
             **described,
             "workers": self._workers,
             "queue_size": self._queue_size,
-            "queued": len(self._waiting),
+            "queued": len(self._queue),
             "max_batch": self._max_batch,
         }
 
@@ -221,22 +195,18 @@ class Pool:
         """
         if os.getpid() != self._pid:  # the workers are the parent's, and so may be the locks
             return
-        with self._changed:
+        with self._ending:
             self._is_closed = True
-            dropped = [] if drain else list(self._waiting)
-            if dropped:
-                self._waiting.clear()
-            self._changed.notify_all()
-        for stop in self._stop_watching:
+            stops = list(self._stop_watching)
+        for stop in stops:
             stop.set()
-        for request in dropped:
-            request.future.cancel()
+        self._queue.close(drain=drain)
         atexit.unregister(self.close)
         if threading.current_thread() in self._threads:
             return
         # Not by `join` alone: one that was interrupted takes the thread for ended (CPython 3.11).
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_working == 0)
+        with self._ending:
+            self._ending.wait_for(lambda: self._num_working == 0)
         for thread in self._threads:
             thread.join()
 
@@ -258,75 +228,52 @@ class Pool:
         first = load_model(model, engine=self._engine, options=self._options, decode=self._decode)
         return Generation(first, workers=self._workers)
 
+    def _check_open(self, verb: str) -> None:
+        if self._is_closed:
+            raise Closed(f"cannot {verb}", reason="the pool is closed", remedy="make another")
+
+    def _start(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
+        """Start a thread that the pool waits for when it is closed."""
+        thread = threading.Thread(target=self._run, args=(work, *arguments), name=f"vit-edge-{name}", daemon=True)
+        with self._ending:
+            self._num_working += 1
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        finally:
+            with self._ending:
+                self._num_working -= 1
+                if self._num_working == 0:  # whoever closed the pool may have been a callback of a worker
+                    self._holder.replace(None)
+                self._ending.notify_all()  # who closes waits for it
+
     def _work(self, number: int) -> None:
-        while batch := self._take():
+        while batch := self._queue.take():
             self._answer(number, batch)
-        with self._changed:
-            self._num_working -= 1
-            if self._num_working == 0:  # whoever closed the pool may have been a callback of a worker
-                self._holder.replace(None)
-            self._changed.notify_all()  # who closes waits for it
 
-    def _take(self) -> list[_Request]:
-        """Return the requests to answer together, in the order they came; none where the pool is closed and empty."""
-        while True:
-            with self._changed:
-                while not self._waiting and not self._is_closed:
-                    self._changed.wait()
-                if self._max_batch > 1:
-                    self._gather()
-                count = min(self._max_batch, len(self._waiting))
-                candidates = [self._waiting.popleft() for _ in range(count)]
-                if self._waiting:
-                    self._changed.notify()  # what is left is for another worker: its call may have woken this one
-                is_over = self._is_closed and not candidates
-            # Without the lock: whoever waits for them is called back.
-            taken = [request for request in candidates if _is_wanted(request)]
-            if taken or is_over:
-                return taken
-
-    def _gather(self) -> None:
-        """Wait until a batch is full, or the oldest request has waited as long as it may, or one might become late."""
-        while self._waiting and not self._is_closed and len(self._waiting) < self._max_batch:
-            end = self._waiting[0].taken + self._max_delay_s
-            if any(request.deadline is not None and request.deadline <= end for request in self._waiting):
-                return
-            left = end - time.monotonic()
-            if left <= 0 or not self._changed.wait(left):
-                return
-
-    def _answer(self, number: int, batch: Sequence[_Request]) -> None:
+    def _answer(self, number: int, batch: Sequence[Request]) -> None:
         with self._holder.in_use() as generation:
             classifier = generation.classifiers[number]
-            prepared: list[tuple[_Request, Prepared]] = []
+            prepared: list[tuple[Request, Prepared]] = []
             for request in batch:
                 started = time.monotonic()
                 try:
                     one = classifier.prepare(request.picture, color=request.color)
                 except BaseException as error:  # one bad picture is the matter of the one who sent it
-                    _finish(request.future, error=error)
+                    finish(request.future, error=error)
                     continue
                 prepared.append((request, replace(one, waited_ms=(started - request.taken) * 1000)))
             try:
                 found = classifier.predict([one for _, one in prepared], tops=[r.top for r, _ in prepared])
             except BaseException as error:  # whatever it is, those who wait must hear of it, and the worker goes on
                 for request, _ in prepared:
-                    _finish(request.future, error=error)
+                    finish(request.future, error=error)
                 return
         for (request, _), prediction in zip(prepared, found, strict=True):
-            _finish(request.future, answer=prediction)
-
-    def _without_hopeless(self) -> list[_Request]:
-        """Take out and return the requests that wait for nothing: those cancelled, and those whose time is over."""
-        now, kept, hopeless = time.monotonic(), deque[_Request](), []
-        for request in self._waiting:
-            is_late = request.deadline is not None and now > request.deadline
-            if is_late or request.future.cancelled():
-                hopeless.append(request)
-            else:
-                kept.append(request)
-        self._waiting = kept
-        return hopeless
+            finish(request.future, answer=prediction)
 
     def _watch(
         self, path: str | os.PathLike[str], served: Signature | None, interval_s: float, stop: threading.Event
@@ -348,19 +295,6 @@ class Pool:
             seen = found
 
 
-def _finish(
-    future: Future[Prediction], *, answer: Prediction | None = None, error: BaseException | None = None
-) -> None:
-    """Set the future; what its callbacks raise beyond an Exception goes to the log, and no further."""
-    try:
-        if answer is not None:
-            future.set_result(answer)
-        else:
-            future.set_exception(error)
-    except BaseException:
-        _log.exception("a callback of a request failed")
-
-
 def _own(picture: Picture) -> Picture:
     """Return a picture that nobody else changes, or reads at the same time."""
     if isinstance(picture, np.ndarray):
@@ -378,19 +312,6 @@ def _served(source: Source) -> tuple[str | None, Signature | None]:
     if isinstance(source, str | os.PathLike):
         return os.path.abspath(source), signature_of(source)  # noqa: PTH100 - links are looked through when it is read
     return None, None
-
-
-def _is_wanted(request: _Request) -> bool:
-    """Return whether the request still has to be answered; from then on it cannot be cancelled."""
-    if not request.future.set_running_or_notify_cancel():
-        return False
-    if request.deadline is None or time.monotonic() <= request.deadline:
-        return True
-    waited_ms = (time.monotonic() - request.taken) * 1000
-    reason = f"its turn came after {waited_ms:.0f} ms, later than its deadline"
-    remedy = "give it more time, or send fewer"
-    _finish(request.future, error=DeadlineExceeded("the request was not answered", reason=reason, remedy=remedy))
-    return False
 
 
 def _check(name: str, value: object, *, most: float) -> None:

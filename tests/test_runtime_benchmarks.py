@@ -39,6 +39,16 @@ def test_overload_refuses_and_answers(workspace: Workspace, tmp_path: Path) -> N
         assert row["accepted_p50_ms"] <= row["accepted_p99_ms"]
 
 
+def test_models_that_change_under_load_leave_no_answer_out(workspace: Workspace, tmp_path: Path) -> None:
+    options = ("--pictures", workspace.test_pictures / "3", "--seconds", "2", "--interval-ms", "50")
+    for row in measured(tmp_path, "swapping.py", workspace.float_model, workspace.int8_model, *options):
+        assert (row["failed"], row["mixed"]) == (0, 0)
+        assert row["of_one"] > 0
+        assert row["of_other"] > 0
+        assert row["swaps"] >= 4
+        assert row["refused"] >= 2
+
+
 def test_answers_and_loads_leave_nothing(workspace: Workspace, tmp_path: Path) -> None:
     for row in measured(tmp_path, "soak.py", workspace.int8_model, "--runs", "2000", "--cycles", "20"):
         assert (row["runs"], row["wrong"], row["cycles"]) == (2000, 0, 20)

@@ -81,6 +81,30 @@ def test_a_process_is_left_as_it_was_found(workspace: Workspace, engine: str) ->
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+_IDLE = """
+import sys, time
+import numpy as np
+from vit_edge.runtime import Pool, load
+engine, model = sys.argv[1:]
+images = np.zeros((8, 32, 32, 3), np.uint8)
+with load(model, engine=engine, threads=4) as classifier, Pool(model, engine=engine, workers=2) as pool:
+    pool.watch(model, interval_s=0.1)
+    for image in images:
+        classifier.logits(images)
+        pool.submit(image, timeout_s=60.0).result()
+    before = time.process_time()  # of every thread, the engine's too
+    time.sleep(1.0)
+    print(time.process_time() - before)
+"""
+
+
+@pytest.mark.parametrize("engine", installed_engines())
+def test_nothing_spins_while_nobody_asks(workspace: Workspace, engine: str) -> None:
+    done = run(_IDLE, engine, workspace.int8_model)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.1  # seconds of a CPU in one second; one thread that spins takes all of it
+
+
 def test_the_runtime_imports_without_torch_onnx_or_any_engine() -> None:
     names = {"torch", "torchvision", "onnx", "onnxruntime", "openvino", "scipy", "safetensors", "rich", "click"}
     script = _ABSENT.format(names=names) + "import vit_edge.runtime; print(vit_edge.runtime.load.__name__)"

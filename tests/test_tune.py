@@ -61,16 +61,18 @@ def test_a_verdict_for_an_engine_that_is_not_promised_or_that_was_edited_is_noth
     assert verdict_for(only_one) is None
     with load(only_one.data) as classifier:
         assert classifier.describe()["engine"] == "onnxruntime"
+    before = set((cache_folder() / "tuning").iterdir())
     leave_verdict(model, Verdict(engine="openvino", threads=1, p50_ms=0.1))
-    for place in (cache_folder() / "tuning").iterdir():
-        for text in (
-            "{}",
-            "[",
-            '{"key": "x", "value": {}}',
-            place.read_text().replace('"threads": 1', '"threads": 9999'),
-        ):
-            place.write_text(text)
-            assert verdict_for(model) is None
+    assert verdict_for(model) is not None
+    (place,) = set((cache_folder() / "tuning").iterdir()) - before
+    right = place.read_text()
+    assert '"threads": 1' in right
+    wrong = ("{}", "[", '{"key": "x", "value": {}}', right.replace('"threads": 1', '"threads": 9999'))
+    for text in (*wrong, right.replace("openvino", "null")):
+        place.write_text(text)
+        assert verdict_for(model) is None
+    place.write_text(right)
+    assert verdict_for(model) is not None
     nobody = replace(model.manifest, golden={**golden, "expected": []})
     (path := cache_folder() / "m.onnx").write_bytes(model.with_manifest(nobody))
     with pytest.raises(EngineUnavailable, match="promised"):

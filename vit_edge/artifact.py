@@ -37,6 +37,7 @@ __all__ = [
     "SEAL_KEY",
     "Manifest",
     "ModelFile",
+    "is_plain_name",
     "open_model",
     "pack",
     "reseal",
@@ -116,7 +117,7 @@ class Manifest:
             raise ValueError("the manifest's labels are not a list of texts")
         if not all(isinstance(name, str) for name in self.assumed):
             raise ValueError("the manifest's list of what was assumed is not a list of texts")
-        if self.weights is not None and not _is_plain_name(self.weights.get("file")):
+        if self.weights is not None and not is_plain_name(self.weights.get("file")):
             raise ValueError(f"the manifest's weights lie in {self.weights.get('file')!r}, not in a file beside it")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
@@ -291,7 +292,7 @@ def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str, *
         raise NotTrusted("will not load the model file", file=name, reason=reason, remedy="copy both files again")
 
 
-def _is_plain_name(name: object) -> bool:
+def is_plain_name(name: object) -> bool:
     """Return whether this names a file in the same folder on every system."""
     return isinstance(name, str) and re.fullmatch(r"[^/\\:*\x00-\x1f]{1,255}", name) is not None and name[0] != "."
 

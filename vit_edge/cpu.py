@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ __all__ = [
     "usable_threads",
 ]
 
+# Where the system's own files begin.
+_ROOT = Path("/")
 # More than any edge device has; engines hang or crash when asked for 100,000.
 MOST_THREADS = 256
 
@@ -182,15 +185,33 @@ def _cpuinfo(key: str) -> str:
 
 
 def _cgroup_quota() -> float | None:
-    """Return the CPUs that the control group grants (version 2, then 1), or None where it grants all."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    """Return the CPUs that the control groups of this process grant (version 2 and 1), or None where they grant all.
+
+    A quota may be that of the container, which its own tree has at the top, or of a service, further down; the least of
+    all above this process counts.
+    """
+    granted = [quota for folder in _cgroup_folders() if (quota := _quota_of(folder)) is not None]
+    return min(granted, default=None)
+
+
+def _cgroup_folders() -> Iterator[Path]:
+    """Yield the folder of each control group that this process is in, and of those above."""
+    mounts = _ROOT / "sys" / "fs" / "cgroup"
+    lines = [line.split(":", 2) for line in _text(_ROOT / "proc" / "self" / "cgroup").splitlines()]
+    told = {controllers: path for _, controllers, path in (line for line in lines if len(line) == 3)}
+    own = {name: path for controllers, path in told.items() for name in controllers.split(",")}
+    for name, tops in (("", (mounts, mounts / "unified")), ("cpu", (mounts / "cpu", mounts / "cpu,cpuacct"))):
+        path = Path(own.get(name, "/"))
+        inner = path.relative_to("/") if path.is_absolute() and ".." not in path.parts else Path()
+        for top in tops:
+            yield from (top / part for part in (inner, *inner.parents))
+
+
+def _quota_of(folder: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        folder = Path("/sys/fs/cgroup/cpu")
+    with contextlib.suppress(OSError, ValueError):
         quota, period = ((folder / f"cpu.cfs_{n}_us").read_text(encoding="ascii") for n in ("quota", "period"))
         return None if int(quota) <= 0 else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
+    return None

@@ -10,12 +10,12 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-__all__ = ["FLOAT", "FLOAT16", "INT64", "INTS", "UINT8", "one_node", "parse", "property_bytes"]
+__all__ = ["FLOAT", "FLOAT16", "INT", "INT64", "INTS", "UINT8", "one_node", "parse", "property_bytes"]
 
 # TensorProto.DataType
 FLOAT, UINT8, INT64, FLOAT16 = 1, 2, 7, 10
 # AttributeProto.AttributeType
-INTS = 7
+INT, INTS = 2, 7
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
