@@ -16,9 +16,10 @@ test: $(VENV)/.dev-installed lint
 test-emulated: $(VENV)/.dev-installed
 	$(BIN)/python benchmarks/emulated_cpu.py $(MODEL)
 
-# An INT8 file on an emulated arm64 device over SSH against this machine; as root. MODEL=FILE asks of that file.
+# An INT8 file on an emulated arm64 device over SSH against this machine; as root. MODEL=FILE asks of that file, ROOT=DIR
+# keeps the device's system for the next time.
 test-arm64: $(VENV)/.dev-installed
-	$(BIN)/python benchmarks/emulated_arm64.py $(MODEL)
+	$(BIN)/python benchmarks/emulated_arm64.py $(MODEL) $(if $(ROOT),--root $(ROOT))
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .
