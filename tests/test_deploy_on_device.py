@@ -38,6 +38,7 @@ def test_the_speed_is_that_of_the_device(device: SshDevice, folder: Path, tmp_pa
     assert printed["skipped"][0] == "export"
     accuracy, speed = printed["claims"]
     assert accuracy.startswith("accuracy, pass")
+    assert printed["verdict"] == "pass" or "deploy the float file" in printed["error"]["remedy"]
     assert speed.startswith(f"speed on {device.address}, ")
     assert "its golden vectors pass" in speed
     record = read_record(where / "out" / "record.json")

@@ -170,7 +170,10 @@ def _failure(found: Deployment) -> VerificationFailed | None:
     if found.verdict == "pass":
         return None
     reason = "; ".join(claim for claim in found.claims if ", pass:" not in claim)
-    remedy = (
-        "give more pictures, or ask for less" if found.verdict == "inconclusive" else "see `vit-edge verify --explain`"
-    )
+    if found.verdict == "inconclusive":
+        remedy = "give more pictures, or ask for less"
+    elif ", pass:" not in found.claims[0]:
+        remedy = "see `vit-edge verify --explain`"
+    else:
+        remedy = "choose the --target of that machine, or deploy the float file"
     return VerificationFailed("the deployment does not pass", file=found.folder, reason=reason, remedy=remedy)
