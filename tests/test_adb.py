@@ -52,6 +52,31 @@ def test_a_device_that_is_not_there_is_one_line_and_the_others_results_are_kept(
     assert devices.left_behind() == []
 
 
+def test_results_of_devices_are_written_drawn_and_compared_here(
+    devices: AdbDevices, folder: Path, tmp_path: Path
+) -> None:
+    given = ("benchmark", folder / "out" / "model.int8.onnx", "--on", "adb://phone", "--on", "adb://tablet", *BRIEF)
+    files = ("--save", "run.json", "--csv", "run.csv", "--plot", "run.png")
+    done = devices.vit_edge(*given, *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert [entry["device_name"] for entry in saved["results"]] == ["adb://phone", "adb://tablet"]
+    reasons = [f"{d['device']}: {reason}" for d in saved["devices"] for reason in d["invalid_because"]]
+    assert (saved["valid"], saved["invalid_because"]) == (not reasons, reasons)
+    assert all(f"INVALID on {reason}" in done.stdout for reason in reasons)
+    assert [line.rpartition(",")[2] for line in (tmp_path / "run.csv").read_text().split()[1:]] == [
+        "adb://phone", "adb://tablet",
+    ]  # fmt: skip
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    done = devices.vit_edge(*given, "--compare", "run.json", "--fail-if-slower", "900%", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [one["what"].split(" on ")[1] for one in json.loads(done.stdout)["comparison"]] == [
+        "adb://phone, batch 1, 1 thread", "adb://tablet, batch 1, 1 thread",
+    ]  # fmt: skip
+    done = devices.vit_edge(*given, "--save", "run.json", cwd=tmp_path)
+    assert (done.returncode, "--force" in done.stderr) == (2, True)
+
+
 def test_what_is_asked_of_a_device_arrives_there(devices: AdbDevices, folder: Path) -> None:
     given = ("--on", "adb://phone", "--device", "cup", *BRIEF)
     done = devices.vit_edge("benchmark", folder / "out" / "model.int8.onnx", *given)

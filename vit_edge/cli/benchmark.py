@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vit_edge.cli.benchmark_tables import csv_text, tables
+from vit_edge.cli.benchmark_outputs import OUTPUTS, begin
+from vit_edge.cli.benchmark_tables import tables
 from vit_edge.cli.foreign_options import foreign_options, read_told
-from vit_edge.cli.output import SCHEMA, Result, command, file_argument, progress_bar
+from vit_edge.cli.output import Result, command, file_argument, progress_bar
 from vit_edge.cli.remote import measured as shown_of_devices
 from vit_edge.cli.remote import on_devices
 from vit_edge.cpu import MOST_THREADS
-from vit_edge.errors import UsageError, VerificationFailed, require
-from vit_edge.files import finite, may_write, write_atomic
+from vit_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from vit_edge.cli.benchmark_comparison import Comparison
     from vit_edge.runtime.measurement import Benchmark
 
 _MOST_PERCENT = 1000
-_log = logging.getLogger(__name__)
 
 
 def _percent(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
@@ -91,18 +86,8 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
 )
 @click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
-@on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices)
-def benchmark(
-    models: tuple[Path, ...],
-    csv: Path | None,
-    save: Path | None,
-    plot: Path | None,
-    force: bool,
-    compare: Path | None,
-    fail_if_slower: float | None,
-    fail_if_noisy: bool,
-    **measured: Any,
-) -> Result:
+@on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices, here=OUTPUTS, begin=begin)
+def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
     """Measure how fast MODELS answer, in every mix of the options, alternately in rounds.
 
     Latency is that of one query with its input prepared; percentiles are samples that occurred; a ratio is that to the
@@ -115,31 +100,9 @@ def benchmark(
       vit-edge benchmark model.int8.onnx --threads 1 --scenario server --latency-bound 30
       vit-edge benchmark model.int8.onnx --compare last.json --fail-if-slower 5%
     """
-    if fail_if_slower is not None and compare is None:
-        reason = "--fail-if-slower needs something to compare with"
-        raise UsageError("cannot compare", reason=reason, remedy="add --compare OLD.json")
-    _check_outputs((csv, save, plot), draws=plot is not None, force=force)
-    old = None if compare is None else _read_old(compare)
-    run = _measure(models, measured)
-    data = _data(run)
-    comparisons = [] if old is None else _compared(data, old, compare)
-    _write(data, run, csv=csv, save=save, plot=plot)
-    if old is not None:
-        data["comparison"] = [asdict(one) for one in comparisons]
-    error = _verdict(run, comparisons, fail_if_slower, fail_if_noisy=fail_if_noisy)
-    return Result(data=data, shown=tables(run, comparisons), error=error)
-
-
-def _check_outputs(paths: Sequence[Path | None], *, draws: bool, force: bool) -> None:
-    """Raise before anything is measured where a file may not be written, or where what draws is not installed."""
-    given = [path for path in paths if path is not None]
-    if len({path.absolute() for path in given}) < len(given):
-        reason, remedy = "two results would go into one file", "give each a name of its own"
-        raise UsageError("cannot write", reason=reason, remedy=remedy)
-    for path in given:
-        may_write(path, force=force)
-    if draws:
-        require("matplotlib", extra="train", what="draw the results")
+    finish = begin(values)
+    run = _measure(models, values)
+    return finish(Result(data=_data(run), shown=tables(run)))
 
 
 def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
@@ -177,45 +140,3 @@ def _data(run: Benchmark) -> dict[str, Any]:
         "peaks": [asdict(peak) for peak in run.peaks],
         "energy_meter": run.energy_meter,
     }
-
-
-def _write(data: dict[str, Any], run: Benchmark, *, csv: Path | None, save: Path | None, plot: Path | None) -> None:
-    if csv is not None:
-        write_atomic(csv, csv_text(run).encode())
-    if save is not None:
-        everything = finite({"schema": SCHEMA, "command": "benchmark", **data})
-        write_atomic(save, (json.dumps(everything, ensure_ascii=False, default=str) + "\n").encode())
-    if plot is not None:
-        from vit_edge.report.benchmark_picture import draw_benchmark
-
-        if all(result.top1 is None for result in run.results):
-            _log.warning("accuracy is not drawn: no file holds an evaluation; `vit-edge quantize --data` leaves one")
-        write_atomic(plot, draw_benchmark(data["results"], run.invalid_because))
-
-
-def _read_old(path: Path) -> dict[str, Any]:
-    from vit_edge.cli.benchmark_comparison import read_old
-
-    return read_old(path)
-
-
-def _compared(data: dict[str, Any], old: dict[str, Any], path: Path | None) -> list[Comparison]:
-    from vit_edge.cli.benchmark_comparison import compare
-
-    return compare(data["results"], old["results"], path)
-
-
-def _verdict(
-    run: Benchmark, comparisons: list[Comparison], limit: float | None, *, fail_if_noisy: bool
-) -> VerificationFailed | None:
-    slower = [one for one in comparisons if limit is not None and one.is_slower_than(limit)]
-    if slower:
-        reason = "; ".join(f"{one.what}: {one.said}" for one in slower)
-        remedy = "measure both again in one run, or find what changed"
-        if run.invalid_because:
-            remedy = f"the machine was not quiet ({'; '.join(run.invalid_because)}): measure again on a quiet one"
-        return VerificationFailed(f"it became slower by more than {limit:g} %", reason=reason, remedy=remedy)
-    if fail_if_noisy and run.invalid_because:
-        reason = "; ".join(run.invalid_because)
-        return VerificationFailed("the figures do not count", reason=reason, remedy="measure on a quiet machine")
-    return None

@@ -88,9 +88,10 @@ def compare(new: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]], 
 
 
 def _key(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (Path(result["model"]).name, *(result[name] for name in _SAME))
+    return (Path(result["model"]).name, result.get("device_name"), *(result[name] for name in _SAME))
 
 
 def _named(result: Mapping[str, Any]) -> str:
     name, engine, batch, threads = Path(result["model"]).name, result["engine"], result["batch_size"], result["threads"]
-    return f"{name} in {engine}, batch {batch}, {threads} threads"
+    on = f" on {result['device_name']}" if "device_name" in result else ""
+    return f"{name} in {engine}{on}, batch {batch}, {threads} {'thread' if threads == 1 else 'threads'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from vit_edge.cli.output import make_table, megabytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vit_edge.cli.benchmark_comparison import Comparison
     from vit_edge.runtime.measurement import Benchmark, Measurement
 
 __all__ = ["csv_text", "tables"]
@@ -43,16 +42,13 @@ _FIELDS = (
 _LATENCIES = ("min", "p50", "p90", "p99")
 
 
-def tables(run: Benchmark, comparisons: Sequence[Comparison]) -> list[Any]:
+def tables(run: Benchmark) -> list[Any]:
     """Return the tables and sentences of a run."""
     shown: list[Any] = [_latencies(run), _costs(run)]
     if any(result.loadgen for result in run.results):
         shown.append(_loadgen(run))
     if any(result.end_to_end for result in run.results):
         shown.append(_stages(run))
-    if comparisons:
-        rows = [(one.what, one.said) for one in comparisons]
-        shown.append(make_table("time of an image since the saved run", ("what", "change (95 %)"), rows))
     shown += [
         f"{Path(result.model).name} in {result.engine}: no rate holds {result.latency_bound_ms:g} ms"
         for result in run.results
@@ -63,18 +59,19 @@ def tables(run: Benchmark, comparisons: Sequence[Comparison]) -> list[Any]:
     return shown
 
 
-def csv_text(run: Benchmark) -> str:
-    """Return one line for each result, under a line of names."""
+def csv_text(results: Sequence[Mapping[str, Any]], *, is_valid: bool) -> str:
+    """Return one line for each result, as --json has it, under a line of names; `on` is the device, if any."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ratios = ("ratio", "ratio_low", "ratio_high")
-    writer.writerow((*_FIELDS, *(f"latency_{name}_ms" for name in _LATENCIES), *ratios, "valid"))
-    for result in run.results:
-        interval = (result.ratio.by_round, *result.ratio.interval) if result.ratio else ("", "", "")
-        own = [getattr(result, name) for name in _FIELDS]
-        times = [getattr(result.latency_ms, name) for name in _LATENCIES]
+    writer.writerow((*_FIELDS, *(f"latency_{name}_ms" for name in _LATENCIES), *ratios, "valid", "on"))
+    for result in results:
+        ratio = result["ratio"]
+        interval = (ratio["by_round"], *ratio["interval"]) if ratio else ("", "", "")
+        own = [result[name] for name in _FIELDS]
+        times = [result["latency_ms"][name] for name in _LATENCIES]
         values = ("" if value is None else value for value in (*own, *times))
-        writer.writerow((*values, *interval, not run.invalid_because))
+        writer.writerow((*values, *interval, is_valid, result.get("device_name", "")))
     return text.getvalue()
 
 

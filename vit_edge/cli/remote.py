@@ -23,6 +23,8 @@ __all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", 
 
 # A command's tables for people, of what each device printed.
 Shown = Callable[[Sequence[Outcome]], list[Any]]
+# Given what was told of the result, returns what is done with it.
+Begin = Callable[[dict[str, Any]], Callable[[Result], Result]]
 _OWN = ("on", "device_list", "tags", "install", "wheels", "python", "device_timeout")
 _COMMON = ("as_json", "verbose", "quiet", "config")
 _PATH = click.Path(path_type=Path)
@@ -48,12 +50,19 @@ class Remote:
 
 
 def on_devices(
-    *, uploads: Sequence[str] = (), shown: Shown | None = None, needs_engine: bool = True, own: bool = False
+    *,
+    uploads: Sequence[str] = (),
+    shown: Shown | None = None,
+    needs_engine: bool = True,
+    own: bool = False,
+    here: Sequence[str] = (),
+    begin: Begin = lambda _: lambda result: result,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Give a command the options for devices; with them it runs there, as `vit-edge COMMAND --json`, and not here.
 
     `uploads` are its parameters whose files are sent along; other paths cannot be given then. `shown` makes its tables.
-    With `own` the command is called all the same, with the devices as `remote`, or None.
+    With `own` the command is called all the same, with the devices as `remote`, or None. Parameters in `here` are about
+    the result: `begin` gets them before anything runs, and returns what is done with it here.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -65,7 +74,8 @@ def on_devices(
                 return function(**values, remote=remote)
             if remote is None:
                 return function(**values)
-            return _run_there(remote, uploads, shown, needs_engine=needs_engine)
+            finish = begin({name: values[name] for name in here})
+            return finish(_run_there(remote, uploads, shown, needs_engine=needs_engine, here=here))
 
         for option in reversed(_OPTIONS):
             run = option(run)
@@ -119,9 +129,11 @@ def _asked(told: dict[str, Any]) -> Remote | None:
     return Remote(devices=tuple(devices), setup=setup)
 
 
-def _run_there(remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool) -> Result:
+def _run_there(
+    remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool, here: Sequence[str]
+) -> Result:
     context = click.get_current_context()
-    given = list(_given(context, uploads))
+    given = list(_given(context, uploads, here))
     files = {path: parts(path) for _, values, is_file in given if is_file for path in map(Path, values)}
     with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
         bundle = Bundle.write(Path(folder), files, remote.setup)
@@ -147,14 +159,16 @@ def _repeat_warnings(outcomes: Sequence[Outcome]) -> None:
             logging.getLogger("vit_edge").warning("%s: %s", outcome.device.name, warning)
 
 
-def _given(context: click.Context, uploads: Sequence[str]) -> Iterator[tuple[click.Parameter, list[Any], bool]]:
-    """Yield (parameter, values as they were written, whether they are files to send) of what was given.
+def _given(
+    context: click.Context, uploads: Sequence[str], here: Sequence[str]
+) -> Iterator[tuple[click.Parameter, list[Any], bool]]:
+    """Yield (parameter, values as they were written, whether they are files to send) of what was given for there.
 
     As written, for a command may have made something else of them.
     """
     raw, _, _ = context.command.make_parser(context).parse_args(args=list(context.meta["arguments"]))
     for parameter in context.command.params:
-        if parameter.name in (*_OWN, *_COMMON):
+        if parameter.name in (*_OWN, *_COMMON, *here):
             continue
         value, source = parameter.consume_value(context, raw)
         if source in (ParameterSource.DEFAULT, None) or value is None:
@@ -229,19 +243,24 @@ def classified(outcomes: Sequence[Outcome]) -> list[Any]:
 
 
 def measured(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Return one row for each result of each device, of the values that are known to be there."""
-    rows = []
+    """Return one row for each result of each device, of the values that are known to be there, and what disturbed."""
+    rows, said = [], []
     for outcome in outcomes:
         for entry in labelled(outcome):
-            latency = entry.get("latency_ms") or {}
+            latency, ratio = entry.get("latency_ms") or {}, entry.get("ratio") or {}
             times = [_number(latency.get(name)) for name in ("min", "p50", "p90", "p99")]
-            what = (Path(str(entry.get("model", "-"))).name, f"{entry.get('engine')} {entry.get('engine_version', '')}")
+            model = Path(str(entry.get("model", "-"))).name
+            what = (model, f"{entry.get('engine')} {entry.get('engine_version', '')}")
             more = (entry.get("precision", "-"), entry.get("batch_size", "-"), entry.get("threads", "-"))
-            rows.append((ran_on(outcome), *what, *more, *times, _number(entry.get("throughput_per_s"), digits=1)))
+            rate = _number(entry.get("throughput_per_s"), digits=1)
+            rows.append((ran_on(outcome), *what, *more, *times, rate, _number(ratio.get("by_round"), digits=2)))
+            if entry.get("scenario") == "server" and not entry.get("throughput_per_s"):
+                said.append(f"{ran_on(outcome)}: {model}: no rate holds {entry.get('latency_bound_ms')} ms")
+        said += [f"INVALID on {ran_on(outcome)}: {reason}" for reason in outcome.value.get("invalid_because", ())]
     columns = ("on", "model", "engine", "precision", "batch", "threads", "min ms", "p50 ms", "p90 ms", "p99 ms")
-    remark = "emulated: the times are those of the emulation, not of such hardware"
-    said = [remark] if any(outcome.facts.get("emulated") for outcome in outcomes) else []
-    return [make_table("", (*columns, "images/s"), rows), *said] if rows else []
+    if any(outcome.facts.get("emulated") for outcome in outcomes):
+        said.append("emulated: the times are those of the emulation, not of such hardware")
+    return [make_table("", (*columns, "images/s", "as fast"), rows), *said] if rows else []
 
 
 def _number(value: object, *, digits: int = 3) -> str:
