@@ -25,12 +25,13 @@ COMMANDS = (
     "bundle",
     "benchmark",
     "deploy",
+    "report",
     "inspect",
     "doctor",
     "seal",
 )
 # The README shows these outside of its console block.
-ELSEWHERE = {"convert", "bundle", "tune", "deploy", "doctor", "seal"}
+ELSEWHERE = {"convert", "bundle", "tune", "deploy", "report", "doctor", "seal"}
 
 
 @pytest.fixture

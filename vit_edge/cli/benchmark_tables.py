@@ -164,7 +164,8 @@ def _stages(run: Benchmark) -> Table:
 
 def _harness(run: Benchmark) -> str:
     peaks = "; ".join(
-        f"{peak.engine} with {peak.threads} threads {_or_unknown(peak.integer_gmac_per_s, '{:.0f}')} in integers, "
+        f"{peak.engine} with {peak.threads} {'thread' if peak.threads == 1 else 'threads'} "
+        f"{_or_unknown(peak.integer_gmac_per_s, '{:.0f}')} in integers, "
         f"{_or_unknown(peak.float_gmac_per_s, '{:.0f}')} in float"
         for peak in run.peaks
     )
