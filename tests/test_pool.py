@@ -280,9 +280,11 @@ def test_an_interrupted_close_goes_on_at_the_second(workspace: Workspace, late: 
     pool.submit(late)  # type: ignore[arg-type]
     futures = [pool.submit(image) for image in IMAGES]
     assert late.asked.wait(30)
-    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()  # to the main thread, which waits
     with pytest.raises(KeyboardInterrupt):
         pool.close()
+    signal.signal(signal.SIGINT, before)
     late.may_go.set()
     pool.close()
     assert all(future.done() for future in futures)
