@@ -156,7 +156,7 @@ def ask(model: Path, pictures: Path, count: int, address: str, folder: Path) -> 
         here_BK = np.concatenate([classifier.logits(image[None]) for image in images_NHWC])
     failed = compare(here_BK, answers_there(model, images_NHWC, address, folder))
     picture = str(find_images(pictures)[0])
-    fast = ["--min-seconds", "1", "--min-queries", "5", "--engine", "onnxruntime"]
+    fast = ["--min-seconds", "1", "--min-queries", "5", "--engine", "onnxruntime", "--no-peak"]
     for arguments in (["classify", str(model), picture], ["benchmark", str(model), *fast]):
         command = [sys.executable, "-m", "vit_edge", *arguments, "--on", address]
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.activations import Activations, logits_of
-from vit_edge.export.algorithms.attention_scores import find_scores
+from vit_edge.export.algorithms.attention_scores import find_scores, with_room
 from vit_edge.export.algorithms.mixed_precision import choose_float
 from vit_edge.export.algorithms.reconstruction import Reconstruction, reconstruct
 from vit_edge.export.algorithms.reparameterisation import find_norms, reparameterise
@@ -63,7 +63,7 @@ class CalibratedGraph:
     """What `calibrate` found; `quantized` makes the INT8 graph of it.
 
     `noise` is each product's share of noise in the logits, where it was measured. `float_products` are those that the
-    recipe leaves float, `openvino_rounds` the largest values of what is int8 in OpenVINO only.
+    recipe leaves float, `openvino_rounds` what 127 stands for in what is int8 in OpenVINO only.
     """
 
     graph: onnx.ModelProto
@@ -127,8 +127,8 @@ def _calibrated(
     wanted = _wanted(graph, plan)
     aligned, exact = _align(graph, pictures, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
-    scores = find_scores(aligned) if "attention-scores" in wanted else []
-    peaks = _peaks(aligned, scores, pictures, plan, cache)
+    scores = find_scores(aligned) if "attention-scores" in wanted else {}
+    peaks = _peaks(aligned, list(scores), pictures, plan, cache)
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
     fitted = Reconstruction(model=aligned, ranges={})
     if fitting or not plan.dynamic:
@@ -142,7 +142,7 @@ def _calibrated(
         applied=tuple(n for n in ALGORITHMS if n in exact | fitting or (n == "attention-scores" and peaks)),
         noise={},
         float_products=plan.scheme.exclude,
-        openvino_rounds=peaks,
+        openvino_rounds=with_room(peaks, scores, bits=plan.scheme.weight_bits),
         dynamic=plan.dynamic,
     )
     if not (needs_noise or "mixed-precision" in wanted):

@@ -20,12 +20,13 @@ from vit_edge.artifact import open_model
 from vit_edge.convert import open_source
 from vit_edge.cpu import cpu_name, instruction_set, usable_threads
 from vit_edge.errors import InputError, NotTrusted, UsageError, printable
+from vit_edge.export.deployment_commands import step_commands
 from vit_edge.export.exporter import export_onnx
 from vit_edge.export.judgement import SEVERITY
 from vit_edge.export.quantization import QuantizationOptions, quantize
-from vit_edge.export.speed import bootstrap_ratio, compare_speed
+from vit_edge.export.speed import compare_speed, ratio_of_rounds
 from vit_edge.export.verification import Verification, verify
-from vit_edge.files import read_file, sha256_hex, write_atomic
+from vit_edge.files import finite, read_file, sha256_hex, write_atomic
 from vit_edge.progress import Progress, silent
 
 __all__ = ["Deployment", "DeploymentOptions", "check_record", "deploy", "with_devices"]
@@ -107,6 +108,7 @@ def deploy(
     files = {path.name: _file_sha256(path) for path in (float_file, integer_file)}
     steps.run("speed", {**files, "versions": versions(), **_machine()}, speed, None)
     verdict, claims = conclude(steps.results["quantize"]["verification"], steps.results["speed"]["engines"])
+    paths = {"source": source, "calibration": calibration, "data": data, "model": float_file, "out": integer_file}
     record = {
         "schema": SCHEMA,
         "made_with": {"vit_edge": vit_edge.__version__, "versions": versions(), **_machine()},
@@ -114,6 +116,7 @@ def deploy(
         "folders": {"calibration": printable(calibration), "data": printable(data)},
         "pictures": pictures,
         "files": files,
+        "commands": step_commands({**paths, "record": folder / RECORD_FILE}, told=told, options=asked),
         "steps": steps.entries,
         "verdict": verdict,
         "claims": claims,
@@ -130,7 +133,9 @@ def deploy(
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=1, sort_keys=True, default=str) + "\n").encode())
+    write_atomic(
+        folder / RECORD_FILE, (json.dumps(finite(record), indent=1, sort_keys=True, default=str) + "\n").encode()
+    )
 
 
 def _integers(
@@ -170,12 +175,13 @@ def _claim_of(device: Mapping[str, Any]) -> str:
     pairs = [both for both in by_engine.values() if both.keys() >= {"float32", "int8"}]
     if not pairs:
         return f"speed on {name}, fail: {device.get('error', 'nothing was measured')}"
-    found = [(bootstrap_ratio(b["float32"]["by_round_ms"], b["int8"]["by_round_ms"]), b["int8"]) for b in pairs]
-    (ratio, low, high), entry = max(found, key=lambda each: each[0][1])
+    found = [(ratio_of_rounds(b["float32"]["by_round_ms"], b["int8"]["by_round_ms"]), b["int8"]) for b in pairs]
+    ratio, entry = max(found, key=lambda each: each[0].interval[0])
+    low, high = ratio.interval
     golden = "its golden vectors pass, and it is"
     where = f"{entry['engine']} {entry['engine_version']}, {entry['cpu']} ({entry['instruction_set']})"
     return (
-        f"speed on {name}, {'pass' if low > 1 else 'fail'}: {golden} {ratio:.2f} times as fast as float32 "
+        f"speed on {name}, {'pass' if low > 1 else 'fail'}: {golden} {ratio.by_round:.2f} times as fast as float32 "
         f"({low:.2f} to {high:.2f} with 95 % confidence; batch 1, one thread, {where})"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from vit_edge.export.calibration import Range
 from vit_edge.export.dynamic import BATCH
 from vit_edge.export.pictures import CalibrationPictures
 from vit_edge.export.verification import Verification
+from vit_edge.files import finite
 from vit_edge.targets import Target
 
 if TYPE_CHECKING:
@@ -76,14 +76,5 @@ def with_evaluation(model: ModelFile, verification: Verification | None, ladder:
             "rungs": [asdict(rung) for rung in ladder.rungs],
             "cut_short": ladder.cut_short,
         }
-    manifest = replace(model.manifest, evaluation=_plain(evaluation))
+    manifest = replace(model.manifest, evaluation=finite(evaluation))
     return open_model(model.with_manifest(manifest), warn=False)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value with None for what JSON has no number for: the SQNR of equal answers is infinite."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

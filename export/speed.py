@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from vit_edge.artifact import ModelFile
 from vit_edge.image import Pixels
@@ -18,9 +17,10 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engine import EngineOptions, chosen_engines
 from vit_edge.runtime.golden import golden_images
+from vit_edge.runtime.latency import Ratio, ratio
 from vit_edge.runtime.loading import load_model
 
-__all__ = ["Speed", "bootstrap_ratio", "compare_speed"]
+__all__ = ["Speed", "compare_speed", "ratio_of_rounds"]
 
 _ROUNDS = 24
 _WARM_UP_ROUNDS = 3
@@ -65,7 +65,7 @@ def compare_speed(
             integer_ms=medians[1],
             all_integer_ms=medians[2] if all_integer is not None else None,
             ratio=medians[0] / medians[1],
-            ratio_interval=bootstrap_ratio(rounds_FR[0], rounds_FR[1])[1:],
+            ratio_interval=ratio_of_rounds(rounds_FR[0], rounds_FR[1]).interval,
         )
         if speed.ratio <= 1:
             text = "INT8 is not faster than float in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
@@ -74,11 +74,10 @@ def compare_speed(
     return tuple(found)
 
 
-def bootstrap_ratio(float_R: npt.ArrayLike, integer_R: npt.ArrayLike) -> tuple[float, float, float]:
-    """Return the median of the rounds' ratios and its 95 % percentile bootstrap interval, of milliseconds by round."""
-    ratio_R = np.asarray(float_R, dtype=np.float64) / np.asarray(integer_R, dtype=np.float64)
-    found = stats.bootstrap((ratio_R,), np.median, method="percentile", random_state=0).confidence_interval
-    return float(np.median(ratio_R)), float(found.low), float(found.high)
+def ratio_of_rounds(float_R: npt.ArrayLike, integer_R: npt.ArrayLike) -> Ratio:
+    """Return how many times as fast integers are, from the median milliseconds of each round of both."""
+    float_R1, integer_R1 = (np.asarray(each_R, dtype=np.float64)[:, None] for each_R in (float_R, integer_R))
+    return ratio(float_R1, integer_R1)
 
 
 def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> npt.NDArray[np.float64]:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from vit_edge.cpu import cpu_name, instruction_set
-from vit_edge.errors import EngineUnavailable, MissingExtra
+from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
+from vit_edge.image import Preprocessing
 from vit_edge.ir import IrModel
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.candidate import Candidate, WarmUp, sample_in_turns
 from vit_edge.runtime.energy import Meter, open_meter
 from vit_edge.runtime.engine import EngineOptions, Model, chosen_engines
+from vit_edge.runtime.foreign import is_foreign
 from vit_edge.runtime.fresh import cold_start
 from vit_edge.runtime.latency import quantiles_ms, ratio
 from vit_edge.runtime.loadgen import LoadgenRun, check_loadgen, run_loadgen
@@ -53,13 +55,14 @@ def measure(
     if options.with_loadgen:
         check_loadgen()
     with ExitStack() as stack:
-        opened = _opened(models)
+        told = _told(models, options)
+        opened = _opened(models, told)
         candidates = _candidates(opened, options, stack)
         meter, energy_meter = open_meter()
         if meter:
             stack.callback(meter.close)
         noise = _sample(candidates, options, meter, progress)
-        extras = _extras(candidates, opened, options, progress)
+        extras = replace(_extras(candidates, opened, options, progress), told=told)
         results = tuple(_result(candidate, candidates[0], extras) for candidate in candidates)
         return Benchmark(
             results=results,
@@ -71,8 +74,26 @@ def measure(
         )
 
 
-def _opened(models: Sequence[str | os.PathLike[str]]) -> dict[str, Model]:
-    return {os.fspath(model): open_any(model) for model in models}
+def _opened(models: Sequence[str | os.PathLike[str]], told: Mapping[str, dict[str, Any]]) -> dict[str, Model]:
+    paths = [os.fspath(model) for model in models]
+    for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
+        _log.warning("%s is given more than once: it is measured once", path)
+    return {path: open_any(path, **told.get(path, {})) for path in dict.fromkeys(paths)}
+
+
+def _told(models: Sequence[str | os.PathLike[str]], options: BenchmarkOptions) -> dict[str, dict[str, Any]]:
+    """Return for every file that was made elsewhere what `load` is to be told of it, as JSON-ready values."""
+    preprocessing, labels = options.preprocessing, options.labels
+    if preprocessing is None and labels is None:
+        return {}
+    if isinstance(preprocessing, Preprocessing):
+        preprocessing = preprocessing.to_dict()
+    paths = [path for path in (os.fspath(model) for model in models) if not path.lower().endswith(".xml")]
+    found = {path: {"preprocessing": preprocessing, "labels": labels} for path in paths if is_foreign(path)}
+    if not found:
+        reason = "no file given was made elsewhere, and ours say their preprocessing and labels themselves"
+        raise UsageError("cannot measure", reason=reason, remedy="leave preprocessing and labels out")
+    return found
 
 
 def _candidates(opened: dict[str, Model], options: BenchmarkOptions, stack: ExitStack) -> list[Candidate]:
@@ -80,9 +101,8 @@ def _candidates(opened: dict[str, Model], options: BenchmarkOptions, stack: Exit
     found: list[Candidate] = []
     unable: EngineUnavailable | None = None
     engines = chosen_engines(options.engines)
-    mixes = itertools.product(
-        opened.items(), engines, options.devices, options.precisions, options.batch_sizes, options.threads
-    )
+    each = (engines, options.devices, options.precisions, options.batch_sizes, options.threads)
+    mixes = itertools.product(opened.items(), *(dict.fromkeys(values) for values in each))
     for (path, model), engine, device, precision, batch_size, threads in mixes:
         if isinstance(model, IrModel) and engine == "onnxruntime" and not options.engines:
             continue  # it cannot read it, and nobody asked for it
@@ -151,6 +171,7 @@ class _Extras:
     stages: dict[int, EndToEnd] = field(default_factory=dict)
     loadgen: dict[int, LoadgenRun] = field(default_factory=dict)
     top1: dict[tuple[str, str], float] = field(default_factory=dict)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _extras(
@@ -215,7 +236,9 @@ def _harness(candidate: Candidate) -> Harness:
 
 def _result(candidate: Candidate, first: Candidate, extras: _Extras) -> Measurement:
     what, mix = candidate.classifier.describe(), candidate.options
-    cold = cold_start(candidate.path, what["engine"], mix, candidate.batch_size)
+    cold = cold_start(
+        candidate.path, what["engine"], mix, candidate.batch_size, told=extras.told.get(candidate.path, {})
+    )
     same = ("name", "sha256", "engine", "engine_version", "device", "precision", "float_precision", "threads")
     return Measurement(
         model=candidate.path,

@@ -55,5 +55,6 @@ def unavailable(device: str, there_is: str) -> EngineUnavailable:
     known = device in DEVICES or _NUMBERED.fullmatch(device) is not None
     reason = f"the device {device!r} {'is not here' if known else 'is not known'}; here there is {there_is}"
     names = "" if known else f" ({', '.join(DEVICES)} are known)"
-    remedy = f"choose one of these{names}, or let it run on the CPU with --allow-fallback (allow_fallback=True)"
+    otherwise = "let `load` and `classify` run it on the CPU (allow_fallback=True, --allow-fallback)"
+    remedy = f"choose one of these{names}, or {otherwise}"
     return EngineUnavailable("cannot load", reason=reason, remedy=remedy)

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vit_edge.errors import ResourceExhausted, VitEdgeError
 from vit_edge.runtime.engine import EngineOptions
@@ -26,15 +28,28 @@ class ColdStart:
     peak_rss_bytes: int
 
 
-def cold_start(path: str, engine: str, options: EngineOptions, batch_size: int) -> ColdStart:
-    """Return what a fresh process needed; raises VitEdgeError where it failed, ResourceExhausted where it hung."""
-    told = {
+def cold_start(
+    path: str, engine: str, options: EngineOptions, batch_size: int, *, told: Mapping[str, Any]
+) -> ColdStart:
+    """Return what a fresh process needed; raises VitEdgeError where it failed, ResourceExhausted where it hung.
+
+    `told` is what `load` is told of a file made elsewhere.
+    """
+    arguments = {
+        **told,
         "engine": engine,
         "threads": options.num_threads,
         "device": options.device,
         "precision": options.precision,
     }
-    command = [sys.executable, "-c", start_of("vit_edge.runtime.coldstart"), path, json.dumps(told), str(batch_size)]
+    command = [
+        sys.executable,
+        "-c",
+        start_of("vit_edge.runtime.coldstart"),
+        path,
+        json.dumps(arguments),
+        str(batch_size),
+    ]
     started = time.time()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S, check=False)

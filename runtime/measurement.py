@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vit_edge.artifact import MOST_BATCH
 from vit_edge.errors import UsageError
+from vit_edge.image import Preprocessing
 from vit_edge.runtime.candidate import WarmUp
 from vit_edge.runtime.engine import FloatPrecision
 from vit_edge.runtime.latency import Latency, Ratio
@@ -29,7 +32,8 @@ class BenchmarkOptions:
     No engine named is all that are installed. `threads` None is what the container grants, `precisions` None what
     `load` takes. `scenario` None is single-stream for batch 1, else multi-stream. Each candidate gets at least
     `min_seconds` and `min_queries`. `latency_bound_ms` is for the server scenario. `images` is a folder of pictures to
-    measure end to end with; `has_peak` measures the engine's own peak.
+    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` are told of
+    files made elsewhere, as `load` takes them.
     """
 
     engines: tuple[str, ...] = ()
@@ -44,6 +48,8 @@ class BenchmarkOptions:
     with_loadgen: bool = False
     images: str | os.PathLike[str] | None = None
     has_peak: bool = True
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None
+    labels: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         sizes, most = self.batch_sizes, MOST_BATCH

@@ -187,7 +187,9 @@ def devices_here() -> list[str]:
 
 def _not_there(device: str, why: str) -> EngineUnavailable:
     reason = f"ONNX Runtime {onnxruntime.__version__} does not run it on {device!r}: {' '.join(why.split())[:300]}"
-    remedy = "install its driver, or let it run on the CPU with --allow-fallback (allow_fallback=True)"
+    remedy = (
+        "install its driver, or let `load` and `classify` run it on the CPU (allow_fallback=True, --allow-fallback)"
+    )
     return EngineUnavailable("cannot load", reason=reason, remedy=remedy)
 
 

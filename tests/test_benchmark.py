@@ -147,8 +147,8 @@ def test_loadgen_and_our_scheduler_ask_alike(workspace: Workspace) -> None:
     assert theirs["is_valid"] is True
     assert min(theirs["num_queries"], result["num_queries"]) >= 300
     for percentile in ("p50", "p90"):
-        assert 0 < theirs[f"{percentile}_ms"] < 1_000
-        assert 0 < result["latency_ms"][percentile] < 1_000
+        # On a quiet machine they are within 3 % (docs/results.md); others may share this one.
+        assert 1 / 4 < result["latency_ms"][percentile] / theirs[f"{percentile}_ms"] < 4
     run = measure([workspace.int8_model], brief(scenario="multi-stream", batch_sizes=(4,), with_loadgen=True))
     assert all(r.loadgen and r.loadgen.p99_ms and r.loadgen.num_queries >= 24 for r in run.results)
     run = measure([workspace.int8_model], brief(scenario="offline", batch_sizes=(4,), with_loadgen=True))
@@ -186,11 +186,23 @@ def test_what_is_saved_can_be_compared_and_a_slower_one_fails(workspace: Workspa
         printed = json.loads(done.stdout)
         assert printed["results"]
         assert (printed["comparison"][0]["change_percent"] > 5) == (code == 6)
+    noisy = {**saved, "valid": False, "invalid_because": ["other processes took 1.50 of a core"]}
+    (tmp_path / "old.json").write_text(json.dumps(noisy))
+    done = vit_edge(*given, "--compare", "old.json", cwd=tmp_path)
+    assert (done.returncode, "took 1.50 of a core" in done.stderr) == (0, True)
     (tmp_path / "old.json").write_text(json.dumps({**saved, "results": [{**result, "threads": 7}]}))
     done = vit_edge(*given, "--compare", "old.json", cwd=tmp_path)
     assert (done.returncode, "no result of the same" in done.stderr) == (3, True)
     done = vit_edge(*given, "--save", "run.json", cwd=tmp_path)
     assert (done.returncode, "--force" in done.stderr) == (2, True)
+
+
+def test_what_is_given_twice_is_measured_once_and_said(workspace: Workspace, tmp_path: Path) -> None:
+    given = ("--engine", "onnxruntime", "--batch-size", "1", "--batch-size", "1", "--plot", "run.png", "--json", *BRIEF)
+    printed = json.loads(vit_edge("benchmark", *[workspace.int8_model] * 2, *given, cwd=tmp_path).stdout)
+    assert len(printed["results"]) == 1
+    assert any("more than once" in warning for warning in printed["warnings"])
+    assert any("no file holds an evaluation" in warning for warning in printed["warnings"])  # two panels, not three
 
 
 def test_from_file_to_labels_every_stage_has_its_time(workspace: Workspace, tmp_path: Path) -> None:
@@ -305,6 +317,25 @@ def test_openvinos_own_format_and_a_fixed_batch_are_measured_too(tmp_path: Path)
     assert names == [("m.xml", "openvino"), *(("four.onnx", engine) for engine in installed_engines())]
     assert printed["results"][0]["size_bytes"] > (tmp_path / "m.bin").stat().st_size
     assert any("its batch is fixed at 4" in warning for warning in printed["warnings"])
+
+
+def test_a_file_made_elsewhere_is_measured_with_what_is_told_of_it(tmp_path: Path) -> None:
+    import onnx
+
+    export_onnx(write_checkpoint(tmp_path / "c.safetensors"), out=tmp_path / "ours.onnx")
+    manifest = open_model(tmp_path / "ours.onnx").manifest
+    theirs = onnx.load(tmp_path / "ours.onnx")
+    del theirs.metadata_props[:]
+    theirs.producer_name = "somebody"
+    onnx.save(theirs, tmp_path / "theirs.onnx")
+    (tmp_path / "labels.txt").write_text("\n".join(manifest.labels))
+    (tmp_path / "preprocessing.json").write_text(json.dumps(manifest.preprocessing.to_dict()))
+    told = ("--labels", "labels.txt", "--preprocessing", "preprocessing.json", "--engine", "onnxruntime", *BRIEF)
+    done = vit_edge("benchmark", "theirs.onnx", "ours.onnx", *told, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [result["model"] for result in json.loads(done.stdout)["results"]] == ["theirs.onnx", "ours.onnx"]
+    done = vit_edge("benchmark", "ours.onnx", *told, cwd=tmp_path)
+    assert (done.returncode, "no file given was made elsewhere" in done.stderr) == (2, True)
 
 
 def test_the_null_engine_is_measured_as_any_other(workspace: Workspace) -> None:

@@ -169,6 +169,15 @@ def test_help_lists_the_commands_in_order_and_the_exit_codes(capsys: pytest.Capt
     assert set(cli.commands) == set(COMMANDS)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_two_options_of_a_command_give_the_same_value(name: str) -> None:
+    parameters = cli.commands[name].params
+    names = [parameter.name for parameter in parameters]
+    options = [option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)]
+    assert sorted(set(names), key=str) == sorted(names, key=str)
+    assert sorted(set(options)) == sorted(options)
+
+
 def test_a_configuration_file_gives_options_and_unknown_ones_are_refused(
     bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

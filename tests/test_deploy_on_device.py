@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deployments import make_deployment
 from tests.ssh_devices import SshDevice, start_device, stop_device
-from tests.test_deployment import folder  # noqa: F401 - a fixture
 from vit_edge.export.deployment import read_record
 
 
@@ -21,7 +21,12 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshDevice]:
     stop_device(found)
 
 
-def test_the_speed_is_that_of_the_device(device: SshDevice, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_deployment(tmp_path_factory.mktemp("deployment"))
+
+
+def test_the_speed_is_that_of_the_device(device: SshDevice, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "f")
     where = tmp_path / "f"
     pictures = ("--calibration", where / "calibration", "--data", where / "data", "--max-drop", "40")
@@ -42,7 +47,7 @@ def test_the_speed_is_that_of_the_device(device: SshDevice, folder: Path, tmp_pa
     assert not device.left_behind()
 
 
-def test_a_device_that_is_not_there_is_told_and_what_was_made_is_kept(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_device_that_is_not_there_is_told_and_what_was_made_is_kept(folder: Path, tmp_path: Path) -> None:
     from tests.conftest import vit_edge
 
     shutil.copytree(folder, tmp_path / "f")

@@ -3,58 +3,31 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.conftest import vit_edge
-from tests.networks import PREPROCESSING, SIZE, random_network, small_config, write_checkpoint
+from tests.deployments import make_deployment, run
 from vit_edge.artifact import open_model
 from vit_edge.errors import InputError, NotTrusted, UsageError
-from vit_edge.export import QuantizationOptions
-from vit_edge.export.deployment import (
-    DeploymentOptions,
-    check_record,
-    conclude,
-    deploy,
-    folder_sha256,
-    read_record,
-)
-from vit_edge.export.network import reference_logits
-
-ASKED = QuantizationOptions(effort="fast", max_drop_points=40.0, use_cache=False)
+from vit_edge.export.deployment import DeploymentOptions, check_record, conclude, folder_sha256, read_record
+from vit_edge.files import sha256_hex
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a checkpoint, pictures of two kinds, and what a deployment made of them."""
-    folder = tmp_path_factory.mktemp("deployment")
-    random = np.random.default_rng(0)
-    answers = reference_logits(random_network(small_config()), PREPROCESSING)
-    for number in range(110):
-        pixels = random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-        label = "abcdefg"[int(answers(PREPROCESSING.pixels(pixels)[None]).argmax())]
-        path = folder / f"{'calibration' if number < 40 else f'data/{label}'}/{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    write_checkpoint(folder / "c.safetensors")
-    run(folder)
-    return folder
-
-
-def run(folder: Path, quantization: QuantizationOptions = ASKED) -> Any:
-    options = DeploymentOptions(quantization=quantization)
-    pictures = {"calibration": folder / "calibration", "data": folder / "data"}
-    return deploy(folder / "c.safetensors", **pictures, out=folder / "out", options=options)
+    return make_deployment(tmp_path_factory.mktemp("deployment"))
 
 
 def test_every_step_is_recorded_with_hashes_and_versions(folder: Path) -> None:
     record = read_record(folder / "out" / "record.json")
     assert list(record["steps"]) == ["export", "quantize", "speed"]
+    assert list(record["commands"]) == ["check", "export", "quantize", "speed"]
     assert record["files"]["model.int8.onnx"] == open_model(folder / "out" / "model.int8.onnx").sha256
     assert record["steps"]["quantize"]["inputs"]["model"] == record["files"]["model.onnx"]
     assert record["steps"]["quantize"]["result"]["num_calibration_images"] == 40
@@ -145,6 +118,14 @@ def test_the_command_ends_with_the_verdict(folder: Path, tmp_path: Path) -> None
     assert printed["verdict"] in ("inconclusive", "fail")
     assert printed["skipped"] == ["export"]
     assert printed["error"]["type"] == "VerificationFailed"
+    for path in (tmp_path / "f" / "out").glob("*.onnx"):
+        path.unlink()
+    record = read_record(tmp_path / "f" / "out" / "record.json")
+    for step in ("export", "quantize"):
+        vit_edge(*shlex.split(record["commands"][step])[1:], cwd=tmp_path / "f")
+    # The same files, step by step.
+    for name, digest in record["files"].items():
+        assert sha256_hex((tmp_path / "f" / "out" / name).read_bytes()) == digest, record["commands"]
     for wrong, text in ((("deploy",), "SOURCE, --calibration, --data"), (("deploy", "x", "--check", "y"), "no source")):
         refused = vit_edge(*wrong, cwd=tmp_path)
         assert refused.returncode == 2

@@ -132,9 +132,11 @@ def test_a_missing_extra_comes_with_the_command_that_installs_it(monkeypatch: py
     monkeypatch.setattr(doctor, "_installed", lambda: present)
     missing = {entry["extra"]: entry for entry in examine()["missing_extras"]}
     assert "onnxruntime" not in missing  # the build for GPUs is one
-    assert missing["export"]["missing"] == ["onnx", "onnxscript", "scipy", "openvino", "threadpoolctl"]
+    assert missing["export"]["missing"] == [
+        "onnx", "onnxscript", "scipy", "openvino", "threadpoolctl", "jinja2", "pyyaml",
+    ]  # fmt: skip
     assert missing["export"]["command"] == 'pip install "vit-edge[export]"'
-    assert set(missing) == {"openvino", "export", "train", "timm", "huggingface"}
+    assert set(missing) == {"openvino", "export", "train", "timm", "huggingface", "loadgen"}
 
 
 def test_the_extras_are_those_of_the_package() -> None:

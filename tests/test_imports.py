@@ -37,10 +37,20 @@ _PACKAGES = (
     ("vit_edge/cli", "cli"),
     ("vit_edge/foreign", "foreign"),
     ("vit_edge/remote", "remote"),
+    ("vit_edge/report", "report"),
     ("vit_edge/training", "training"),
 )
 # Lower may not import higher; the torch group stands beside runtime and sees only the first group and itself.
-RANK = {**dict.fromkeys(FIRST, 0), "runtime": 1, "remote": 1, "export": 2, "cli": 3, "__main__": 4, "__init__": 0}
+RANK = {
+    **dict.fromkeys(FIRST, 0),
+    "runtime": 1,
+    "remote": 1,
+    "export": 2,
+    "report": 3,
+    "cli": 4,
+    "__main__": 5,
+    "__init__": 0,
+}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

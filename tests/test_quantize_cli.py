@@ -275,6 +275,25 @@ def test_the_algorithms_run_in_one_thread_whatever_the_caller_has(tmp_path: Path
     assert {threads for _, threads in seen} == {1}
 
 
+def test_keys_have_no_more_bits_than_weights_where_the_file_is_for_any_cpu(tmp_path: Path) -> None:
+    """OpenVINO multiplies by keys as by weights: with 8 bits sums overflow on CPUs without VNNI."""
+    rounds = {}
+    for target in ("portable", "x86-vnni"):
+        options = QuantizationOptions(algorithms=("attention-scores",), target=target, **_QUICK)
+        quantize("m.onnx", calibration="cal", out=tmp_path / f"{target}.onnx", options=options)
+        recorded = open_model(tmp_path / f"{target}.onnx").manifest.quantization
+        assert recorded is not None
+        rounds[target] = recorded["openvino_rounds"]
+    depth = small_config().depth
+    ratios = [rounds["portable"][name] / peak for name, peak in rounds["x86-vnni"].items()]
+    assert sorted(ratios) == pytest.approx([1.0] * depth + [127 / 63] * depth)
+    with load("m.onnx", engine="openvino") as whole:
+        expected = whole.logits(_OTHERS)
+    for target in rounds:
+        with load(tmp_path / f"{target}.onnx", engine="openvino") as integers:
+            assert sqnr_db(expected, integers.logits(_OTHERS)) > 15
+
+
 def _is_blas(pool: dict[str, Any]) -> bool:
     return bool(pool["user_api"] == "blas")
 

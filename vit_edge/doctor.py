@@ -32,8 +32,19 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnxruntime": ("run models in ONNX Runtime", ("onnxruntime",)),
     "openvino": ("run models in OpenVINO", ("openvino",)),
     "export": (
-        "export, quantize, verify",
-        ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "scipy", "openvino", "threadpoolctl"),
+        "export, quantize, verify, report",
+        (
+            "torch",
+            "torchvision",
+            "onnx",
+            "onnxscript",
+            "safetensors",
+            "scipy",
+            "openvino",
+            "threadpoolctl",
+            "jinja2",
+            "pyyaml",
+        ),
     ),
     "train": (
         "train",
@@ -41,6 +52,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "timm": ("weights and networks of timm", ("timm",)),
     "huggingface": ("weights from Hugging Face", ("huggingface_hub",)),
+    "loadgen": ("benchmark with MLCommons LoadGen", ("mlcommons-loadgen",)),
 }
 # They all install the folder `onnxruntime` and overwrite each other's files (onnxruntime#26996).
 _ONNXRUNTIME_WHEELS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import platform
 import re
@@ -13,10 +14,12 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from vit_edge.errors import InputError, ResourceExhausted, UsageError, VitEdgeError, printable
 
 __all__ = [
+    "finite",
     "kind_of",
     "looks_like_safetensors",
     "may_write",
@@ -173,6 +176,15 @@ def _written(target: Path, data: bytes | Iterable[bytes]) -> Iterator[tuple[Path
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Return a value with None for infinite and undefined numbers: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256_hex(data: bytes) -> str:

@@ -21,6 +21,7 @@ from vit_edge.cli.export import export
 from vit_edge.cli.inspect import inspect
 from vit_edge.cli.output import error_fields, print_error_json
 from vit_edge.cli.quantize import quantize
+from vit_edge.cli.report import report
 from vit_edge.cli.seal import seal
 from vit_edge.cli.train import train
 from vit_edge.cli.tune import tune
@@ -29,7 +30,9 @@ from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = (train, convert, export, quantize, verify, classify, tune, bundle, benchmark, deploy, inspect, doctor, seal)
+_COMMANDS = (
+    train, convert, export, quantize, verify, classify, tune, bundle, benchmark, deploy, report, inspect, doctor, seal,
+)  # fmt: skip
 
 
 class _InOrder(click.Group):

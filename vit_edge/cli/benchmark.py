@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.benchmark_tables import csv_text, tables
-from vit_edge.cli.output import SCHEMA, Result, command, file_argument, finite, progress_bar
+from vit_edge.cli.foreign_options import foreign_options, read_told
+from vit_edge.cli.output import SCHEMA, Result, command, file_argument, progress_bar
 from vit_edge.cli.remote import measured as shown_of_devices
 from vit_edge.cli.remote import on_devices
 from vit_edge.cpu import MOST_THREADS
 from vit_edge.errors import UsageError, VerificationFailed, require
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import finite, may_write, write_atomic
 
 if TYPE_CHECKING:
     from vit_edge.cli.benchmark_comparison import Comparison
     from vit_edge.runtime.measurement import Benchmark
 
 _MOST_PERCENT = 1000
+_log = logging.getLogger(__name__)
 
 
 def _percent(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
@@ -74,6 +77,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
 )
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Measure from file to labels too.")
 @click.option("--loadgen", "with_loadgen", is_flag=True, help="Measure with MLCommons LoadGen too.")
+@foreign_options
 @click.option("--no-peak", is_flag=True, help="Leave out the peak of the CPU.")
 @click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write what --json prints.")
@@ -87,7 +91,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
 )
 @click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
-@on_devices(uploads=("models",), shown=shown_of_devices)
+@on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices)
 def benchmark(
     models: tuple[Path, ...],
     csv: Path | None,
@@ -157,6 +161,7 @@ def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
         with_loadgen=measured["with_loadgen"],
         images=measured["images"],
         has_peak=not measured["no_peak"],
+        **read_told(measured),
     )
     with progress_bar() as progress:
         return measure(models, options, progress=progress)
@@ -181,9 +186,11 @@ def _write(data: dict[str, Any], run: Benchmark, *, csv: Path | None, save: Path
         everything = finite({"schema": SCHEMA, "command": "benchmark", **data})
         write_atomic(save, (json.dumps(everything, ensure_ascii=False, default=str) + "\n").encode())
     if plot is not None:
-        from vit_edge.cli.benchmark_plot import draw
+        from vit_edge.report.benchmark_picture import draw_benchmark
 
-        draw(plot, run)
+        if all(result.top1 is None for result in run.results):
+            _log.warning("accuracy is not drawn: no file holds an evaluation; `vit-edge quantize --data` leaves one")
+        write_atomic(plot, draw_benchmark(data["results"], run.invalid_because))
 
 
 def _read_old(path: Path) -> dict[str, Any]:
@@ -205,6 +212,8 @@ def _verdict(
     if slower:
         reason = "; ".join(f"{one.what}: {one.said}" for one in slower)
         remedy = "measure both again in one run, or find what changed"
+        if run.invalid_because:
+            remedy = f"the machine was not quiet ({'; '.join(run.invalid_because)}): measure again on a quiet one"
         return VerificationFailed(f"it became slower by more than {limit:g} %", reason=reason, remedy=remedy)
     if fail_if_noisy and run.invalid_because:
         reason = "; ".join(run.invalid_because)

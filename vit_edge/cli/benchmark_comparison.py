@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_edge.errors import InputError
+from vit_edge.errors import InputError, printable
 from vit_edge.files import read_file
 from vit_edge.runtime.latency import change
 
@@ -56,7 +56,15 @@ def read_old(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"it holds no results ({type(error).__name__}: {error})"[:200]
         raise InputError("cannot compare", file=path, reason=reason, remedy=remedy) from error
+    _warn_of_noise(found, path)
     return dict(found)
+
+
+def _warn_of_noise(old: Mapping[str, Any], path: Path) -> None:
+    """Warn where the saved run did not count: a busy machine then makes this one look fast."""
+    if old.get("valid") is False:
+        reasons = printable("; ".join(map(str, list(old.get("invalid_because") or []))))
+        _log.warning("%s was measured on a machine that was not quiet: %s", path, reasons)
 
 
 def compare(new: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]], path: Path | None) -> list[Comparison]:

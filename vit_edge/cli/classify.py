@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from vit_edge.cli.foreign_options import foreign_options, read_told
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.cli.remote import classified, on_devices
-from vit_edge.errors import ImageRejected, InputError, printable
-
-_PATH = click.Path(path_type=Path)
-_MAX_BYTES = 1_000_000
+from vit_edge.errors import ImageRejected, printable
 
 
 @command("classify")
@@ -28,9 +25,7 @@ _MAX_BYTES = 1_000_000
               help="fast: large JPEGs at the smallest scale above the network's input.")  # fmt: skip
 @click.option("--verify", type=click.Choice(["full", "hash", "none"]), default="full", show_default=True,
               help="Seal, operators and golden vectors; without golden vectors; without the seal.")  # fmt: skip
-@click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names, for an ONNX file made elsewhere.")
-@click.option("--preprocessing", type=_PATH, metavar="FILE",
-              help="JSON: resize, crop, interpolation, mean, std, for an ONNX file made elsewhere.")  # fmt: skip
+@foreign_options
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each picture.")
 @threads_option()
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
@@ -49,7 +44,7 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
     from vit_edge.runtime.loading import load
 
     refuse_null(values["engine"])
-    values |= _told(values)
+    values |= read_told(values)
     rows, answered, rejected = [], [], []
     with load(model, **values) as classifier, progress_bar() as progress:
         described = classifier.describe()
@@ -70,25 +65,6 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
     fallback = [f"warning: {described['fallback']}"] if described["fallback"] else []
     shown = [make_table("", ("picture", "answers", "ms"), rows), ran, *fallback] if rows else fallback
     return Result(data=data, shown=shown, error=_combined(rejected, len(images)))
-
-
-def _told(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the labels and the preprocessing that were told of a file made elsewhere."""
-    from vit_edge.files import read_file
-    from vit_edge.foreign.label_names import read_labels
-
-    told: dict[str, Any] = {}
-    if values["labels"] is not None:
-        told["labels"] = read_labels(values["labels"])
-    path = values["preprocessing"]
-    if path is not None:
-        data = read_file(path, what="preprocessing", max_bytes=_MAX_BYTES)
-        try:
-            told["preprocessing"] = dict(json.loads(data))
-        except (TypeError, ValueError, RecursionError) as error:
-            remedy = "write a JSON object with resize, crop, interpolation, mean and std"
-            raise InputError("cannot read the preprocessing", file=path, reason=str(error), remedy=remedy) from error
-    return told
 
 
 def _combined(rejected: list[ImageRejected], num_images: int) -> ImageRejected | None:

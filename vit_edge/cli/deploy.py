@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from vit_edge.cli.deploy_devices import device_data, measured_there, seed, shares
 from vit_edge.cli.output import Result, command, make_table, progress_bar
-from vit_edge.cli.remote import Remote, on_devices, parts
-from vit_edge.errors import UsageError, VerificationFailed, require
-from vit_edge.remote.device import Bundle, Session
-from vit_edge.remote.fleet import Outcome, failure, run_on
+from vit_edge.cli.remote import Remote, on_devices
+from vit_edge.errors import UsageError, VerificationFailed, printable, require
+from vit_edge.remote.fleet import Outcome, failure
 
 if TYPE_CHECKING:
     from vit_edge.export.deployment import Deployment
 
 _PATH = click.Path(path_type=Path)
+_PAGE = "report.html"
 _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, or a FILE.json of `vit-edge doctor`"
 
 
@@ -43,10 +45,12 @@ _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, 
 def deploy(source: str | None, check: Path | None, data: Path | None, remote: Remote | None, **values: Any) -> Result:
     """Go the whole way from SOURCE, whatever `vit-edge convert` takes, to a verified INT8 file, with one verdict.
 
-    The folder gets model.onnx, model.int8.onnx and record.json: hashes, versions and results of every step. A step is
-    skipped where its inputs did not change. The exit code is 6 where the pictures do not certify the accuracy, or INT8
-    is not faster here. With --on it has to be faster on each of these devices instead, after its golden vectors passed
-    there; one that cannot be reached is told, and the exit code is 7.
+    The folder gets model.onnx, model.int8.onnx, record.json (hashes, versions and results of every step) and
+    report.html, a page of it all with the pictures whose answer changed. A step is skipped where its inputs did not
+    change. The exit code is 6 where the pictures do not certify the accuracy, or INT8 is not faster here. With --on it
+    has to be faster on each of these devices instead, after its golden vectors passed there; one that cannot be reached
+    is told, and the exit code is 7. Where devices in --devices name several targets, one file is made for each distinct
+    target, in a folder of its own.
 
     \b
     Examples:
@@ -54,48 +58,67 @@ def deploy(source: str | None, check: Path | None, data: Path | None, remote: Re
       vit-edge deploy CKPT --calibration cal/ --data test/ --max-drop 1 --on ssh://pi@raspberrypi
       vit-edge deploy --check deploy/record.json
     """
-    for module in ("torch", "onnx", "onnxruntime", "scipy"):
+    for module in ("torch", "onnx", "onnxruntime", "scipy", "jinja2"):
         require(module, extra="export,onnxruntime", what="deploy")
-    from vit_edge.export.deployment import check_record, with_devices
+    from vit_edge.export.deployment import check_record
+
+    if check is not None and source is not None:
+        reason = "--check takes a record, and no source"
+        raise UsageError("cannot check", reason=reason, remedy="leave the source out")
+    if check is not None:
+        with progress_bar() as progress:
+            found = check_record(check, data=data, progress=progress)
+        return _result([_finished(found, remote, data, has_page=False)])
+    done: list[_Done] = []
+    for share in shares(remote, values["target"], values["out"]):
+        if done:
+            seed(share.folder, done[0].found.folder)
+        with progress_bar() as progress:
+            found = _deploy(source, data, {**values, "target": share.target, "out": share.folder}, progress)
+        done.append(_finished(found, share.remote, data, has_page=True))
+    return _result(done)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Done:
+    """A deployment, what its devices gave, and where its page is."""
+
+    found: Deployment
+    outcomes: list[Outcome]
+    page: str | None
+
+
+def _finished(found: Deployment, remote: Remote | None, data: Path | None, *, has_page: bool) -> _Done:
+    """Have a deployment judged by the devices that it is for, and write its page."""
+    from vit_edge.export.deployment import with_devices
+
+    outcomes = [] if remote is None else measured_there(found.folder, remote)
+    if outcomes:
+        found = with_devices(found, [device_data(outcome) for outcome in outcomes])
+    return _Done(found=found, outcomes=outcomes, page=_report(found, data) if has_page else None)
+
+
+def _result(done: Sequence[_Done]) -> Result:
+    """Return the result: of one deployment its own values; of several, each by its target, with one verdict."""
+    from vit_edge.export.judgement import SEVERITY
+
+    verdict = max((one.found.verdict for one in done), key=lambda outcome: SEVERITY[outcome])
+    fields = [{**_fields(one.found), "report": one.page} for one in done]
+    shown = [entry for one in done for entry in _shown(one, has_folder=len(done) > 1)]
+    failed = [error for error in (_failure(one.found) for one in done) if error is not None]
+    error = failure(outcome for one in done for outcome in one.outcomes) or (failed[0] if failed else None)
+    data = fields[0] if len(done) == 1 else {"verdict": verdict, "deployments": fields}
+    return Result(data=data, shown=[*shown, f"verdict: {verdict}"], error=error)
+
+
+def _report(found: Deployment, data: Path | None) -> str:
+    """Write the page of the deployment beside its files; returns where."""
+    from vit_edge.report import write_report
 
     with progress_bar() as progress:
-        if check is not None:
-            if source is not None:
-                reason = "--check takes a record, and no source"
-                raise UsageError("cannot check", reason=reason, remedy="leave the source out")
-            found = check_record(check, data=data, progress=progress)
-        else:
-            found = _deploy(source, data, values, progress)
-    outcomes = [] if remote is None else _measured_there(found, remote)
-    if outcomes:
-        found = with_devices(found, [_device_data(outcome) for outcome in outcomes])
-    return Result(data=_fields(found), shown=_shown(found), error=failure(outcomes) or _failure(found))
-
-
-def _measured_there(found: Deployment, remote: Remote) -> list[Outcome]:
-    """Measure both files on every device; each load there checks the golden vectors first."""
-    from vit_edge.export.deployment import FLOAT_FILE, INTEGER_FILE
-
-    files = {path: parts(path) for path in (found.folder / name for name in (FLOAT_FILE, INTEGER_FILE))}
-    with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
-        bundle = Bundle.write(Path(folder), files, remote.setup)
-        names = [bundle.name_there(path) for path in files]
-
-        def work(session: Session, outcome: Outcome) -> dict[str, Any]:
-            engine = outcome.device.engine
-            session.provide(bundle, engine=engine, needs_engine=True)
-            options = ["--threads=1", "--no-peak", *([] if engine is None else [f"--engine={engine}"])]
-            value = session.command(["benchmark", "--json", *options, "--", *names], bundle)
-            if "error" in value:
-                outcome.error = session.error_of(value["error"])
-            return value
-
-        return run_on(remote.devices, work, remote.setup)
-
-
-def _device_data(outcome: Outcome) -> dict[str, Any]:
-    error = {"error": str(outcome.error)} if outcome.error else {}
-    return {**outcome.to_dict(), "results": (outcome.value or {}).get("results", []), **error}
+        return printable(
+            write_report([found.folder], out=found.folder / _PAGE, data=data, force=True, progress=progress)
+        )
 
 
 def _deploy(source: str | None, data: Path | None, values: dict[str, Any], progress: Any) -> Deployment:
@@ -132,12 +155,15 @@ def _fields(found: Deployment) -> dict[str, Any]:
     }
 
 
-def _shown(found: Deployment) -> list[Any]:
+def _shown(done: _Done, *, has_folder: bool) -> list[Any]:
+    found = done.found
     rows = [(name, "run") for name in found.ran] + [
         (name, "skipped: its inputs did not change") for name in found.skipped
     ]
     files = [f"{digest}  {name}" for name, digest in sorted(found.record["files"].items())]
-    return [make_table("", ("step", ""), rows), *files, *found.claims, f"verdict: {found.verdict}"]
+    title = printable(found.folder) if has_folder else ""
+    page = [] if done.page is None else [f"report: {done.page}"]
+    return [make_table(title, ("step", ""), rows), *files, *found.claims, *page]
 
 
 def _failure(found: Deployment) -> VerificationFailed | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from vit_edge.cpu import MOST_THREADS
 from vit_edge.errors import UsageError, VitEdgeError
-from vit_edge.files import read_file
+from vit_edge.files import finite, read_file
 from vit_edge.progress import Progress
 
 if sys.version_info >= (3, 11):
@@ -38,7 +37,6 @@ __all__ = [
     "command",
     "error_fields",
     "file_argument",
-    "finite",
     "image_size_option",
     "make_table",
     "megabytes",
@@ -271,15 +269,6 @@ def error_fields(error: VitEdgeError) -> dict[str, Any]:
 def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
     everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
     click.echo(json.dumps(finite(everything), ensure_ascii=False, default=str))
-
-
-def finite(value: Any) -> Any:
-    """Return the value with infinite and undefined numbers as null: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_error_json(name: str, error: dict[str, Any]) -> None:

@@ -23,13 +23,13 @@ __all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", 
 
 # A command's tables for people, of what each device printed.
 Shown = Callable[[Sequence[Outcome]], list[Any]]
-_OWN = ("on", "devices", "tags", "install", "wheels", "python", "device_timeout")
+_OWN = ("on", "device_list", "tags", "install", "wheels", "python", "device_timeout")
 _COMMON = ("as_json", "verbose", "quiet", "config")
 _PATH = click.Path(path_type=Path)
 _OPTIONS = (
     click.option("--on", multiple=True, metavar="ADDRESS",
                  help="Run on this device: ssh://user@host[:port] or adb://SERIAL, repeatable."),
-    click.option("--devices", type=_PATH, metavar="FILE", help="Run on the devices of a devices.toml."),
+    click.option("--devices", "device_list", type=_PATH, metavar="FILE", help="Run on the devices of a devices.toml."),
     click.option("--tag", "tags", multiple=True, help="Of --devices only those with this tag, repeatable."),
     click.option("--python", default="python3", show_default=True, help="The device's Python that has the engine."),
     click.option("--install", is_flag=True, help="Put the engine into a virtual environment there, for this run."),
@@ -108,13 +108,13 @@ def _fields(error: VitEdgeError) -> dict[str, Any]:
 
 
 def _asked(told: dict[str, Any]) -> Remote | None:
-    if not told["on"] and told["devices"] is None:
+    if not told["on"] and told["device_list"] is None:
         given = [name for name in ("tags", "install", "wheels") if told[name]]
         if given:
             option = f"--{given[0].removesuffix('s') if given[0] == 'tags' else given[0]}"
             raise UsageError("cannot choose a device", reason=f"{option} is for one", remedy="name it with --on")
         return None
-    devices = chosen_devices(told["on"], file=told["devices"], tags=told["tags"], python=told["python"])
+    devices = chosen_devices(told["on"], file=told["device_list"], tags=told["tags"], python=told["python"])
     setup = Setup(install=told["install"], wheels=told["wheels"], seconds=told["device_timeout"])
     return Remote(devices=tuple(devices), setup=setup)
 
@@ -122,7 +122,7 @@ def _asked(told: dict[str, Any]) -> Remote | None:
 def _run_there(remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool) -> Result:
     context = click.get_current_context()
     given = list(_given(context, uploads))
-    files = {path: parts(path) for _, values, is_file in given for path in map(Path, values) if is_file}
+    files = {path: parts(path) for _, values, is_file in given if is_file for path in map(Path, values)}
     with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
         bundle = Bundle.write(Path(folder), files, remote.setup)
 

@@ -11,7 +11,7 @@ import click
 from vit_edge.cli.explanation import explain_options, explained, picture_target, prepare
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.cli.remote import Remote, merged, on_devices, ran_on
-from vit_edge.errors import UsageError, VerificationFailed, require
+from vit_edge.errors import UsageError, VerificationFailed, printable, require
 from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def _on_devices(
 
 def _told(result: Verification, model: Path, *, flips: Path | None, written: Path | None) -> Result:
     shown = [*_tables(result), *_remarks(result, written), f"verdict: {result.verdict}"]
-    fields = {**verification_data(result), "flips_file": None if written is None else str(written)}
+    files = {"model": printable(model), "flips_file": None if written is None else printable(written)}
+    fields = {**verification_data(result), **files}
     return Result(data=fields, shown=shown, error=_failure(result, model, written or flips))
 
 
@@ -174,7 +175,9 @@ def verification_data(result: Verification) -> dict[str, Any]:
         "images_needed_at_best": result.at_best.images_needed,
         "bound_method": BOUND_METHOD,
         "agreement_method": AGREEMENT_METHOD,
+        "data": printable(result.data),
         "data_sha256": result.data_sha256,
+        "models_sha256": result.models_sha256,
         "near_copies": list(result.near_copies),
         "results": [_engine_data(entry) for entry in result.results],
     }

@@ -1,0 +1,6 @@
+"""What commands found out, for people: one page, or the card of a model; what `vit-edge report` is made of."""
+
+from vit_edge.report.card import write_model_card
+from vit_edge.report.page import write_report
+
+__all__ = ["write_model_card", "write_report"]

@@ -1,0 +1,175 @@
+"""The pictures whose answer changed: as the model sees them, with where float and the other look, side by side."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vit_edge.artifact import ModelFile
+from vit_edge.errors import ImageRejected, VitEdgeError
+from vit_edge.image import Pixels, Preprocessing, decode, pixel_hash
+from vit_edge.progress import Progress
+from vit_edge.report.sources import Verified
+
+__all__ = ["Flip", "data_uri", "flips_of"]
+
+# Small pictures stay sharp; large ones are shown no larger than this, in pixels of their longer side.
+_SMALL, _LARGE = 96, 320
+# A patch that gets nothing is not black: one has to see what it is that the network does not look at.
+_DARKEST = 0.15
+_ORDER = ("worse", None, "neither", "better")
+_EFFECTS = {
+    "worse": "float was right, this is wrong",
+    "better": "float was wrong, this is right",
+    "neither": "neither is right",
+    None: "no label",
+}
+_log = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flip:
+    """A picture whose answer changed, in the engines named; pictures are data URIs.
+
+    `attention` has the picture under the attention of float and of the other file, `overlap` what share of it they have
+    in common, in per cent. `missing` says why there is no picture.
+    """
+
+    path: str
+    reference: str
+    candidate: str
+    margins: tuple[float, float]
+    label: str | None
+    effect: str
+    engines: tuple[str, ...]
+    picture: str | None = None
+    attention: tuple[str, str] | None = None
+    overlap: float | None = None
+    missing: str = ""
+
+
+def flips_of(
+    verified: Verified,
+    pair: tuple[ModelFile, ModelFile] | None,
+    *,
+    most: int,
+    folder: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> tuple[list[Flip], int]:
+    """Return pictures whose answer changed, at most so many, those that lost a right answer first; and their number.
+
+    `pair` are candidate and reference, for what they see and where they look; `folder` is where the pictures lie now.
+    """
+    changed = _by_picture(verified.engines)
+    order = sorted(changed, key=lambda each: (_ORDER.index(each[0]["effect"]), each[0]["path"]))
+    found = []
+    for number, (entry, engines) in enumerate(order[:most]):
+        progress("pictures whose answer changed", number, min(most, len(order)))
+        found.append(_flip(entry, engines, was=verified.folder, now=folder, pair=pair))
+    progress("pictures whose answer changed", len(found), len(found))
+    return found, len(order)
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """Return bytes as a URI that needs no network."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _by_picture(engines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
+    """Return each picture once, as the first engine in which it changed tells of it, and all the engines."""
+    found: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
+    for engine in engines:
+        for change in engine["changed"]:
+            found.setdefault(change["pixels_sha256"], (change, []))[1].append(engine["engine"])
+    return [(change, tuple(names)) for change, names in found.values()]
+
+
+def _shown(path: str, was: str | None) -> str:
+    return str(Path(path).relative_to(was)) if was and Path(was) in Path(path).parents else path
+
+
+def _flip(
+    entry: Mapping[str, Any],
+    engines: tuple[str, ...],
+    *,
+    was: str | None,
+    now: str | os.PathLike[str] | None,
+    pair: tuple[ModelFile, ModelFile] | None,
+) -> Flip:
+    path = Path(entry["path"]) if now is None else Path(now) / _shown(entry["path"], was)
+    shown: dict[str, Any] = {}
+    try:
+        pixels = _pixels(path, pair[0].manifest.preprocessing if pair else None)
+        if pair and pixel_hash(pixels) != entry["pixels_sha256"]:
+            shown["missing"] = f"another picture lies at {path} now"
+        else:
+            shown = {"picture": _encoded(pixels), **(_attention(pair, pixels) if pair else {})}
+    except ImageRejected as error:
+        shown["missing"] = f"{error.reason}: {path}"
+    if shown.get("missing"):
+        _log.warning("a picture whose answer changed is not shown: %s", shown["missing"])
+    return Flip(
+        path=_shown(entry["path"], was),
+        reference=entry["reference"],
+        candidate=entry["candidate"],
+        margins=(float(entry["reference_margin"]), float(entry["candidate_margin"])),
+        label=entry["label"],
+        effect=_EFFECTS[entry["effect"]],
+        engines=engines,
+        **shown,
+    )
+
+
+def _pixels(path: Path, preprocessing: Preprocessing | None) -> Pixels:
+    """Return what the model sees of a picture, or the picture where no model tells."""
+    return np.asarray(decode(path)) if preprocessing is None else preprocessing.pixels(path)
+
+
+def _attention(pair: tuple[ModelFile, ModelFile], pixels: Pixels) -> dict[str, Any]:
+    """Return the pictures under both attentions on one scale, and their overlap; nothing where there is none."""
+    from vit_edge.export.attention_maps import attention_maps
+
+    try:
+        maps = [attention_maps(model, pixels[None]) for model in reversed(pair)]
+    except VitEdgeError as error:
+        _log.warning("no attention is shown: %s", error)
+        return {}
+    if maps[0] is None or maps[1] is None:
+        return {}
+    reference, candidate = maps[0][0], maps[1][0]
+    peak = max(float(reference.max()), float(candidate.max()), 1e-12)
+    shares = [each / max(float(each.sum()), 1e-12) for each in (reference, candidate)]
+    return {
+        "attention": tuple(_encoded(_under(pixels, each / peak)) for each in (reference, candidate)),
+        "overlap": 100 * float(np.minimum(*shares).sum()),
+    }
+
+
+def _under(pixels: Pixels, attention: Floats) -> Pixels:
+    """Return the picture, dark where little attention goes."""
+    height, width = pixels.shape[:2]
+    mask = np.asarray(Image.fromarray(attention).resize((width, height), Image.Resampling.BILINEAR))
+    bright = _DARKEST + (1 - _DARKEST) * np.sqrt(np.clip(mask, 0, 1))
+    found: Pixels = np.round(pixels * bright[..., None]).astype(np.uint8)
+    return found
+
+
+def _encoded(pixels: Pixels) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((_LARGE, _LARGE))
+    kind = "PNG" if max(image.size) <= _SMALL else "JPEG"
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **({"quality": 85} if kind == "JPEG" else {}))
+    return data_uri(buffer.getvalue(), f"image/{kind.lower()}")

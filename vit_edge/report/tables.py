@@ -1,0 +1,217 @@
+"""The tables of a report: rows of text from the values that commands printed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vit_edge.report.sources import Given, Verified
+
+__all__ = [
+    "PRECISIONS",
+    "Table",
+    "accuracy_table",
+    "benchmark_table",
+    "changes_table",
+    "classes_table",
+    "coverage_table",
+    "layers_table",
+    "speed_table",
+    "stages_table",
+]
+
+# What a precision is called in a sentence.
+PRECISIONS = {"float32": "float32", "float16": "float16", "int8": "INT8"}
+_NUMBER = re.compile(r"-|[-+]?[\d.,]+( ?%| dB| ms| MB)?( \(.*\))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Rows of text under columns; `numeric` says of each column whether it reads as numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Return of each column whether all of its cells are numbers."""
+        cells = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.columns)
+        return tuple(bool(column) and all(_NUMBER.fullmatch(cell) for cell in column) for column in cells)
+
+
+def accuracy_table(verified: Verified) -> Table:
+    """Return one row for each engine."""
+    rows = tuple(
+        (
+            entry["engine"],
+            f"{entry['images']:,}",
+            _number(entry["reference_top1"], "{:.2f} %"),
+            _number(entry["candidate_top1"], "{:.2f} %"),
+            f"{'at most ' if entry['unlabelled'] else ''}{entry['drop_points']:.2f}",
+            f"{entry['drop_upper_bound_points']:.2f}",
+            f"{entry['worse']} / {entry['better']}",
+            _number(entry["mcnemar_p"], "{:.3g}"),
+            _agreement(entry),
+            _number(entry["sqnr_db"], "{:.1f}"),
+            entry["verdict"],
+        )
+        for entry in verified.engines
+    )
+    columns = ("engine", "pictures", "top-1, float", "top-1, this", "drop, points", "bound, 95 %", "worse / better")
+    return Table(
+        title=verified.title,
+        columns=(*columns, "McNemar p", "agreement (95 %)", "SQNR, dB", "verdict"),
+        rows=rows,
+    )
+
+
+def classes_table(verified: Verified) -> Table | None:
+    """Return the classes that lost right answers, in the engine that lost most; None where none did."""
+    worst = verified.worst
+    if not worst.get("worst_classes"):
+        return None
+    names = ("label", "lost", "images", "reference_right", "candidate_right")
+    rows = tuple(tuple(_plain(entry[name]) for name in names) for entry in worst["worst_classes"])
+    title = f"Classes that lost most, in {worst['engine']}"
+    return Table(title=title, columns=("class", "lost", "pictures", "right, float", "right, this"), rows=rows)
+
+
+def changes_table(verified: Verified) -> Table:
+    """Return every answer that changed in each engine, in words."""
+    rows = tuple(
+        (
+            entry["engine"],
+            each["path"],
+            each["reference"],
+            each["candidate"],
+            f"{each['reference_margin']:.2f}",
+            f"{each['candidate_margin']:.2f}",
+            _plain(each["label"]),
+            _plain(each["effect"]),
+        )
+        for entry in verified.engines
+        for each in entry["changed"]
+    )
+    columns = ("engine", "picture", "float says", "this says", "margin, float", "margin, this", "label", "effect")
+    return Table(title=f"All {len(rows)} changed answers, engine by engine", columns=columns, rows=rows)
+
+
+def benchmark_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Return one row for each candidate of a run of `vit-edge benchmark`."""
+    on = any("on" in entry for entry in results)
+    rows = tuple(
+        (
+            *((f"{entry['device_name']}{' (emulated)' if entry.get('emulated') else ''}",) if on else ()),
+            Path(str(entry["model"])).name,
+            f"{entry['engine']} {entry['engine_version']}",
+            _precision(entry),
+            f"{entry['batch_size']}",
+            f"{entry['threads']}" if entry["workers"] == 1 else f"{entry['workers']} x {entry['threads']}",
+            *(f"{entry['latency_ms'][name]:.2f}" for name in ("min", "p50", "p90", "p99")),
+            f"{entry['throughput_per_s']:,.0f}",
+            _ratio(entry["ratio"]),
+            _number(entry["top1"], "{:.2f}"),
+            _number(entry["share_of_peak"], "{:.0%}"),
+            f"{entry['peak_rss_bytes'] / 1e6:.0f}",
+            f"{entry['size_bytes'] / 1e6:.2f}",
+        )
+        for entry in results
+    )
+    times = ("min, ms", "p50, ms", "p90, ms", "p99, ms", "images/s", "as fast as the first (95 %)")
+    columns = ("model", "engine", "precision", "batch", "threads", *times, "top-1, %", "of peak", "RSS, MB", "file, MB")
+    scenarios = " and ".join(dict.fromkeys(entry["scenario"] for entry in results))
+    cpus = ", ".join(dict.fromkeys(f"{entry['cpu']} ({entry['instruction_set']})" for entry in results))
+    return Table(title=f"{scenarios}, {cpus}", columns=(*(("on",) if on else ()), *columns), rows=rows)
+
+
+def speed_table(engines: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what `vit-edge quantize` or a deployment measured of float and the file made from it."""
+    rows = tuple(
+        (
+            entry["engine"],
+            f"{entry['float_ms']:.2f}",
+            f"{entry['integer_ms']:.2f}",
+            f"{entry['ratio']:.2f} ({entry['ratio_interval'][0]:.2f} to {entry['ratio_interval'][1]:.2f})",
+        )
+        for entry in engines
+    )
+    columns = ("engine", "float, ms", "this, ms", "times as fast (95 %)")
+    return Table(title="Batch 1, one thread, median", columns=columns, rows=rows)
+
+
+def coverage_table(given: Given) -> Table:
+    """Return how much of the file each engine computes in integers."""
+    rows = tuple(
+        (entry["engine"], f"{entry['percent']:.1f} %", f"{entry['percent_of_all']:.1f} %", str(len(entry["alone"])))
+        for entry in given.values["coverage"]
+    )
+    columns = ("engine", "of constant-weight GMAC", "of all GMAC", "Q/DQ left alone")
+    return Table(title=f"Computed in integers: {Path(given.values['model']).name}", columns=columns, rows=rows)
+
+
+def stages_table(explain: Mapping[str, Any]) -> Table:
+    """Return where the error comes in, form by form."""
+    rows = tuple(
+        (
+            stage["name"],
+            stage["engine"],
+            _number(stage["sqnr_db"], "{:.1f}"),
+            _number(stage["sqnr_before_db"], "{:.1f}"),
+            _number(stage["agreement"], "{:.1f} %"),
+            stage["note"],
+        )
+        for stage in explain["stages"]
+    )
+    columns = ("stage", "in", "SQNR, dB", "against the one before", "agreement", "what changed")
+    return Table(title=f"Where the error comes in, on {explain['images']} pictures", columns=columns, rows=rows)
+
+
+def layers_table(explain: Mapping[str, Any]) -> Table:
+    """Return what each layer costs in decibels and, in each engine, in milliseconds."""
+    engines = list(dict.fromkeys(name for layer in explain["layers"] for name in layer["engines"]))
+    rows = tuple(
+        (
+            layer["node"],
+            _number(layer["sqnr_db"], "{:.1f}"),
+            _number(layer["noise_share"], "{:.1f} %"),
+            *(cell for name in engines for cell in _times(layer["engines"].get(name))),
+        )
+        for layer in explain["layers"]
+    )
+    times = (f"{name}: {kind}" for name in engines for kind in ("float, ms", "this, ms"))
+    return Table(title="By layer", columns=("layer", "SQNR, dB", "share of the noise", *times), rows=rows)
+
+
+def _agreement(entry: Mapping[str, Any]) -> str:
+    low, high = entry["agreement_interval"]
+    return f"{entry['agreement']:.2f} % ({low:.1f} to {high:.1f})"
+
+
+def _times(times: Mapping[str, Any] | None) -> tuple[str, str]:
+    if times is None:
+        return "-", "-"
+    return _number(times["reference_ms"], "{:.3f}"), _number(times["candidate_ms"], "{:.3f}")
+
+
+def _precision(entry: Mapping[str, Any]) -> str:
+    is_plain = entry["float_precision"] in ("f32", "unknown", "none")
+    return str(entry["precision"]) if is_plain else f"{entry['precision']} {entry['float_precision']}"
+
+
+def _ratio(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return "-"
+    low, high = ratio["interval"]
+    return f"{ratio['by_round']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _plain(value: object) -> str:
+    return "-" if value is None else str(value)
