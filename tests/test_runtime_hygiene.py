@@ -81,6 +81,43 @@ def test_a_process_is_left_as_it_was_found(workspace: Workspace, engine: str) ->
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+_FAILING = """
+import sys
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from vit_edge.artifact import MANIFEST_KEY, open_model, seal
+from vit_edge.errors import VitEdgeError
+from vit_edge.runtime import load
+engine, path = sys.argv[1:]
+opened = open_model(path)
+model = onnx.load_model_from_string(opened.data)
+del model.metadata_props[:]
+model.metadata_props.add(key=MANIFEST_KEY, value=opened.manifest.to_json())
+model.graph.initializer.append(numpy_helper.from_array(np.array([3, 7]), "shape"))
+end = next(node for node in model.graph.node if "logits" in node.output)
+end.output[0] = "inner"
+model.graph.node.append(helper.make_node("Reshape", ["inner", "shape"], ["logits"], name="fails"))
+for change in (lambda: None, lambda: model.graph.initializer[0].dims.insert(0, 7)):  # at its first run, when loaded
+    change()
+    try:
+        load(seal(model.SerializeToString()), engine=engine)
+    except VitEdgeError as error:
+        assert error.reason
+    else:
+        raise SystemExit("it was loaded")
+load(path, engine=engine, device="cuda", allow_fallback=True).close()
+"""
+
+
+@pytest.mark.parametrize("engine", installed_engines())
+def test_an_engine_that_fails_prints_nothing_itself(workspace: Workspace, engine: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", _FAILING, engine, workspace.float_model]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    told = [line for line in done.stderr.splitlines() if "it runs on the CPU" not in line]  # our own warning
+    assert (done.returncode, done.stdout, told) == (0, "", [])
+
+
 _IDLE = """
 import sys, time
 import numpy as np
