@@ -167,7 +167,7 @@ def test_asyncio_awaits_answers_and_cancels_what_was_not_taken(workspace: Worksp
 
 def test_closing_answers_what_waits_or_cancels_it_and_leaves_no_thread(workspace: Workspace) -> None:
     before = set(threading.enumerate())
-    pool = Pool(workspace.int8_model, workers=2, queue_size=50)
+    pool = Pool(workspace.int8_model, workers=2, queue_size=50, engine="onnxruntime")  # OpenVINO's import starts one
     pool.watch(workspace.int8_model, interval_s=30)
     futures = [pool.submit(image) for image in IMAGES]
     pool.close()
@@ -179,7 +179,7 @@ def test_closing_answers_what_waits_or_cancels_it_and_leaves_no_thread(workspace
         pool.swap(workspace.int8_model)
     with pytest.raises(Closed):
         pool.watch(workspace.int8_model)
-    other = Pool(workspace.int8_model, workers=1, queue_size=50)
+    other = Pool(workspace.int8_model, workers=1, queue_size=50, engine="onnxruntime")
     futures = [other.submit(image) for image in IMAGES]
     other.close(drain=False)
     assert all(future.done() for future in futures)
