@@ -229,16 +229,16 @@ def test_callbacks_may_do_with_the_pool_what_they_like(workspace: Workspace, lat
     pool = Pool(workspace.int8_model, workers=1, queue_size=8, engine="onnxruntime")
     first = pool.submit(late)  # type: ignore[arg-type]
     assert late.asked.wait(30)
-    expired = pool.submit(IMAGES[0], timeout_s=0.0)
     kept = [pool.submit(image) for image in IMAGES[1:4]]
+    expired = pool.submit(IMAGES[0], timeout_s=0.5)  # long enough to be called back from a thread of the pool
 
     def close(_future: object) -> None:
         pool.close()
         done.set()
 
     expired.add_done_callback(close)
-    late.may_go.set()
     assert done.wait(30)
+    late.may_go.set()
     assert first.result(30).label == "3"
     expected = answers_of(workspace.int8_model, "onnxruntime")
     assert [future.result(30).answers for future in kept] == expected[1:4]  # closing answers what waits
