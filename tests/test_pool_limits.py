@@ -74,13 +74,16 @@ def test_a_worker_that_hangs_does_not_keep_the_interpreter(workspace: Workspace)
     script = """
 import sys, threading
 from vit_edge.runtime import Pool
+asked = threading.Event()
 class Never:
     def read(self, size):
-        print("asked", flush=True)
+        asked.set()
         threading.Event().wait()
 pool = Pool(sys.argv[1], workers=1, threads=1)
 pool.submit(Never())
 waiting = pool.submit(sys.argv[2])
+asked.wait()
+print("asked", flush=True)
 """
     command = [sys.executable, "-c", script, workspace.int8_model, workspace.folder / "picture.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
