@@ -239,15 +239,17 @@ def _recipe(manifest: Manifest) -> str:
 
 
 def _engine(contestant: Contestant, setting: Setting) -> Engine:
-    options = EngineOptions(threads=1)
+    options = EngineOptions(threads=1, batch_size=1 if setting == OV_FIXED else None)
     if setting == ORT:
         return make_engine("onnxruntime", contestant.model, options)
 
-    def compile_model(core: Any, model: ModelFile, settings: dict[str, Any]) -> Any:
+    def compile_model(
+        core: Any, model: ModelFile, device: str, settings: dict[str, Any], batch_size: int | None
+    ) -> Any:
         graph = ov.read_graph(core, model) if model.data else core.read_model(contestant.path)
-        if setting == OV_FIXED:
-            graph.reshape([1, *list(graph.input().partial_shape)[1:]])
-        return core.compile_model(graph, "CPU", settings)
+        if batch_size is not None:
+            graph.reshape([batch_size, *list(graph.input().partial_shape)[1:]])
+        return core.compile_model(graph, device, settings)
 
     # The runtime's own engine and settings; only how the graph gets into it is another.
     with patch.object(ov, "_compile", compile_model):

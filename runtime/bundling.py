@@ -35,6 +35,11 @@ from vit_edge.runtime.loading import load_model, open_any
 __all__ = ["Bundle", "bundle"]
 
 _MAIN = "vit_edge.runtime.bundled"
+# Its modules are imported one by one: what it offers applications, the pool and the benchmark, stays out.
+_PACKAGE, _PACKAGE_SOURCE = (
+    "vit_edge/runtime/__init__.py",
+    b'"""The part of the runtime that an application needs."""\n',
+)
 _SHEBANG = b"#!/usr/bin/env python3\n"
 # The first moment that a zip can name: a file's own would make other bytes of the same content.
 _WHEN = (1980, 1, 1, 0, 0, 0)
@@ -152,6 +157,7 @@ def _sources() -> dict[str, bytes]:
         path, source = _source(name)
         if path is None or path in found:
             continue
+        source = _PACKAGE_SOURCE if path == _PACKAGE else source
         found[path] = source
         waiting += [*_imported(source), name.rpartition(".")[0] or name]
     found["__main__.py"] = found[_source(_MAIN)[0] or ""]

@@ -22,6 +22,8 @@ from vit_edge.runtime.engine import Array, EngineOptions, Logits, answer, batch_
 __all__ = ["ENGINE", "OnnxRuntimeEngine", "devices_here", "make_session"]
 
 _CPU = "CPUExecutionProvider"
+# It prints what it logs, and everything that fails is said by its exception too.
+_FATAL = 4
 # This fusion turns a product of two-dimensional input, such as the head, into Gemm before integers are recognised: its
 # weights are then converted back to float at every run. (With a fixed batch it hits every product: 2.61 ms, not 0.37.)
 _DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
@@ -108,7 +110,7 @@ def make_session(
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.num_threads
     settings.inter_op_num_threads = 1
-    settings.log_severity_level = 4 if known[0] != _CPU else 3  # what fails there is said by the exception
+    settings.log_severity_level = _FATAL
     # Idle threads that spin take a core from the application (onnxruntime#8313).
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Releases that do not know this entry take no notice of it.

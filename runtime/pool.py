@@ -37,6 +37,8 @@ __all__ = ["Pool"]
 
 _MOST = {"threads": MOST_THREADS, "workers": 256, "queue_size": 1_000_000, "max_batch": MOST_BATCH}
 _MOST_DELAY_MS, _MOST_TIMEOUT_S = 60_000, 1e9
+# How long the end of the interpreter waits for requests that a worker has taken.
+_PATIENCE_S = 5.0
 _log = logging.getLogger(__name__)
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes"
@@ -105,7 +107,7 @@ class Pool:
         self._start("deadlines", self._queue.expire)
         for number in range(workers):
             self._start(str(number), self._work, number)
-        atexit.register(self.close, drain=False)
+        atexit.register(self._at_exit)
 
     def submit(
         self, picture: Picture, *, top: int = 5, color: Color = "rgb", timeout_s: float | None = None
@@ -193,6 +195,13 @@ class Pool:
 
         Called by a request's callback it returns at once, and the workers end when they are done.
         """
+        self._end(drain=drain)
+
+    def _at_exit(self) -> None:
+        """Close it, but let no worker that hangs keep the interpreter from its end."""
+        self._end(drain=False, patience_s=_PATIENCE_S)
+
+    def _end(self, *, drain: bool, patience_s: float | None = None) -> None:
         if os.getpid() != self._pid:  # the workers are the parent's, and so may be the locks
             return
         with self._ending:
@@ -201,13 +210,13 @@ class Pool:
         for stop in stops:
             stop.set()
         self._queue.close(drain=drain)
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         if threading.current_thread() in self._threads:
             return
         # Not by `join` alone: one that was interrupted takes the thread for ended (CPython 3.11).
         with self._ending:
-            self._ending.wait_for(lambda: self._num_working == 0)
-        for thread in self._threads:
+            has_ended = self._ending.wait_for(lambda: self._num_working == 0, patience_s)
+        for thread in self._threads if has_ended else ():
             thread.join()
 
     def __enter__(self) -> Pool:

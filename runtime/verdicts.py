@@ -13,7 +13,7 @@ from vit_edge.artifact import ModelFile
 from vit_edge.cpu import MOST_THREADS, cpu_name, instruction_set, usable_threads
 from vit_edge.files import sha256_hex
 from vit_edge.runtime.cache import recall, remember
-from vit_edge.runtime.engine import EngineOptions, engine_version, installed_engines
+from vit_edge.runtime.engine import EngineOptions, installed_engines, installed_version
 from vit_edge.runtime.golden import promised
 
 __all__ = ["Verdict", "leave_verdict", "promised_engines", "verdict_for"]
@@ -56,6 +56,6 @@ def leave_verdict(model: ModelFile, verdict: Verdict) -> bool:
 
 
 def _key(model: ModelFile) -> str:
-    engines = {name: engine_version(name) for name in installed_engines()}
+    engines = {name: installed_version(name) for name in installed_engines()}
     parts = [model.sha256, engines, cpu_name(), instruction_set(), usable_threads()]
     return sha256_hex(json.dumps(parts, sort_keys=True).encode())

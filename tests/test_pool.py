@@ -167,7 +167,7 @@ def test_asyncio_awaits_answers_and_cancels_what_was_not_taken(workspace: Worksp
 
 def test_closing_answers_what_waits_or_cancels_it_and_leaves_no_thread(workspace: Workspace) -> None:
     before = set(threading.enumerate())
-    pool = Pool(workspace.int8_model, workers=2, queue_size=50)
+    pool = Pool(workspace.int8_model, workers=2, queue_size=50, engine="onnxruntime")  # OpenVINO's import starts one
     pool.watch(workspace.int8_model, interval_s=30)
     futures = [pool.submit(image) for image in IMAGES]
     pool.close()
@@ -179,7 +179,7 @@ def test_closing_answers_what_waits_or_cancels_it_and_leaves_no_thread(workspace
         pool.swap(workspace.int8_model)
     with pytest.raises(Closed):
         pool.watch(workspace.int8_model)
-    other = Pool(workspace.int8_model, workers=1, queue_size=50)
+    other = Pool(workspace.int8_model, workers=1, queue_size=50, engine="onnxruntime")
     futures = [other.submit(image) for image in IMAGES]
     other.close(drain=False)
     assert all(future.done() for future in futures)
@@ -229,16 +229,16 @@ def test_callbacks_may_do_with_the_pool_what_they_like(workspace: Workspace, lat
     pool = Pool(workspace.int8_model, workers=1, queue_size=8, engine="onnxruntime")
     first = pool.submit(late)  # type: ignore[arg-type]
     assert late.asked.wait(30)
-    expired = pool.submit(IMAGES[0], timeout_s=0.0)
     kept = [pool.submit(image) for image in IMAGES[1:4]]
+    expired = pool.submit(IMAGES[0], timeout_s=0.5)  # long enough to be called back from a thread of the pool
 
     def close(_future: object) -> None:
         pool.close()
         done.set()
 
     expired.add_done_callback(close)
-    late.may_go.set()
     assert done.wait(30)
+    late.may_go.set()
     assert first.result(30).label == "3"
     expected = answers_of(workspace.int8_model, "onnxruntime")
     assert [future.result(30).answers for future in kept] == expected[1:4]  # closing answers what waits
@@ -280,9 +280,11 @@ def test_an_interrupted_close_goes_on_at_the_second(workspace: Workspace, late: 
     pool.submit(late)  # type: ignore[arg-type]
     futures = [pool.submit(image) for image in IMAGES]
     assert late.asked.wait(30)
-    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()  # to the main thread, which waits
     with pytest.raises(KeyboardInterrupt):
         pool.close()
+    signal.signal(signal.SIGINT, before)
     late.may_go.set()
     pool.close()
     assert all(future.done() for future in futures)

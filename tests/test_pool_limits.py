@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Workspace
+from tests.conftest import ROOT, Workspace
 from vit_edge.errors import Closed, DeadlineExceeded, Overloaded
 from vit_edge.runtime import Pool
 from vit_edge.runtime.golden import golden_images
@@ -66,6 +68,26 @@ def test_closing_waits_for_what_has_no_deadline_only(workspace: Workspace) -> No
     closer.join(30)
     assert kept.result(0).answers
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vit-edge-")]
+
+
+def test_a_worker_that_hangs_does_not_keep_the_interpreter(workspace: Workspace) -> None:
+    script = """
+import sys, threading
+from vit_edge.runtime import Pool
+asked = threading.Event()
+class Never:
+    def read(self, size):
+        asked.set()
+        threading.Event().wait()
+pool = Pool(sys.argv[1], workers=1, threads=1)
+pool.submit(Never())
+waiting = pool.submit(sys.argv[2])
+asked.wait()
+print("asked", flush=True)
+"""
+    command = [sys.executable, "-c", script, workspace.int8_model, workspace.folder / "picture.png"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "asked\n", "")
 
 
 class Counted(np.ndarray[Any, Any]):

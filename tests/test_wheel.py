@@ -63,6 +63,21 @@ def test_the_oldest_packages_pass_the_golden_vectors(wheel: Path, workspace: Wor
         assert printed["model"]["engine_version"].startswith("1.17.")
 
 
+# What a device gets: at most 12 packages and 200 MB, and an import of at most 0.3 s beside numpy's and the engine's.
+_SMALL = """
+import importlib.metadata as m, pathlib, time
+found = {d.metadata["Name"]: d for d in m.distributions() if d.metadata["Name"] not in ("pip", "setuptools")}
+files = [pathlib.Path(d.locate_file(f)) for d in found.values() for f in d.files or ()]
+size = sum(f.stat().st_size for f in files if f.is_file() and f.suffix != ".pyc")
+assert len(found) <= 12, sorted(found)
+assert 50e6 < size <= 200e6, size
+import numpy, PIL.Image, onnxruntime
+started = time.process_time()
+import vit_edge.runtime
+assert time.process_time() - started < 0.3
+"""
+
+
 def test_a_device_without_torch_classifies(wheel: Path, workspace: Workspace, tmp_path: Path) -> None:
     python = _environment(tmp_path / "venv", f"{wheel}[onnxruntime]")
     done = vit_edge(
@@ -73,7 +88,7 @@ def test_a_device_without_torch_classifies(wheel: Path, workspace: Workspace, tm
     absent = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'onnx', 'openvino', 'scipy')))"
     light = "import vit_edge.runtime, sys; assert 'torch' not in sys.modules"
     hidden = "import importlib.util as u; assert not u.find_spec('export') and not u.find_spec('runtime')"
-    for script in (absent, light, hidden):
+    for script in (absent, light, hidden, _SMALL):
         subprocess.run([python, "-c", script], check=True, cwd=tmp_path)
     for arguments in (
         ("export", "x"),

@@ -340,8 +340,10 @@ def _check_seal(data: bytes, name: str) -> None:
     elif state == "missing":
         reason = "its seal is missing: it was cut short, changed or damaged"
     else:
-        reason = "it was not made by vit-edge" if _is_onnx(data) else "it is not an ONNX model"
-        raise _rejected(name, reason, "make a model file with `vit-edge export`")
+        if _is_onnx(data):
+            remedy = "tell its preprocessing and labels, or make a model file of it with `vit-edge export`"
+            raise _rejected(name, "it was not made by vit-edge", remedy)
+        raise _rejected(name, "it is not an ONNX model", "make a model file with `vit-edge export`")
     remedy = "copy it again from where it was made; `vit-edge seal` re-seals a deliberate edit"
     raise NotTrusted("will not load the model file", file=name, reason=reason, remedy=remedy)
 
