@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-emulated test-arm64 lint clean
+.PHONY: demo test test-emulated test-arm64 qemu lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -12,9 +12,14 @@ demo: $(VENV)/.demo-installed
 test: $(VENV)/.dev-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file.
-test-emulated: $(VENV)/.dev-installed
-	$(BIN)/python benchmarks/emulated_cpu.py $(MODEL)
+# An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file,
+# ENGINE=openvino in that engine.
+test-emulated: qemu $(VENV)/.dev-installed
+	$(BIN)/python benchmarks/emulated_cpu.py $(MODEL) $(if $(ENGINE),--engine $(ENGINE))
+
+qemu:
+	@command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null || \
+	{ echo "an emulator is needed: apt-get install qemu-user-static" >&2; exit 1; }
 
 # An INT8 file on an emulated arm64 device over SSH against this machine; as root. MODEL=FILE asks of that file, ROOT=DIR
 # keeps the device's system for the next time.

@@ -103,15 +103,15 @@ def climb(
     judge: Callable[[ModelFile], Verification],
     *,
     memory: RungMemory | None = None,
-    time_limit_s: float | None = None,
+    deadline: float | None = None,
     progress: Progress = silent,
 ) -> tuple[Ladder, ModelFile, Verification]:
     """Return how far it went, and the last file that passed with its verification.
 
     Where the first does not pass, that of all products is made and judged, to say how far off it is. `make` takes the
-    products to leave float. With a time limit no rung begins after it; Ctrl-C ends with the best so far, if any.
+    products to leave float. Past a `deadline` (of `time.monotonic`) no rung begins but the first; Ctrl-C ends with the
+    best so far, if any.
     """
-    started = time.monotonic()
     rungs: list[Rung] = []
     best: tuple[ModelFile, Verification | None, frozenset[str]] | None = None
     cut_short = None
@@ -119,7 +119,7 @@ def climb(
     try:
         for number, size in enumerate(sizes):
             progress("certifying", number, len(sizes))
-            if best is not None and time_limit_s is not None and time.monotonic() - started > time_limit_s:
+            if best is not None and deadline is not None and time.monotonic() > deadline:
                 cut_short = "time limit"
                 break
             left = frozenset(order[size:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -57,7 +58,8 @@ class QuantizationOptions:
     picture at a time; "fp16" halves the file. `target` is a name of `vit_edge.targets.TARGETS`, "auto" for this
     machine, or a file from `vit-edge doctor --json`. `algorithms` replaces those of the recipe, `without` leaves some
     out. `ranges` is how ranges are found before any search. `batch_size` is that of calibration, and changes nothing
-    but time. `time_limit_s` ends the search for an accuracy budget with the best file so far.
+    but time. `time_limit_s`, counted from the start of `quantize`, ends the search for an accuracy budget with the best
+    file so far.
     """
 
     precision: Precision = "int8"
@@ -163,6 +165,7 @@ def quantize_model(
     progress: Progress = silent,
 ) -> QuantizationResult:
     """Write what `quantize` writes, from a file that was opened already."""
+    deadline = None if options.time_limit_s is None else time.monotonic() + options.time_limit_s
     check_options(options.precision, options.told, calibrated=calibration is not None)
     resolved = resolve_target(options.target)
     _check_source(source, options, data)
@@ -187,7 +190,7 @@ def quantize_model(
     verification: Verification | None = None
     if options.budget is not None:
         memory = RungMemory(default_folder().parent / "budget", judged_by=judged_by) if options.use_cache else None
-        ladder, finished, verification = _climbed(found, make, judge, memory, options, progress)
+        ladder, finished, verification = _climbed(found, make, judge, memory, deadline, progress)
     else:
         finished = make(found.float_products)
         verification = judge(finished) if data is not None else None
@@ -232,7 +235,7 @@ def _climbed(
     make: Callable[[frozenset[str]], ModelFile],
     judge: Callable[[ModelFile], Verification],
     memory: RungMemory | None,
-    options: QuantizationOptions,
+    deadline: float | None,
     progress: Progress,
 ) -> tuple[Ladder, ModelFile, Verification]:
     """Return how far the budget let products become integers, and the file that it ended with."""
@@ -242,7 +245,7 @@ def _climbed(
         lambda more: make(found.float_products | more),
         judge,
         memory=memory,
-        time_limit_s=options.time_limit_s,
+        deadline=deadline,
         progress=progress,
     )
 

@@ -53,20 +53,23 @@ def verified(folder: Path, model: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_ruined_product_is_found_and_spared_and_the_bound_holds(folder: Path, tmp_path: Path) -> None:
-    options = QuantizationOptions(max_drop_points=1.5, use_cache=False, **_QUICK)  # type: ignore[arg-type]
-    result = quantized(folder, tmp_path / "q.onnx", options, data=folder / "judging")
-    assert result.verification is not None
-    assert result.ladder is not None
-    assert result.verification.verdict == "pass"
-    assert _BAD in result.float_products
-    assert len(result.float_products) <= 3
-    assert [rung.verdict for rung in result.ladder.rungs[:-1]] == ["pass"] * (len(result.ladder.rungs) - 1)
-    assert all(entry.drop_upper_bound_points <= 1.5 for entry in result.verification.results)
+    done = vit_edge(
+        "quantize", folder / "m.onnx", "--calibration", folder / "calibration", "--data", folder / "judging",
+        "--max-drop", "1.5", "--effort", "fast", "--no-speed", "--no-cache", "-o", tmp_path / "q.onnx", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["verdict"] == "pass"
+    assert _BAD in result["float_products"]
+    assert len(result["float_products"]) <= 3
+    rungs = result["budget"]["rungs"]
+    assert [rung["verdict"] for rung in rungs[:-1]] == ["pass"] * (len(rungs) - 1)
+    assert all(entry["drop_upper_bound_points"] <= 1.5 for entry in result["evaluation"])
     manifest = open_model(tmp_path / "q.onnx").manifest
     assert manifest.evaluation is not None
     assert manifest.quantization is not None
     assert manifest.evaluation["verdict"] == "pass"
-    assert manifest.quantization["float_products"] == list(result.float_products)
+    assert manifest.quantization["float_products"] == result["float_products"]
     done = verified(folder, tmp_path / "q.onnx")
     assert done.returncode == 0, done.stderr
 
@@ -132,25 +135,38 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
     assert run("again.onnx") == whole != cut
 
 
-def test_ctrl_c_leaves_the_best_file_so_far(folder: Path, tmp_path: Path) -> None:
+def interrupted(folder: Path, cache: Path, kept: str, *more: str | Path) -> str:
+    """Return what `vit-edge quantize` says where Ctrl-C comes as soon as its cache holds a file that matches `kept`."""
     command = [
         sys.executable, "-m", "vit_edge", "quantize", folder / "m.onnx", "--calibration", folder / "calibration",
-        "--data", folder / "judging", "--max-drop", "1.5", "--effort", "fast", "--no-speed", "-o", tmp_path / "q.onnx",
+        "--effort", "fast", "--no-speed", *more,
     ]  # fmt: skip
-    environment = {"VIT_EDGE_CACHE": str(tmp_path / "cache"), "PATH": ""}
+    environment = {"VIT_EDGE_CACHE": str(cache), "PATH": ""}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "cache").glob("budget/*.json")) and time.monotonic() < deadline:
+        while not list(cache.glob(kept)) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert [line for line in said.decode().splitlines() if "interrupted" in line] == [said.decode().splitlines()[-1]]
-    assert "it holds the best so far" in said.decode()
+    lines = said.decode().splitlines()
+    assert [line for line in lines if "interrupted" in line] == lines[-1:]
+    return lines[-1]
+
+
+def test_ctrl_c_leaves_the_best_file_so_far(folder: Path, tmp_path: Path) -> None:
+    judged = ("--data", folder / "judging", "--max-drop", "1.5", "-o", tmp_path / "q.onnx")
+    assert "it holds the best so far" in interrupted(folder, tmp_path / "cache", "budget/*.json", *judged)
     evaluation = open_model(tmp_path / "q.onnx").manifest.evaluation
     assert evaluation is not None
     assert evaluation["verdict"] == "pass"
     assert evaluation["cut_short"] == "interrupted"
+
+
+def test_ctrl_c_before_there_is_a_file_says_that_the_calibration_is_kept(folder: Path, tmp_path: Path) -> None:
+    said = interrupted(folder, tmp_path / "cache", "calibration/*", "-o", tmp_path / "q.onnx")
+    assert "the same command goes on from there" in said
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_the_last_rungs_differ_by_one_and_the_noisiest_come_last() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,13 @@ from vit_edge.cli.output import (
     progress_bar,
 )
 from vit_edge.cli.verify import figures_data, figures_table, outlook_text, verification_table
-from vit_edge.errors import UsageError, VerificationFailed, require
+from vit_edge.errors import Interrupted, UsageError, VerificationFailed, require
 from vit_edge.targets import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from vit_edge.artifact import ModelFile
     from vit_edge.export import QuantizationOptions, QuantizationResult
+    from vit_edge.export.verification import Verification
 
 _PATH = click.Path(path_type=Path)
 _NUM_NAMED = 8
@@ -56,7 +59,7 @@ _NUM_NAMED = 8
               help="Percent of answers that must be those of the float file; --data needs no labels then.")  # fmt: skip
 @click.option("--unlabelled", is_flag=True, help="Take --data as pictures without labels.")
 @click.option("--time-limit", type=float, metavar="MINUTES",
-              help="End the search for a budget with the best file so far.")  # fmt: skip
+              help="End the search for a budget, so long after the start, with the best file so far.")  # fmt: skip
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names of an ONNX file made elsewhere.")
 @click.option("--preprocessing", type=_PATH, metavar="FILE", help="Preprocessing of an ONNX file made elsewhere.")
 @image_size_option("Size of the input of an ONNX file made elsewhere.")
@@ -100,13 +103,25 @@ def quantize(
         measure_speed=not values["no_speed"],
     )
     out = out or Path("model.fp16.onnx" if options.precision == "fp16" else "model.int8.onnx")
-    with progress_bar() as progress:
+    with _resumable(kept=calibration is not None and options.use_cache), progress_bar() as progress:
         source = _open(model, values, progress)
         _say_outlook(data, source, options)
         result = quantize_model(
             source, calibration=calibration, data=data, out=out, options=options, force=force, progress=progress
         )
     return Result(data=_fields(result), shown=_shown(result), error=_failure(result))
+
+
+@contextmanager
+def _resumable(*, kept: bool) -> Iterator[None]:
+    """Say of Ctrl-C that nothing is lost, where what was found so far is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not kept:
+            raise
+        remedy = "what was calibrated and judged so far is kept: the same command goes on from there"
+        raise Interrupted("stopped", reason="interrupted by the user", remedy=remedy) from error
 
 
 def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
@@ -237,7 +252,9 @@ def _budget_lines(result: QuantizationResult) -> list[Any]:
          f"{rung.agreement:.2f} %", f"{rung.sqnr_db:.1f}", rung.verdict)
         for rung in result.ladder.rungs
     ]  # fmt: skip
-    columns = ("integer products", "drop, points", "bound, 95 %", "agreement", "SQNR dB", "verdict")
+    unknown = result.verification is not None and result.verification.labels != "all"
+    drop = "drop at most, points" if unknown else "drop, points"
+    columns = ("integer products", drop, "bound, 95 %", "agreement", "SQNR dB", "verdict")
     lines: list[Any] = [make_table("Judged in this order", columns, rows)]
     if result.ladder.cut_short:
         lines.append(f"cut short by the {result.ladder.cut_short}: more may pass")
@@ -251,8 +268,7 @@ def _failure(result: QuantizationResult) -> VerificationFailed | None:
         return None
     worst = found.decisive
     if found.verdict == "inconclusive":
-        needed = f"about {worst.images_needed:,}" if worst.images_needed else "many more"
-        remedy = f"give {needed} pictures to judge by, or a larger budget; the file was written with its verdict in it"
+        remedy = f"{_more(found)}, or a larger budget; the file was written with its verdict in it"
         bounds = []
         if found.max_drop_points is not None:
             bounds.append(f"the drop at {worst.drop_upper_bound_points:.2f} points")
@@ -263,3 +279,16 @@ def _failure(result: QuantizationResult) -> VerificationFailed | None:
     reason = f"the drop is {worst.drop_points:.2f} points, the agreement {worst.agreement:.2f} %"
     remedy = "try --recipe accurate, --effort thorough or more calibration pictures; the file was written all the same"
     return VerificationFailed("the budget is not met", file=result.model, reason=reason, remedy=remedy)
+
+
+def _more(found: Verification) -> str:
+    """Return what would settle an inconclusive verdict: labels where they are all that is missing, or pictures."""
+    worst, limit = found.decisive, found.max_drop_points
+    if (
+        limit is not None
+        and worst.unlabelled
+        and worst.drop_upper_bound_points > limit >= found.best_certifiable_points
+    ):
+        number = found.num_unlabelled
+        return f"give labels (`vit-edge verify` writes the {number} pictures that lack one, whose answer changed)"
+    return f"give {f'about {worst.images_needed:,}' if worst.images_needed else 'many more'} pictures to judge by"
