@@ -93,13 +93,19 @@ class Noise:
         return {**asdict(self), "quiet": self.is_quiet, "said": str(self)}
 
 
+def _own_seconds() -> float:
+    """Return the CPU time of this process and of the children that it waited for: they are no others."""
+    used = os.times()
+    return time.process_time() + used.children_user + used.children_system
+
+
 class Watch:
     """Watch the machine from now until `stop`; `look` notes the frequency in between."""
 
     def __init__(self, *, is_busy: bool = True) -> None:
         self._is_busy, self._frequencies = is_busy, list[float]()
         self._average, self._throttled_s, self._overheated = _load_average(), _throttled_s(), _num_overheated()
-        self._machine, self._wall_s, self._own_s = _cpu_seconds(), time.perf_counter(), time.process_time()
+        self._machine, self._wall_s, self._own_s = _cpu_seconds(), time.perf_counter(), _own_seconds()
         self.look()
 
     def look(self) -> None:
@@ -110,7 +116,7 @@ class Watch:
 
     def stop(self) -> Noise:
         """Return what there was."""
-        wall_s, own_s = time.perf_counter() - self._wall_s, time.process_time() - self._own_s
+        wall_s, own_s = time.perf_counter() - self._wall_s, _own_seconds() - self._own_s
         self.look()
         others = stolen = None
         machine = _cpu_seconds()
