@@ -283,6 +283,10 @@ def answers(engine: Engine, manifest: Manifest, images_NHWC: Pixels, names: Sequ
     parts = []
     for start in range(0, max(len(images_NHWC), 1), size):
         part = images_NHWC[start : start + size]
-        filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
+        filled = part
+        if len(part) < size:
+            filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
         parts.append([found[: len(part)] for found in engine.tensors(manifest.network_input(filled), names)])
+    if len(parts) == 1:
+        return parts[0]
     return [np.concatenate(found) for found in zip(*parts, strict=True)]
