@@ -46,6 +46,13 @@ class Workspace:
         return self.folder / "pictures" / "test"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with one file that needs the workspace and end with the others: while it is made, nobody waits for it."""
+    needing = list(dict.fromkeys(item.path for item in items if "workspace" in getattr(item, "fixturenames", ())))
+    turn = dict.fromkeys(needing, 2) | dict.fromkeys(needing[:1], 0)
+    items.sort(key=lambda item: turn.get(item.path, 1))
+
+
 def vit_edge(
     *arguments: str | Path, cwd: Path | None = None, python: str | Path = sys.executable
 ) -> subprocess.CompletedProcess[str]:

@@ -80,7 +80,8 @@ def results(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     asked = ("--reference", "model.onnx", *pictures, "--max-drop", "40", "--json")
     runs = {
         "verified": ("verify", "model.int8.onnx", *asked),
-        "speed": ("benchmark", "model.onnx", "model.int8.onnx", "--min-seconds", "0.1", "--min-queries", "5", "--json"),
+        "speed": ("benchmark", "model.onnx", "model.int8.onnx", "--min-seconds", "0.1", "--min-queries", "5",
+                  "--engine", "onnxruntime", "--json"),
         "quantized": ("quantize", "model.onnx", "--calibration", deployed / "calibration", "-o", "again.onnx",
                       "--effort", "fast", "--json"),
     }  # fmt: skip
