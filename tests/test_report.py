@@ -221,6 +221,7 @@ def test_what_is_no_transformer_has_no_attention(results: Path, tmp_path: Path) 
         ('{"schema": 1, "command": "classify"}', "no place"),
         ('{"schema": 1, "command": "verify", "error": {"reason": "it broke"}}', "it broke"),
         ('{"schema": 1, "command": "verify", "results": [{}], "verdict": "pass"}', "results"),
+        ('{"schema": 1, "command": "verify", "results": [], "verdict": "pass"}', "no result of an engine"),
         ('{"schema": 1, "command": "benchmark", "results": [{}]}', "not what this vit-edge"),
     ],
 )  # fmt: skip
@@ -241,6 +242,10 @@ def test_files_that_were_changed_or_would_be_overwritten_are_refused(results: Pa
     (tmp_path / "r.html").write_text("mine")
     with pytest.raises(UsageError, match="exists"):
         write_report(everything(results), out=tmp_path / "r.html")
+    before = (results / "verified.json").read_bytes()
+    with pytest.raises(UsageError, match="it is the input"):
+        write_report(everything(results), out=results / "verified.json", force=True)
+    assert (results / "verified.json").read_bytes() == before
     with pytest.raises(InputError, match="no record"):
         write_report([tmp_path], out=tmp_path / "s.html")
 

@@ -112,7 +112,7 @@ def may_write(path: str | os.PathLike[str], *, force: bool, made_from: str | os.
 def _may_write(target: Path, *, force: bool, made_from: str | os.PathLike[str] | None) -> Path:
     if target.is_dir():
         raise UsageError("cannot write", file=target, reason="it is a folder", remedy="give the path of a file")
-    if made_from is not None and target.exists() and target.samefile(made_from):
+    if made_from is not None and target.exists() and Path(made_from).exists() and target.samefile(made_from):
         raise UsageError("will not overwrite", file=target, reason="it is the input", remedy="choose another name")
     if os.path.lexists(target) and not force:
         remedy = "choose another name, or add --force to replace it"

@@ -17,8 +17,8 @@ from typing import Any
 import vit_edge
 from vit_edge.artifact import Manifest, ModelFile
 from vit_edge.errors import InputError, require
-from vit_edge.files import may_write, write_atomic
-from vit_edge.report.sources import Sources, Verified, read_sources
+from vit_edge.files import write_atomic
+from vit_edge.report.sources import Sources, Verified, read_sources, target_of
 from vit_edge.report.tables import PRECISIONS, accuracy_table, benchmark_table
 
 __all__ = ["write_model_card"]
@@ -41,7 +41,7 @@ def write_model_card(
     `license` is that of the weights, where no model file tells. Raises InputError where no model file is given,
     UsageError, and what `open_model` raises.
     """
-    target = may_write(out, force=force)
+    target = target_of(out, results, force=force)
     sources = read_sources(results)
     if not sources.models:
         reason, remedy = "no model file is among them", "give the .onnx too, or the folder of a deployment"

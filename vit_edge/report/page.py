@@ -12,11 +12,11 @@ from typing import Any
 import vit_edge
 from vit_edge.artifact import ModelFile
 from vit_edge.errors import InputError, require
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import write_atomic
 from vit_edge.progress import Progress, silent
 from vit_edge.report.benchmark_picture import draw_benchmark
 from vit_edge.report.flipped import Flip, data_uri, flips_of
-from vit_edge.report.sources import Given, Sources, Verified, read_sources
+from vit_edge.report.sources import Given, Sources, Verified, read_sources, target_of
 from vit_edge.report.tables import (
     PRECISIONS,
     Table,
@@ -76,7 +76,7 @@ def write_report(
     deployments, model files and pictures. With both models of a verification among them its changed answers show where
     each looks. `data` is where its pictures lie now. Raises InputError, UsageError, and what `open_model` raises.
     """
-    target = may_write(out, force=force)
+    target = target_of(out, results, force=force)
     sources = read_sources(results)
     write_atomic(target, render(sources, title=title, data=data, most_flips=most_flips, progress=progress).encode())
     return target

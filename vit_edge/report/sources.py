@@ -11,9 +11,9 @@ from typing import Any
 
 from vit_edge.artifact import MODEL_BYTES, ModelFile, open_model
 from vit_edge.errors import InputError, printable
-from vit_edge.files import read_file, sha256_hex
+from vit_edge.files import may_write, read_file, sha256_hex
 
-__all__ = ["Given", "Sources", "Verified", "read_sources"]
+__all__ = ["Given", "Sources", "Verified", "read_sources", "target_of"]
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -85,6 +85,13 @@ class Sources:
                     if entry[name] is not None:
                         found[model.sha256, entry["engine"]] = entry[name]
         return found
+
+
+def target_of(out: str | os.PathLike[str], results: Sequence[str | os.PathLike[str]], *, force: bool) -> Path:
+    """Return where a report may be written; raises UsageError, also where that is one of the results."""
+    for result in results:
+        may_write(out, force=force, made_from=result)
+    return may_write(out, force=force)
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
@@ -183,6 +190,8 @@ def _verifications(given: Given) -> list[Verified]:
 
 
 def _verification(file: str, values: Mapping[str, Any], *, on: str = "") -> Verified:
+    if not values["results"]:
+        raise ValueError("it has no result of an engine")
     engines = []
     for entry in values["results"]:
         flat = {key: value for key, value in entry.items() if key not in ("reference", "candidate")}
