@@ -2,7 +2,7 @@
 
     python benchmarks/showcase.py DEIT_TINY --labels NAMES --calibration PICTURES --data LABELLED
 
-Runs the commands of the README, writes the page docs/report.html and the picture docs/pictures/benchmark.png, and the
+Runs the commands of the README, writes the page docs/report.html and the picture docs/benchmark.png, and the
 table into a section of docs/results.md. Pictures that judge are named in the page, not shown: they may be others' own.
 """
 
@@ -51,7 +51,7 @@ def show(args: argparse.Namespace, folder: Path) -> None:
             "verify", model, "--reference", models[0], "--data", data.name, "--json", cwd=data.parent, may_fail=True
         )
         file.write_text(judged, encoding="utf-8")
-    speed, picture = folder / "speed.json", args.docs / "pictures" / "benchmark.png"
+    speed, picture = folder / "speed.json", args.docs / "benchmark.png"
     measured = ("--min-seconds", args.min_seconds, "--save", speed, "--plot", picture, "--force")
     print(run("benchmark", *models, *EVERY_MIX, *measured))
     run("report", *found, speed, *models, "--max-flips", "0", "--force", "-o", args.docs / "report.html")
@@ -68,7 +68,7 @@ def run(*arguments: str | Path, cwd: Path | None = None, may_fail: bool = False)
 
 
 def section(values: dict[str, Any]) -> str:
-    """Return the table, and under it the picture."""
+    """Return the table, with a link to the picture, which is too wide for that page."""
     noisy = f" **Invalid: {'; '.join(values['invalid_because'])}.**" if values["invalid_because"] else ""
     rows = [
         f"| {Path(entry['model']).stem} | {entry['engine']} | {entry['threads']} | {entry['batch_size']} "
@@ -90,7 +90,7 @@ def section(values: dict[str, Any]) -> str:
     )
     head = f"| {' | '.join(columns)} |"
     about = f"{machine()}, {versions()}; the harness takes {values['harness']['p50_us']:.1f} microseconds a query."
-    picture = "![latency, throughput, accuracy against time](pictures/benchmark.png)"
+    picture = "[Latency, throughput, accuracy against time](benchmark.png)."
     return "\n".join([f"{about}{noisy}", "", head, "|---" * len(columns) + "|", *rows, "", picture])
 
 

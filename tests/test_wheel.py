@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_one_top_level_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vit_edge"}
+    assert {"vit_edge/report/page.html", "vit_edge/report/card.md"} <= {*names}  # templates
     assert {"vit_edge/export/deploy.py", "vit_edge/runtime/ort.py", "vit_edge/cli/train.py", "vit_edge/py.typed"} <= {
         *names
     }
