@@ -34,9 +34,10 @@ def attention_maps(model: ModelFile, images_NHWC: Pixels) -> npt.NDArray[np.floa
     graph = onnx.load_model_from_string(model.data)
     inputs = list(model.manifest.network_input(images_NHWC))
     for tensor in _softmaxes(graph):
-        weights = [values[0] for values in Activations(graph, [tensor]).of(inputs[:1])]
+        activations = Activations(graph, [tensor])
+        weights = [values[0] for values in activations.of(inputs[:1])]
         if _is_attention(weights[0], config):
-            weights += [values[0] for values in Activations(graph, [tensor]).of(inputs[1:])]
+            weights += [values[0] for values in activations.of(inputs[1:])]
             return np.stack([_to_patches(each[0], config) for each in weights])
     return None
 

@@ -18,7 +18,7 @@ import vit_edge
 from vit_edge.artifact import Manifest, ModelFile
 from vit_edge.errors import InputError, require
 from vit_edge.files import write_atomic
-from vit_edge.report.sources import Sources, Verified, read_sources, target_of
+from vit_edge.report.sources import Sources, Verified, read_sources, refusing_others, target_of
 from vit_edge.report.tables import PRECISIONS, accuracy_table, benchmark_table
 
 __all__ = ["write_model_card"]
@@ -46,12 +46,8 @@ def write_model_card(
     if not sources.models:
         reason, remedy = "no model file is among them", "give the .onnx too, or the folder of a deployment"
         raise InputError("cannot write a model card", reason=reason, remedy=remedy)
-    try:
+    with refusing_others("write a model card"):
         card = _rendered(sources, license)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        reason = f"results are not what this vit-edge {vit_edge.__version__} prints ({type(error).__name__}: {error})"
-        remedy = "run the command again"
-        raise InputError("cannot write a model card", reason=reason[:300], remedy=remedy) from error
     write_atomic(target, card.encode())
     return target
 

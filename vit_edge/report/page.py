@@ -11,12 +11,12 @@ from typing import Any
 
 import vit_edge
 from vit_edge.artifact import ModelFile
-from vit_edge.errors import InputError, require
+from vit_edge.errors import require
 from vit_edge.files import write_atomic
 from vit_edge.progress import Progress, silent
 from vit_edge.report.benchmark_picture import draw_benchmark
 from vit_edge.report.flipped import Flip, data_uri, flips_of
-from vit_edge.report.sources import Given, Sources, Verified, read_sources, target_of
+from vit_edge.report.sources import Given, Sources, Verified, read_sources, refusing_others, target_of
 from vit_edge.report.tables import (
     PRECISIONS,
     Table,
@@ -92,7 +92,7 @@ def render(
 ) -> str:
     """Return the page; raises InputError where results are not what their command prints."""
     jinja2 = require("jinja2", extra="export", what="report")
-    try:
+    with refusing_others("report"):
         sections = [
             *_deployments(sources.deployed),
             *_verifications(sources, data=data, most_flips=most_flips, progress=progress),
@@ -101,9 +101,6 @@ def render(
             *_explanations(sources),
             *_manifests(sources.models),
         ]
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        reason = f"results are not what this vit-edge {vit_edge.__version__} prints ({type(error).__name__}: {error})"
-        raise InputError("cannot report", reason=reason[:300], remedy="run the command again") from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

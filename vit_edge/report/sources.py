@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import vit_edge
 from vit_edge.artifact import MODEL_BYTES, ModelFile, open_model
 from vit_edge.errors import InputError, printable
 from vit_edge.files import may_write, read_file, sha256_hex
 
-__all__ = ["Given", "Sources", "Verified", "read_sources", "target_of"]
+__all__ = ["Given", "Sources", "Verified", "read_sources", "refusing_others", "target_of"]
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -85,6 +87,16 @@ class Sources:
                     if entry[name] is not None:
                         found[model.sha256, entry["engine"]] = entry[name]
         return found
+
+
+@contextmanager
+def refusing_others(what: str) -> Iterator[None]:
+    """Raise InputError, "cannot `what`", where values inside turn out not to be what their command prints."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        reason = f"results are not what this vit-edge {vit_edge.__version__} prints ({type(error).__name__}: {error})"
+        raise InputError(f"cannot {what}", reason=reason[:300], remedy="run the command again") from error
 
 
 def target_of(out: str | os.PathLike[str], results: Sequence[str | os.PathLike[str]], *, force: bool) -> Path:
