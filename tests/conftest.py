@@ -110,6 +110,35 @@ def _run_readme(space: Workspace, digits: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def small_model(shared_folder: Path) -> Path:
+    """Return a folder with a small network: `c.safetensors`, `m.onnx`, and OpenVINO's IR. Copy what you change."""
+    from tests.networks import write_checkpoint
+    from vit_edge.export import ExportOptions, export_onnx
+
+    folder = shared_folder / "small_model"
+    with FileLock(shared_folder / "small_model.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            checkpoint = write_checkpoint(folder / "c.safetensors")
+            export_onnx(checkpoint, out=folder / "m.xml", options=ExportOptions(format="openvino"))
+            export_onnx(checkpoint, out=folder / "m.onnx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deployment(shared_folder: Path) -> Path:
+    """Return a folder with a checkpoint, pictures, and what a deployment made of them. Copy what you change."""
+    from tests.deployments import make_deployment
+
+    folder = shared_folder / "deployment"
+    with FileLock(shared_folder / "deployment.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            make_deployment(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real weights and pictures that lies beside some checkouts; skips where it is absent."""
     if not SHARED_DATA.is_dir():

@@ -10,7 +10,6 @@ import pytest
 
 from tests.adb_devices import AdbDevices, make_devices
 from tests.conftest import vit_edge
-from tests.deployments import make_deployment
 from vit_edge.artifact import open_model
 from vit_edge.export.deployment import read_record
 
@@ -23,9 +22,9 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> AdbDevices:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, deployment: Path) -> Path:
     """Return a folder with a deployment in `out`, and the pictures it was judged by in `data`."""
-    return make_deployment(tmp_path_factory.mktemp("deployment"))
+    return shutil.copytree(deployment, tmp_path_factory.mktemp("deployment"), dirs_exist_ok=True)
 
 
 def test_a_device_classifies_as_this_machine_does(devices: AdbDevices, folder: Path) -> None:

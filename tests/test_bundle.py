@@ -19,10 +19,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Workspace, vit_edge
-from tests.networks import write_checkpoint
 from vit_edge.artifact import open_model
 from vit_edge.errors import InputError, UsageError
-from vit_edge.export import ExportOptions, export_onnx, external
+from vit_edge.export import export_onnx, external
 from vit_edge.ir import open_ir
 from vit_edge.runtime import bundling, load
 from vit_edge.runtime.bundling import bundle
@@ -278,11 +277,11 @@ def test_the_cpu_takes_over_only_where_that_is_allowed(pythons: dict[str, Path],
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def others(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
     """Return a folder with OpenVINO's IR, a model of two files, and a picture."""
     folder = tmp_path_factory.mktemp("others")
-    write_checkpoint(folder / "c.safetensors")
-    export_onnx(folder / "c.safetensors", out=folder / "m.xml", options=ExportOptions(format="openvino"))
+    for name in ("c.safetensors", "m.xml", "m.bin"):
+        shutil.copy(small_model / name, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(external, "_MOST_INSIDE_BYTES", 10_000)
         export_onnx(folder / "c.safetensors", out=folder / "m.onnx")

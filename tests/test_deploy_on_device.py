@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployments import make_deployment
 from tests.ssh_devices import SshDevice, start_device, stop_device
 from vit_edge.export.deployment import read_record
 
@@ -22,8 +21,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshDevice]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_deployment(tmp_path_factory.mktemp("deployment"))
+def folder(tmp_path_factory: pytest.TempPathFactory, deployment: Path) -> Path:
+    return shutil.copytree(deployment, tmp_path_factory.mktemp("deployment"), dirs_exist_ok=True)
 
 
 def test_the_speed_is_that_of_the_device(device: SshDevice, folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import vit_edge
-from tests.deployments import make_deployment, run
+from tests.deployments import run
 from vit_edge.artifact import open_model
 from vit_edge.errors import InputError, NotTrusted, UsageError
 from vit_edge.export.deployment import DeploymentOptions, check_record, conclude, folder_sha256, read_record
@@ -19,9 +19,9 @@ from vit_edge.files import sha256_hex
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, deployment: Path) -> Path:
     """Return a folder with a checkpoint, pictures of two kinds, and what a deployment made of them."""
-    return make_deployment(tmp_path_factory.mktemp("deployment"))
+    return shutil.copytree(deployment, tmp_path_factory.mktemp("deployment"), dirs_exist_ok=True)
 
 
 def test_every_step_is_recorded_with_hashes_and_versions(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import vit_edge
-from tests.networks import SIZE, write_checkpoint
+from tests.networks import SIZE
 from vit_edge.artifact import open_model, pack
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export import ExportOptions, QuantizationOptions, export_onnx, quantize, verify
@@ -32,10 +33,10 @@ _JUDGING = golden_images(range(2000, 2016), height=SIZE[0], width=SIZE[1])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
     """A float file, 32 calibration pictures, and its dynamic INT8 files without and with these."""
     folder = tmp_path_factory.mktemp("dynamic")
-    export_onnx(write_checkpoint(folder / "c.safetensors"), out=folder / "m.onnx")
+    shutil.copytree(small_model, folder, dirs_exist_ok=True)
     (folder / "calibration").mkdir()
     for number, pixels in enumerate(golden_images(range(32), height=SIZE[0], width=SIZE[1])):
         Image.fromarray(pixels).save(folder / "calibration" / f"{number}.png")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import vit_edge
-from tests.networks import PREPROCESSING, SIZE, random_network, small_config, write_checkpoint
+from tests.networks import PREPROCESSING, SIZE, random_network, small_config
 from vit_edge.artifact import open_model
 from vit_edge.errors import ModelRejected, NotTrusted, UsageError
 from vit_edge.export import ExportOptions, export_onnx
@@ -28,10 +28,10 @@ IR, HUGGINGFACE = ExportOptions(format="openvino"), ExportOptions(format="huggin
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("formats")
-    write_checkpoint(folder / "c.safetensors")
-    export_onnx(folder / "c.safetensors", out=folder / "m.xml", options=IR)
+    for name in ("c.safetensors", "m.xml", "m.bin"):
+        shutil.copy(small_model / name, folder)
     export_onnx(folder / "c.safetensors", out=folder / "hub", options=HUGGINGFACE)
     return folder
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from PIL import Image
@@ -128,6 +130,10 @@ def test_a_static_shape_of_an_int8_file_passes_its_golden_vectors(workspace: Wor
             assert classifier.describe()["verified"] == "full"
 
 
+_HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.mark.skipif(not _HAS_BFLOAT16, reason="OpenVINO has no bfloat16 on this CPU")
 def test_the_precision_that_runs_is_the_one_that_was_asked_for(workspace: Workspace) -> None:
     with load(workspace.float_model, engine="openvino", precision="bf16") as classifier:
         runs = classifier.describe()["float_precision"]
@@ -137,6 +143,15 @@ def test_the_precision_that_runs_is_the_one_that_was_asked_for(workspace: Worksp
         assert classifier.describe()["float_precision"] == "f32"
         exact = classifier.logits(DIGITS)
     assert 1e-4 < np.abs(halved - exact).max() < 1
+
+
+@pytest.mark.skipif(_HAS_BFLOAT16, reason="this CPU has bfloat16")
+def test_bfloat16_that_the_cpu_has_not_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(EngineUnavailable, match="OpenVINO runs it in f32 on cpu, not in bf16"):
+        load(workspace.float_model, engine="openvino", precision="bf16")
+
+
+def test_a_precision_that_the_engine_has_not_is_refused(workspace: Workspace) -> None:
     with pytest.raises(EngineUnavailable, match="does not compute in bf16; it can in f32"):
         load(workspace.float_model, engine="onnxruntime", precision="bf16")
 
@@ -181,10 +196,8 @@ def test_features_are_given_where_the_file_has_them(workspace: Workspace, tmp_pa
         classifier.features(DIGITS)
 
 
-def test_ir_answers_as_the_onnx_file_does_and_only_where_it_can(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "c.safetensors")
-    export_onnx(tmp_path / "c.safetensors", out=tmp_path / "m.onnx")
-    export_onnx(tmp_path / "c.safetensors", out=tmp_path / "m.xml", options=ExportOptions(format="openvino"))
+def test_ir_answers_as_the_onnx_file_does_and_only_where_it_can(small_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_model, tmp_path, dirs_exist_ok=True)
     images = golden_images(range(3), height=SIZE[0], width=SIZE[1])
     with load(tmp_path / "m.onnx", engine="openvino") as onnx_file, load(tmp_path / "m.xml") as ir:
         np.testing.assert_allclose(ir.logits(images), onnx_file.logits(images), atol=1e-4)

@@ -14,8 +14,6 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Workspace
-from tests.networks import write_checkpoint
-from vit_edge.export import export_onnx
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 
@@ -55,16 +53,15 @@ def test_answers_and_loads_leave_nothing(workspace: Workspace, tmp_path: Path) -
         assert (row["threads_left"], row["files_left"]) == (0, 0)
 
 
-def test_every_contestant_answers_from_a_file(tmp_path: Path) -> None:
+def test_every_contestant_answers_from_a_file(small_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    checkpoint = write_checkpoint(tmp_path / "c.safetensors")
-    export_onnx(checkpoint, out=tmp_path / "m.onnx")
+    shutil.copy(small_model / "m.onnx", tmp_path)
     (tmp_path / "pictures").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "pictures" / "p.jpg", quality=95)
     brief = ("--rounds", "1", "--queries", "1", "--enlarged-side", "400")
     options = ("--models", tmp_path / "m.onnx", "--pictures", tmp_path / "pictures", *brief)
-    found = measured(tmp_path, "end_to_end.py", checkpoint, *options)
+    found = measured(tmp_path, "end_to_end.py", small_model / "c.safetensors", *options)
     for rows in found["timed"].values():
         assert len(rows) == 4
         assert rows["ours, m.onnx"]["said"] in "abcdefg"
