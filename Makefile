@@ -15,7 +15,7 @@ test: $(VENV)/.dev-installed lint
 # An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file,
 # ENGINE=openvino in that engine.
 test-emulated: qemu $(VENV)/.dev-installed
-	$(BIN)/python benchmarks/emulated_cpu.py $(MODEL) $(if $(ENGINE),--engine $(ENGINE))
+	$(BIN)/python benchmarks/emulation/emulated_cpu.py $(MODEL) $(if $(ENGINE),--engine $(ENGINE))
 
 qemu:
 	@command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null || \
@@ -24,7 +24,7 @@ qemu:
 # An INT8 file on an emulated arm64 device over SSH against this machine; as root. MODEL=FILE asks of that file, ROOT=DIR
 # keeps the device's system for the next time.
 test-arm64: $(VENV)/.dev-installed
-	$(BIN)/python benchmarks/emulated_arm64.py $(MODEL) $(if $(ROOT),--root $(ROOT))
+	$(BIN)/python benchmarks/emulation/emulated_arm64.py $(MODEL) $(if $(ROOT),--root $(ROOT))
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff format --check .

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from results import machine, versions, write_section
+from support.results import machine, versions, write_section
 
-from vit_edge.artifact import ModelFile, open_model
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.export import QuantizationOptions, quantize
-from vit_edge.export.recipes import RECIPES
+from vit_edge.export.quantization.algorithms.recipes import RECIPES
 from vit_edge.image import Pixels
 from vit_edge.metrics import Logits, sqnr_db
-from vit_edge.runtime.engine import EngineOptions, installed_engines, make_engine
+from vit_edge.model_file.artifact import ModelFile, open_model
+from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, make_engine
 
 _EVERY = 3
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from results import machine, write_section
+from support.results import machine, write_section
 from torch import nn
 
 from vit_edge.checkpoint import load_checkpoint
-from vit_edge.cpu import usable_threads
 from vit_edge.data import Splits, read_splits
 from vit_edge.image import Preprocessing
+from vit_edge.machine.cpu import usable_threads
 from vit_edge.progress import silent
 from vit_edge.training.batches import Pictures, TrainingBatches, load_pictures
 from vit_edge.training.loop import Loop

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import machine, write_section
+from support.results import machine, write_section
 
 METHODS = ("averaged min-max", "min-max", "percentile", "entropy", "mse")
 FEW, BATCH = 100, 16
@@ -91,11 +91,11 @@ def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batc
     """Calibrate, and print ranges and the peak memory of this process."""
     import onnx
 
-    from vit_edge.artifact import open_model
     from vit_edge.data import find_images
-    from vit_edge.export.calibration import observe_ranges
-    from vit_edge.export.pictures import CalibrationPictures
-    from vit_edge.export.placement import find_products
+    from vit_edge.export.quantization.calibration.images import CalibrationPictures
+    from vit_edge.export.quantization.calibration.observers import observe_ranges
+    from vit_edge.export.quantization.qdq.placement import find_products
+    from vit_edge.model_file.artifact import open_model
 
     opened = open_model(model)
     graph = onnx.load_model_from_string(opened.data)
@@ -110,10 +110,10 @@ def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batc
 
 def same_answers(model: Path, pictures: Path, out: Path) -> str:
     """Quantize, and say whether each engine answers pictures one by one as it does 16 at once."""
-    from vit_edge.artifact import open_model
     from vit_edge.data import find_images, stream_pixels
     from vit_edge.export import quantize
-    from vit_edge.runtime.engine import EngineOptions, installed_engines, make_engine
+    from vit_edge.model_file.artifact import open_model
+    from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, make_engine
 
     quantize(model, calibration=pictures, out=out)
     opened = open_model(out)

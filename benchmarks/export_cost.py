@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import machine, write_section
+from support.results import machine, write_section
 
 NUM_CLASSES = 1000
 

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from contestants import (
+from support.contestants import (
     FLOAT,
     ORT,
     PLAIN,
@@ -30,9 +30,9 @@ from contestants import (
     plain_file,
     time_all,
 )
-from quantizing import NNCF_TRANSFORMER, ORT_STATIC
-from results import machine, versions
-from timing import ratio
+from support.quantizing import NNCF_TRANSFORMER, ORT_STATIC
+from support.results import machine, versions
+from support.timing import ratio
 
 SECTION = "int8-speed"
 PEERS = (ORT_STATIC, NNCF_TRANSFORMER)

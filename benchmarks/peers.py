@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from contestants import (
+from int8_speed import hashes
+from support.contestants import (
     Contestant,
     Setting,
     TimedSamples,
@@ -34,15 +35,14 @@ from contestants import (
     plain_file,
     time_all,
 )
-from int8_speed import hashes
-from quantizing import NNCF_PLAIN, NNCF_TRANSFORMER, ORT_DYNAMIC, ORT_STATIC, OURS, make
-from results import machine, versions
-from timing import count
+from support.quantizing import NNCF_PLAIN, NNCF_TRANSFORMER, ORT_DYNAMIC, ORT_STATIC, OURS, make
+from support.results import machine, versions
+from support.timing import count
 
-from vit_edge.artifact import ModelFile
 from vit_edge.data import EVALUATION_SPLITS, find_images, pixel_hashes, read_labelled, refuse_overlap, stream_pixels
 from vit_edge.image import Pixels, pixel_hash
 from vit_edge.metrics import Logits, compare
+from vit_edge.model_file.artifact import ModelFile
 
 SECTION = "peers"
 PEERS = (ORT_STATIC, ORT_DYNAMIC, NNCF_TRANSFORMER, NNCF_PLAIN)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from results import RESULTS, machine, versions, write_section
+from support.results import RESULTS, machine, versions, write_section
 
 DOCS = RESULTS.parent
 EVERY_MIX = ("--threads", "1", "--threads", "2", "--batch-size", "1", "--batch-size", "8")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import machine, write_section
+from support.results import machine, write_section
 
 ROOT = Path(__file__).resolve().parent.parent
 # The pictures have 64 pixels a side in the copies that this was measured on: 64 patches of 8.

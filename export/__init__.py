@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_edge.export.exporter import ExportResult, export_onnx
-    from vit_edge.export.options import ExportOptions
-    from vit_edge.export.quantization import QuantizationOptions, QuantizationResult, quantize, quantize_model
-    from vit_edge.export.verification import Verification, verify
+    from vit_edge.export.quantization.quantizer import QuantizationOptions, QuantizationResult, quantize, quantize_model
+    from vit_edge.export.tracing.exporter import ExportResult, export_onnx
+    from vit_edge.export.tracing.options import ExportOptions
+    from vit_edge.export.verification.verifier import Verification, verify
 
 __all__ = [
     "ExportOptions",
@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ExportOptions": "options",
-    "ExportResult": "exporter",
-    "QuantizationOptions": "quantization",
-    "QuantizationResult": "quantization",
-    "Verification": "verification",
-    "export_onnx": "exporter",
-    "quantize": "quantization",
-    "quantize_model": "quantization",
-    "verify": "verification",
+    "ExportOptions": "tracing.options",
+    "ExportResult": "tracing.exporter",
+    "QuantizationOptions": "quantization.quantizer",
+    "QuantizationResult": "quantization.quantizer",
+    "Verification": "verification.verifier",
+    "export_onnx": "tracing.exporter",
+    "quantize": "quantization.quantizer",
+    "quantize_model": "quantization.quantizer",
+    "verify": "verification.verifier",
 }
 
 

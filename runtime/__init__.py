@@ -6,14 +6,14 @@ with load("model.int8.onnx") as classifier:
     print(classifier("picture.jpg").label)
 """
 
-from vit_edge.runtime.benchmark import measure
+from vit_edge.runtime.benchmark.results import Benchmark, BenchmarkOptions, Measurement
+from vit_edge.runtime.benchmark.runner import measure
+from vit_edge.runtime.benchmark.scenarios import Scenario
+from vit_edge.runtime.benchmark.statistics import Latency
 from vit_edge.runtime.classifier import Answer, Classifier, Prediction, Timings
-from vit_edge.runtime.engine import EngineName, installed_engines
-from vit_edge.runtime.latency import Latency
+from vit_edge.runtime.engines.protocol import EngineName, installed_engines
 from vit_edge.runtime.loading import load
-from vit_edge.runtime.measurement import Benchmark, BenchmarkOptions, Measurement
-from vit_edge.runtime.pool import Pool
-from vit_edge.runtime.scenarios import Scenario
+from vit_edge.runtime.serving.pool import Pool
 
 __all__ = [
     "Answer",

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_edge.artifact import Manifest
-from vit_edge.cpu import instruction_set
 from vit_edge.errors import Closed, InputError, UsageError, VerificationFailed
 from vit_edge.image import Color, Decoding, Picture, Pixels, decode_for
+from vit_edge.machine.cpu import instruction_set
+from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.metrics import softmax
-from vit_edge.runtime.engine import Engine, Logits, answers
-from vit_edge.targets import mismatch, target_name
+from vit_edge.model_file.artifact import Manifest
+from vit_edge.runtime.engines.protocol import Engine, Logits, answers
 
 __all__ = ["Answer", "Classifier", "Prediction", "Prepared", "Timings", "check_top"]
 

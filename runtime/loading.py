@@ -12,13 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from vit_edge.artifact import ModelFile, open_model
 from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError
 from vit_edge.image import Decoding, Preprocessing
-from vit_edge.ir import IrModel, open_ir
+from vit_edge.machine.targets import mismatch, target_name
+from vit_edge.model_file.artifact import ModelFile, open_model
+from vit_edge.model_file.openvino_ir import IrModel, open_ir
+from vit_edge.runtime.checks.golden import check_golden, check_pictures, promised, recorded_version
+from vit_edge.runtime.checks.operators import check_graph, check_ir
+from vit_edge.runtime.checks.sandbox import probe
 from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.devices import unavailable
-from vit_edge.runtime.engine import (
+from vit_edge.runtime.engines.devices import unavailable
+from vit_edge.runtime.engines.protocol import (
     Engine,
     EngineName,
     EngineOptions,
@@ -29,12 +33,8 @@ from vit_edge.runtime.engine import (
     engines_with,
     make_engine,
 )
-from vit_edge.runtime.foreign import adopt, is_foreign
-from vit_edge.runtime.golden import check_golden, check_pictures, promised, recorded_version
-from vit_edge.runtime.guard import check_graph, check_ir
-from vit_edge.runtime.probing import probe
-from vit_edge.runtime.verdicts import promised_engines, verdict_for
-from vit_edge.targets import mismatch, target_name
+from vit_edge.runtime.onnx_import.importer import adopt, is_foreign
+from vit_edge.runtime.tuned_configuration import promised_engines, verdict_for
 
 __all__ = ["Verify", "check_decode", "load", "load_model", "open_any"]
 

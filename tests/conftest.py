@@ -112,7 +112,7 @@ def _run_readme(space: Workspace, digits: Path) -> None:
 @pytest.fixture(scope="session")
 def small_model(shared_folder: Path) -> Path:
     """Return a folder with a small network: `c.safetensors`, `m.onnx`, and OpenVINO's IR. Copy what you change."""
-    from tests.networks import write_checkpoint
+    from tests.support.networks import write_checkpoint
     from vit_edge.export import ExportOptions, export_onnx
 
     folder = shared_folder / "small_model"
@@ -128,7 +128,7 @@ def small_model(shared_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def deployment(shared_folder: Path) -> Path:
     """Return a folder with a checkpoint, pictures, and what a deployment made of them. Copy what you change."""
-    from tests.deployments import make_deployment
+    from tests.support.deployments import make_deployment
 
     folder = shared_folder / "deployment"
     with FileLock(shared_folder / "deployment.lock"):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_edge.artifact import warn_of_assumed
 from vit_edge.image import Preprocessing
+from vit_edge.model_file.artifact import warn_of_assumed
 from vit_edge.tensor_file import read_tensors, rejected, write_tensors
 from vit_edge.vit import VisionTransformer, ViTConfig
 

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_edge.artifact import warn_of_assumed
 from vit_edge.checkpoint import Checkpoint, save_checkpoint
+from vit_edge.conversion.architecture import Shaped, defaults, shape
+from vit_edge.conversion.conversion import Conversion, ConversionReport, TensorMapping
+from vit_edge.conversion.label_names import read_labels
+from vit_edge.conversion.pickled_weights import unusable
+from vit_edge.conversion.preprocessing.knowledge import Facts, Knowledge
+from vit_edge.conversion.preprocessing.labelled_evidence import Evidence, gather
+from vit_edge.conversion.preprocessing.settings import preprocessing_facts, read_settings
+from vit_edge.conversion.sources import Source, open_weights
+from vit_edge.conversion.tensor_names import Renamed, rename
+from vit_edge.conversion.timm_networks import facts_of_timm_name, imagenet_names, tag_of_timm_name
 from vit_edge.errors import InputError, UsageError, printable
 from vit_edge.files import is_file, may_write
-from vit_edge.foreign.conversion import Conversion, ConversionReport, TensorMapping
-from vit_edge.foreign.evidence import Evidence, gather
-from vit_edge.foreign.facts import Facts, Knowledge
-from vit_edge.foreign.label_names import read_labels
-from vit_edge.foreign.names import Renamed, rename
-from vit_edge.foreign.pickled_weights import unusable
-from vit_edge.foreign.settings import preprocessing_facts, read_settings
-from vit_edge.foreign.shape import Shaped, defaults, shape
-from vit_edge.foreign.sources import Source, open_weights
-from vit_edge.foreign.timm_networks import facts_of_timm_name, imagenet_names, tag_of_timm_name
 from vit_edge.image import Preprocessing
+from vit_edge.model_file.artifact import warn_of_assumed
 from vit_edge.progress import Progress, silent
 from vit_edge.vit import VisionTransformer, ViTConfig
 

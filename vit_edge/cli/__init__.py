@@ -11,21 +11,21 @@ from collections.abc import Sequence
 import click
 
 from vit_edge import __version__
-from vit_edge.cli.benchmark import benchmark
-from vit_edge.cli.bundle import bundle
-from vit_edge.cli.classify import classify
-from vit_edge.cli.convert import convert
-from vit_edge.cli.deploy import deploy
-from vit_edge.cli.doctor import doctor
-from vit_edge.cli.export import export
-from vit_edge.cli.inspect import inspect
+from vit_edge.cli.device.benchmark import benchmark
+from vit_edge.cli.device.bundle import bundle
+from vit_edge.cli.device.classify import classify
+from vit_edge.cli.device.doctor import doctor
+from vit_edge.cli.device.inspect import inspect
+from vit_edge.cli.device.seal import seal
+from vit_edge.cli.device.tune import tune
 from vit_edge.cli.output import error_fields, print_error_json
-from vit_edge.cli.quantize import quantize
-from vit_edge.cli.report import report
-from vit_edge.cli.seal import seal
-from vit_edge.cli.train import train
-from vit_edge.cli.tune import tune
-from vit_edge.cli.verify import verify
+from vit_edge.cli.workstation.convert import convert
+from vit_edge.cli.workstation.deploy import deploy
+from vit_edge.cli.workstation.export import export
+from vit_edge.cli.workstation.quantize import quantize
+from vit_edge.cli.workstation.report import report
+from vit_edge.cli.workstation.train import train
+from vit_edge.cli.workstation.verify import verify
 from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
 __all__ = ["cli", "main"]

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from vit_edge.cpu import MOST_THREADS
 from vit_edge.errors import UsageError, VitEdgeError
 from vit_edge.files import finite, read_file
+from vit_edge.machine.cpu import MOST_THREADS
 from vit_edge.progress import Progress
 
 if sys.version_info >= (3, 11):

@@ -14,7 +14,7 @@ from vit_edge.errors import EngineUnavailable
 from vit_edge.image import Pixels
 from vit_edge.metrics import Logits
 from vit_edge.remote.device import Bundle, Session
-from vit_edge.runtime.remote_logits import READY, read_message, write_message
+from vit_edge.remote.logits_child import READY, read_message, write_message
 
 __all__ = ["RemoteModel"]
 
@@ -26,7 +26,7 @@ class RemoteModel:
         self, session: Session, bundle: Bundle, *, model: Path, engine: str, threads: int | None, seconds: float
     ) -> None:
         self._session, self._bundle, self._seconds = session, bundle, seconds
-        module = "vit_edge.runtime.remote_logits"
+        module = "vit_edge.remote.logits_child"
         where = f"{session.facts['folder']}/{bundle.name_there(model)}"
         self._process = session.open(["-m", module, where, engine, str(threads or 0)])
         self.described: dict[str, Any] = {}

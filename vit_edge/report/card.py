@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import vit_edge
-from vit_edge.artifact import Manifest, ModelFile
 from vit_edge.errors import InputError, require
 from vit_edge.files import write_atomic
+from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.report.sources import Sources, Verified, read_sources, refusing_others, target_of
 from vit_edge.report.tables import PRECISIONS, accuracy_table, benchmark_table
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vit_edge.artifact import ModelFile
 from vit_edge.errors import ImageRejected, VitEdgeError
 from vit_edge.image import Pixels, Preprocessing, decode, pixel_hash
+from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress
 from vit_edge.report.sources import Verified
 
@@ -139,7 +139,7 @@ def _pixels(path: Path, preprocessing: Preprocessing | None) -> Pixels:
 
 def _attention(pair: tuple[ModelFile, ModelFile], pixels: Pixels) -> dict[str, Any]:
     """Return the pictures under both attentions on one scale, and their overlap; nothing where there is none."""
-    from vit_edge.export.attention_maps import attention_maps
+    from vit_edge.export.explanation.attention_maps import attention_maps
 
     try:
         maps = [attention_maps(model, pixels[None]) for model in reversed(pair)]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import vit_edge
-from vit_edge.artifact import ModelFile
 from vit_edge.errors import require
 from vit_edge.files import write_atomic
+from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.report.benchmark_picture import draw_benchmark
 from vit_edge.report.flipped import Flip, data_uri, flips_of

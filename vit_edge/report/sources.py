@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import vit_edge
-from vit_edge.artifact import MODEL_BYTES, ModelFile, open_model
 from vit_edge.errors import InputError, printable
 from vit_edge.files import may_write, read_file, sha256_hex
+from vit_edge.model_file.artifact import MODEL_BYTES, ModelFile, open_model
 
 __all__ = ["Given", "Sources", "Verified", "read_sources", "refusing_others", "target_of"]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from vit_edge.cpu import usable_threads
 from vit_edge.data import LabelledImages, Rejections, stream
 from vit_edge.image import Pixels, Preprocessing, decode, pixel_hash
+from vit_edge.machine.cpu import usable_threads
 from vit_edge.progress import Progress
 from vit_edge.training.recipe import Recipe
 

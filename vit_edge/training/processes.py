@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from vit_edge.cpu import usable_threads
 from vit_edge.errors import EngineUnavailable
+from vit_edge.machine.cpu import usable_threads
 
 __all__ = ["Processes", "choose_device", "joined"]
 

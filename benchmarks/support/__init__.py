@@ -1,0 +1,1 @@
+"""Shared by the scripts: timing, results, other tools' quantizers."""

@@ -1,0 +1,149 @@
+"""What the nodes of a file take in an engine, run by run, by the profile that the engine itself keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from vit_edge.export.graph.macs import PRODUCTS
+from vit_edge.export.quantization.coverage import nodes_in_onnxruntime, nodes_in_openvino, running_nodes
+from vit_edge.image import Pixels
+from vit_edge.model_file.artifact import ModelFile
+from vit_edge.runtime.checks.golden import golden_images
+from vit_edge.runtime.engines.protocol import EngineOptions
+
+__all__ = ["PROFILERS", "Profile", "Profiler", "one_batch"]
+
+Times: TypeAlias = npt.NDArray[np.float64]
+
+_KERNEL = "_kernel_time"
+# What products are called that belong to no layer: those of attention.
+_WITHOUT_WEIGHT = "{} without a weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Milliseconds of each node in each run, its operator, and the product that it computes, where it is one."""
+
+    ms_KR: Times
+    kinds: Sequence[str]
+    products: Sequence[str | None]
+
+
+class Profiler(Protocol):
+    """One file in one engine, one thread; what it writes goes into `folder`, which is not there yet."""
+
+    def __init__(self, model: ModelFile, folder: Path) -> None: ...
+
+    def run(self) -> None:
+        """Answer one picture, or the batch that the file is fixed at."""
+        ...
+
+    def profile(self) -> Profile:
+        """Return what was told of all runs; no further one can follow."""
+        ...
+
+
+class _OnnxRuntime:
+    """ONNX Runtime writes its profile to a file, node by node under the names of its optimised graph."""
+
+    def __init__(self, model: ModelFile, folder: Path) -> None:
+        from vit_edge.runtime.engines.ort import make_session
+
+        folder.mkdir()
+        self._graph, self._optimised = onnx.load_model_from_string(model.data).graph, folder / "optimised.onnx"
+        self._feed, self._num_runs = _feed(model), 0
+        self._session = make_session(
+            model, EngineOptions(threads=1), optimised=self._optimised, profile=folder / "profile"
+        )
+
+    def run(self) -> None:
+        self._session.run(["logits"], self._feed)
+        self._num_runs += 1
+
+    def profile(self) -> Profile:
+        events = json.loads(Path(self._session.end_profiling()).read_bytes())
+        taken: dict[tuple[str, str], list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                key = (event["name"].removesuffix(_KERNEL), event["args"]["op_name"])
+                taken.setdefault(key, []).append(event["dur"] / 1e3)
+        found = nodes_in_onnxruntime(onnx.load(self._optimised).graph, self._graph)
+        product_of = {node.name: product for product, nodes in found.items() for node in nodes}
+        return Profile(
+            ms_KR=_rectangular(taken.values(), self._num_runs),
+            kinds=[_kind([kind.removeprefix("Fused")], kind) for _, kind in taken],
+            products=[product_of.get(name) for name, _ in taken],
+        )
+
+
+class _OpenVino:
+    """OpenVINO tells what its nodes took under the names of the graph that it runs: the mean of all runs so far.
+
+    Run by run the sums grow by what the last one took. The means come in whole microseconds: an error of up to one for
+    each run so far, which the median over the runs leaves out.
+    """
+
+    def __init__(self, model: ModelFile, folder: Path) -> None:
+        from vit_edge.runtime.engines.ov import compile_model
+
+        self._graph, self._feed = onnx.load_model_from_string(model.data).graph, _feed(model)
+        self._compiled = compile_model(model, EngineOptions(threads=1), profile=True)
+        self._request = self._compiled.create_infer_request()
+        self._sums: dict[tuple[str, str], list[float]] = {}
+        self._num_runs = 0
+
+    def run(self) -> None:
+        self._request.infer(self._feed)
+        self._num_runs += 1
+        for info in self._request.profiling_info:
+            so_far_ms = info.real_time.total_seconds() * 1e3 * self._num_runs
+            self._sums.setdefault((info.node_name, info.node_type), []).append(so_far_ms)
+
+    def profile(self) -> Profile:
+        running = list(running_nodes(self._compiled.get_runtime_model()))
+        found = nodes_in_openvino(running, self._graph)
+        product_of = {entry.names[0]: product for product, entries in found.items() for entry in entries}
+        operators = {name: node.op_type for node in self._graph.node for name in (node.name, *node.output)}
+        # What it fuses it names after the ONNX nodes; what it made itself has no other name than its own.
+        made_of = {entry.names[0]: [operators[name] for name in entry.names if name in operators] for entry in running}
+        each = [np.diff(sums, prepend=0.0) for sums in self._sums.values()]
+        return Profile(
+            ms_KR=_rectangular(each, self._num_runs),
+            kinds=[_kind(made_of.get(name, ()), kind) for name, kind in self._sums],
+            products=[product_of.get(name) for name, _ in self._sums],
+        )
+
+
+PROFILERS: Mapping[str, type[Profiler]] = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}
+
+
+def one_batch(model: ModelFile) -> Pixels:
+    """Return one picture, or as many as the file is fixed at."""
+    height, width = model.manifest.preprocessing.crop
+    return golden_images([0] * (model.manifest.batch or 1), height=height, width=width)
+
+
+def _feed(model: ModelFile) -> dict[str, npt.NDArray[Any]]:
+    return {model.manifest.input["name"]: model.manifest.network_input(one_batch(model))}
+
+
+def _kind(operators: Sequence[str], own_name: str) -> str:
+    """Return what a node that is no layer's product computes."""
+    names = list(dict.fromkeys(operators))
+    if len(names) == 1 and names[0] in PRODUCTS:
+        return _WITHOUT_WEIGHT.format(names[0])
+    return ", ".join(names) or own_name
+
+
+def _rectangular(taken: Iterable[Sequence[float] | Times], num_runs: int) -> Times:
+    """Return [nodes, runs]: the last `num_runs` of each node, zeros before them where it was told of less often."""
+    rows = [np.asarray(values, np.float64)[-num_runs:] for values in taken]
+    return np.stack([np.pad(row, (num_runs - len(row), 0)) for row in rows])

@@ -1,0 +1,313 @@
+"""Where the error comes in: the same pictures through every form of a network, and every layer's noise and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from vit_edge.data import Rejections, stream_pixels
+from vit_edge.errors import DataRejected, printable
+from vit_edge.export.explanation.inputs import ExplainOptions, Preparation, prepare_explanation
+from vit_edge.export.explanation.layer_noise import Columns, scaled_columns, sqnr_by_product
+from vit_edge.export.explanation.layer_times import EngineTimes, layer_times
+from vit_edge.export.explanation.stages import RemadeStage, remade_stages
+from vit_edge.export.graph.macs import macs_by_node
+from vit_edge.export.graph.matmuls import Product, find_products
+from vit_edge.export.graph.preparation import prepare
+from vit_edge.export.quantization.algorithms.sensitivity import noise_by_product
+from vit_edge.image import Pixels
+from vit_edge.metrics import Logits, decibels, sqnr_db
+from vit_edge.model_file.artifact import PIXELS_INPUT, ModelFile, open_model, pack
+from vit_edge.progress import Progress, silent
+from vit_edge.runtime.engines.protocol import Array, EngineOptions, chosen_engines
+from vit_edge.runtime.loading import load_model
+
+if TYPE_CHECKING:
+    from vit_edge.export.tracing.network import Network
+
+__all__ = ["ExplainOptions", "Explanation", "Layer", "Preparation", "Stage", "explain", "prepare_explanation"]
+
+_BATCH = 16
+# All ONNX forms run in this engine, so that two stages differ in the network alone.
+_ENGINE = "onnxruntime"
+# What the manifest's entry on quantization calls the tensors that are int8 in OpenVINO alone.
+_OPENVINO_ROUNDS = "openvino_rounds"
+# Pictures on which each product is tried alone: 51 products of DeiT-tiny take 45 seconds on 16 (busy machine).
+_MOST_ALONE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One form of the network: how near its logits are to the first form's and to those of the form before.
+
+    `agreement` is the percentage of pictures with the first form's answer; None for the first form itself.
+    """
+
+    name: str
+    engine: str
+    note: str
+    sqnr_db: float | None
+    sqnr_before_db: float | None
+    agreement: float | None
+    agreement_before: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One product with constant weights: its node, billions of multiply-accumulates a picture, and its noise.
+
+    `sqnr_db` is that of its output as it stands in the file, the noise of the layers before it included;
+    `alone_sqnr_db` that of the logits where this product alone is integer, and `noise_share` its percentage of the sum
+    of all such noise. None is what is not known.
+    """
+
+    node: str
+    operator: str
+    gmac: float | None
+    sqnr_db: float | None
+    alone_sqnr_db: float | None
+    noise_share: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """The stages in order, each layer's noise, what layers cost in each engine, and what was left out and why."""
+
+    name: str
+    precision: str
+    num_images: int
+    stages: tuple[Stage, ...]
+    layers: tuple[Layer, ...]
+    engines: tuple[EngineTimes, ...]
+    notes: tuple[str, ...]
+
+
+def explain(prepared: Preparation, *, progress: Progress = silent) -> Explanation:
+    """Return where the error of a quantized file comes in: form by form and layer by layer, with each layer's time.
+
+    Raises DataRejected where no picture can be read, ModelRejected or VerificationFailed where a form does not run.
+    """
+    waterfall = _Waterfall(prepared, progress)
+    last = waterfall.run()
+    layers = _layers(prepared, waterfall.images_NHWC, last, progress)
+    nodes = [layer.node for layer in layers]
+    engines = chosen_engines(prepared.options.engines)
+    model, reference = prepared.model, prepared.reference
+    return Explanation(
+        name=model.manifest.name,
+        precision=model.manifest.precision,
+        num_images=len(waterfall.images_NHWC),
+        stages=tuple(waterfall.stages),
+        layers=tuple(layers),
+        engines=tuple(layer_times(model, reference, engine, nodes=nodes, progress=progress) for engine in engines),
+        notes=tuple(_left_out(prepared)),
+    )
+
+
+class _Waterfall:
+    """The stages so far, and the logits of the first and of the latest."""
+
+    def __init__(self, prepared: Preparation, progress: Progress) -> None:
+        self.stages: list[Stage] = []
+        self.images_NHWC = _pixels(prepared, progress)
+        self._prepared, self._progress = prepared, progress
+        self._first: Logits | None = None
+        self._before: Logits | None = None
+
+    def run(self) -> RemadeStage | None:
+        """Run every stage; return the last of those that were made again, if any were."""
+        prepared = self._prepared
+        if prepared.network is not None:
+            self._torch(prepared.network)
+        form = prepared.reference.manifest.provenance.get("form")
+        name = "deploy form" if form == "deploy" else "float file"
+        self._add(name, _ENGINE, f"the reference file, {printable(prepared.reference.source)}", prepared.reference)
+        last = None
+        if prepared.calibration is not None:
+            for last in remade_stages(
+                prepared.model, prepared.reference, prepared.calibration, progress=self._progress
+            ):
+                self._add(last.name, _ENGINE, last.note, last.model(prepared.model))
+        others = [engine for engine in chosen_engines(prepared.options.engines) if engine != _ENGINE]
+        self._add("the file", _ENGINE, "as it is", prepared.model)
+        if last is not None:
+            self._compare_with_remade()
+        for engine in others:
+            self._elsewhere(engine)
+        return last
+
+    def _elsewhere(self, engine: str) -> None:
+        """Run the file in another engine; what is rounded there alone is a stage of its own."""
+        model, note = self._prepared.model, "the same file, other kernels"
+        quantization = dict(model.manifest.quantization or {})
+        if engine == "openvino" and quantization.pop(_OPENVINO_ROUNDS, None):
+            manifest = replace(model.manifest, quantization=quantization, golden=None)
+            without = open_model(model.with_manifest(manifest), warn=False)
+            self._add("the file, less attention-scores", engine, note, without)
+            note = "attention's scores from int8 queries and keys, which only this engine is faster with"
+        self._add("the file", engine, note, model)
+
+    def _torch(self, network: Network) -> None:
+        from vit_edge.export.tracing.network import reference_logits
+
+        run = reference_logits(network.model, network.preprocessing)
+        images_NHWC, parts = self.images_NHWC, []
+        for start in range(0, len(images_NHWC), _BATCH):
+            self._progress("running PyTorch", start, len(images_NHWC))
+            parts.append(run(images_NHWC[start : start + _BATCH]))
+        self._progress("running PyTorch", len(images_NHWC), len(images_NHWC))
+        self._keep("PyTorch", "pytorch", f"the network of {printable(network.name)}", np.concatenate(parts))
+        self._progress("tracing plain ONNX", 0, 1)
+        plain = _plain_file(network, self._prepared.reference)
+        self._progress("tracing plain ONNX", 1, 1)
+        self._add("plain ONNX", _ENGINE, "traced as it is", plain)
+
+    def _add(self, name: str, engine: str, note: str, model: ModelFile) -> None:
+        self._keep(name, engine, note, self._logits(f"running {name} in {engine}", engine, model))
+
+    def _logits(self, stage: str, engine: str, model: ModelFile) -> Logits:
+        images_NHWC, parts = self.images_NHWC, []
+        options = EngineOptions(threads=self._prepared.options.threads)
+        with load_model(model, engine=engine, options=options, verify="hash", warn=False) as classifier:
+            for start in range(0, len(images_NHWC), _BATCH):
+                self._progress(stage, start, len(images_NHWC))
+                parts.append(classifier.logits(images_NHWC[start : start + _BATCH]))
+        self._progress(stage, len(images_NHWC), len(images_NHWC))
+        return np.concatenate(parts)
+
+    def _keep(self, name: str, engine: str, note: str, logits_BK: Logits) -> None:
+        first, before = self._first, self._before
+        self.stages.append(
+            Stage(
+                name=name,
+                engine=engine,
+                note=note,
+                sqnr_db=None if first is None else sqnr_db(first, logits_BK),
+                sqnr_before_db=None if before is None else sqnr_db(before, logits_BK),
+                agreement=None if first is None else _agreement(first, logits_BK),
+                agreement_before=None if before is None else _agreement(before, logits_BK),
+            )
+        )
+        self._first, self._before = logits_BK if first is None else first, logits_BK
+
+    def _compare_with_remade(self) -> None:
+        """Say of the latest stage, the file, whether it is what the stages before it led to."""
+        level = self.stages[-1].sqnr_before_db
+        note = "the file as it is: bit for bit what was made again"
+        if level is not None and np.isfinite(level):
+            note = f"the file as it is: {level:.1f} dB from what was made again, by another version or on another CPU"
+        self.stages[-1] = replace(self.stages[-1], note=note)
+
+
+def _layers(prepared: Preparation, images_NHWC: Pixels, last: RemadeStage | None, progress: Progress) -> list[Layer]:
+    """Return every product of the float file in graph order."""
+    manifest = prepared.reference.manifest
+    float_graph, graph = (_graph(file) for file in (prepared.reference, prepared.model))
+    float_graph = prepare(float_graph)
+    products = find_products(float_graph)
+    levels = sqnr_by_product(
+        float_graph,
+        graph,
+        products,
+        _counted((manifest.network_input(image[None])[0] for image in images_NHWC), len(images_NHWC), progress),
+        scaled=_scaled(prepared, float_graph, products),
+    )
+    alone = _alone(last, [manifest.network_input(image[None]) for image in images_NHWC], progress)
+    total, macs = sum(alone.values()), macs_by_node(float_graph) or {}
+    return [
+        Layer(
+            node=product.node,
+            operator=product.operator,
+            gmac=macs[product.node] / 1e9 if product.node in macs else None,
+            sqnr_db=levels.get(product.node),
+            alone_sqnr_db=_level(alone.get(product.node)),
+            noise_share=100 * alone[product.node] / total if total and product.node in alone else None,
+        )
+        for product in products
+    ]
+
+
+def _counted(images: Iterator[Array], total: int, progress: Progress) -> Iterator[Array]:
+    for number, image in enumerate(images):
+        progress("comparing layers", number, total)
+        yield image
+    progress("comparing layers", total, total)
+
+
+def _scaled(prepared: Preparation, graph: onnx.ModelProto, products: Sequence[Product]) -> Mapping[str, Columns]:
+    """Return the channels that the file has at another scale, by product: none where its manifest says so."""
+    quantization = prepared.model.manifest.quantization
+    algorithms = (quantization or {}).get("algorithms", ("value-scaling",))
+    if quantization is None or not isinstance(algorithms, list | tuple) or "value-scaling" not in algorithms:
+        return {}
+    return scaled_columns(graph, products)
+
+
+def _alone(last: RemadeStage | None, images: Sequence[Array], progress: Progress) -> dict[str, float]:
+    """Return the noise of each integer product, alone in a float network; empty where nothing was made again."""
+    if last is None:
+        return {}
+    number = min(_MOST_ALONE, len(images))
+    chosen = [images[position * len(images) // number] for position in range(number)]
+    found = last.calibrated
+    products = [product for product in found.products if product.node not in last.left]
+    return noise_by_product(found.graph, products, found.only, chosen, progress=progress)
+
+
+def _level(noise: float | None) -> float | None:
+    return None if noise is None else decibels(1.0, noise)
+
+
+def _agreement(expected_BK: Logits, found_BK: Logits) -> float:
+    return 100 * float(np.mean(expected_BK.argmax(axis=1) == found_BK.argmax(axis=1)))
+
+
+def _pixels(prepared: Preparation, progress: Progress) -> Pixels:
+    paths, found = prepared.pictures, []
+    rejections = Rejections(len(paths))
+    for position, pixels in stream_pixels(paths, prepared.reference.manifest.preprocessing, rejections=rejections):
+        progress("reading pictures", position, len(paths))
+        found.append(pixels)
+    progress("reading pictures", len(paths), len(paths))
+    if not found:
+        reason, remedy = f"none of {len(paths)} pictures can be read", "give pictures that can be"
+        raise DataRejected("cannot explain with these pictures", reason=reason, remedy=remedy)
+    return np.stack(found)
+
+
+def _graph(model: ModelFile) -> onnx.ModelProto:
+    graph = onnx.load_model_from_string(model.data)
+    del graph.metadata_props[:]
+    return graph
+
+
+def _left_out(prepared: Preparation) -> Iterator[str]:
+    if prepared.network is None:
+        yield "without --checkpoint the stages before the reference file are left out"
+    if prepared.calibration is None and prepared.model.manifest.precision == "int8":
+        yield "without --calibration the stages of the algorithms, and each layer's share of the noise, are left out"
+
+
+def _plain_file(network: Network, reference: ModelFile) -> ModelFile:
+    """Return the network traced as it is, as a model file."""
+    from vit_edge.export.tracing.network import traced_form
+    from vit_edge.export.tracing.options import ExportOptions
+    from vit_edge.export.tracing.outputs import finish
+    from vit_edge.export.tracing.tracer import trace
+
+    options = ExportOptions(deploy_form=False)
+    height, width = network.preprocessing.crop
+    graph = finish(trace(traced_form(network, options), height=height, width=width), options)
+    manifest = replace(
+        reference.manifest,
+        input=dict(PIXELS_INPUT),
+        outputs=("logits",),
+        golden=None,
+        evaluation=None,
+        provenance={"form": "plain"},
+    )
+    return open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)

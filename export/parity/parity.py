@@ -1,0 +1,154 @@
+"""Proof that the exported file is the network: PyTorch's logits against the engines', at batches never traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from vit_edge.errors import VerificationFailed
+from vit_edge.export.parity.isolated_run import answer_elsewhere
+from vit_edge.image import Pixels
+from vit_edge.metrics import softmax, sqnr_db
+from vit_edge.model_file.artifact import ModelFile
+from vit_edge.runtime.checks.golden import Tolerance, differences
+from vit_edge.runtime.engines.protocol import Array, Logits
+
+__all__ = ["BATCHES", "FLOAT32_TOLERANCE", "Parity", "Reference", "check_parity", "half_tolerance"]
+
+BATCHES = (1, 2, 3, 7, 16)
+# In one batch, and in memory: an engine's process answers for so many before the next are read.
+_PICTURES_AT_ONCE, _PICTURES_AT_A_TIME = 16, 512
+# Engines order their sums differently; a logit of 10 may differ by 0.01 and no more. The answer must be the same
+# wherever the two largest logits are farther apart than rounding can bridge.
+FLOAT32_TOLERANCE = Tolerance(absolute=1e-4, relative=1e-3, top1_gap=2e-4)
+_HALF_SQNR_DB, _HALF_GAP = 50.0, 0.02
+
+# What PyTorch gives for uint8 images: the logits, and whatever else of the outputs it knows.
+Reference: TypeAlias = Callable[[Pixels], Mapping[str, Array]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """How near one engine comes to PyTorch: at one batch size on golden inputs, or over all pictures given."""
+
+    engine: str
+    inputs: Literal["golden", "pictures"]
+    batch_size: int
+    num_images: int
+    max_difference: float
+    mean_difference: float
+    sqnr_db: float
+    top1_equal: int
+
+
+def half_tolerance(logits_BK: Logits) -> Tolerance:
+    """Return the tolerance of a float16 file: 50 dB, and the answer wherever it is clear by 2 % of the largest logit.
+
+    At 50 dB the noise is 0.3 % of the logits' size; a gap that it closes by chance has to be far smaller than 2 %.
+    """
+    return Tolerance(sqnr_db=_HALF_SQNR_DB, top1_gap=_HALF_GAP * float(np.abs(logits_BK).max()))
+
+
+def check_parity(
+    model: ModelFile,
+    reference: Reference,
+    *,
+    images_NHWC: Pixels,
+    engines: Sequence[str],
+    pictures: Iterable[Pixels] = (),
+    tolerance: Tolerance = FLOAT32_TOLERANCE,
+    first_apart: Callable[[ModelFile, str, Pixels], str] = lambda _model, _engine, _image: "",
+) -> list[Parity]:
+    """Return the figures of every engine, each in a process of its own: at every batch size, and over `pictures`.
+
+    Raises VerificationFailed where one is beyond the tolerance; `first_apart` then says which tensor parts first, given
+    the model, the engine and the image with the largest difference.
+    """
+    compared = partial(_compared, model, reference, engines, tolerance, first_apart)
+    golden = compared([np.resize(images_NHWC, (size, *images_NHWC.shape[1:])) for size in BATCHES])
+    shots: dict[str, list[tuple[Logits, Logits]]] = {engine: [] for engine in engines}
+    for part in _in_parts(pictures, _PICTURES_AT_A_TIME):
+        for engine, pairs in compared([np.stack(shot) for shot in _in_parts(part, _PICTURES_AT_ONCE)]).items():
+            shots[engine] += pairs
+    results = []
+    for engine in engines:
+        results += [_figures(engine, "golden", *pair) for pair in golden[engine]]
+        if shots[engine]:
+            right_BK, got_BK = (np.concatenate(side) for side in zip(*shots[engine], strict=True))
+            results.append(_figures(engine, "pictures", right_BK, got_BK))
+    return results
+
+
+def _compared(
+    model: ModelFile,
+    reference: Reference,
+    engines: Sequence[str],
+    tolerance: Tolerance,
+    first_apart: Callable[[ModelFile, str, Pixels], str],
+    batches: Sequence[Pixels],
+) -> dict[str, list[tuple[Logits, Logits]]]:
+    """Return expected and found logits of each batch by engine; raises VerificationFailed beyond the tolerance."""
+    expected = [reference(batch) for batch in batches]
+    pairs = {}
+    for engine in engines:
+        found = answer_elsewhere(model, engine=engine, batches=batches, outputs=model.manifest.outputs)
+        for batch, right, got in zip(batches, expected, found, strict=True):
+            problems = [*_problems(right, got, tolerance)]
+            if problems:
+                part = first_apart(model, engine, batch[[_worst(right["logits"], got["logits"])]])
+                raise _not_the_network(f"{engine} at batch {len(batch)}: {'; '.join(problems)}{part}")
+        pairs[engine] = [(right["logits"], got["logits"]) for right, got in zip(expected, found, strict=True)]
+    return pairs
+
+
+def _in_parts(values: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
+    iterator = iter(values)
+    while part := list(islice(iterator, size)):
+        yield part
+
+
+def _figures(engine: str, inputs: Literal["golden", "pictures"], expected_BK: Logits, found_BK: Logits) -> Parity:
+    off_BK = np.abs(expected_BK - found_BK)
+    return Parity(
+        engine=engine,
+        inputs=inputs,
+        batch_size=len(expected_BK) if inputs == "golden" else _PICTURES_AT_ONCE,
+        num_images=len(expected_BK),
+        max_difference=float(off_BK.max()),
+        mean_difference=float(off_BK.mean()),
+        sqnr_db=sqnr_db(expected_BK, found_BK),
+        top1_equal=int(np.sum(expected_BK.argmax(axis=1) == found_BK.argmax(axis=1))),
+    )
+
+
+def _problems(expected: Mapping[str, Array], found: Mapping[str, Array], tolerance: Tolerance) -> Iterator[str]:
+    """Yield what is beyond the tolerance: tensors that PyTorch gives too, and answers that contradict the logits."""
+    yield from differences(expected["logits"], found["logits"], tolerance)
+    inner = Tolerance(absolute=tolerance.absolute, relative=tolerance.relative, sqnr_db=tolerance.sqnr_db)
+    for name in sorted(expected.keys() & found.keys() - {"logits"}):
+        flat = [np.asarray(side[name], np.float32).reshape(len(side[name]), -1) for side in (expected, found)]
+        yield from (f"{name}: {problem}" for problem in differences(flat[0], flat[1], inner))
+    probabilities_BK = softmax(found["logits"])
+    if "probabilities" in found and np.abs(found["probabilities"] - probabilities_BK).max() > 1e-5:
+        yield "the probabilities are not those of its logits"
+    if "top5" in found:
+        largest_BK = -np.sort(-probabilities_BK, axis=1)[:, : found["top5"].shape[1]]
+        chosen_BK = np.take_along_axis(probabilities_BK, found["top5"], axis=1)
+        if max(np.abs(largest_BK - side).max() for side in (chosen_BK, found["top5_probabilities"])) > 1e-5:
+            yield "the five likeliest are not those of its logits"
+
+
+def _worst(expected_BK: Logits, found_BK: Logits) -> int:
+    if expected_BK.shape != found_BK.shape:
+        return 0
+    return int(np.nan_to_num(np.abs(expected_BK - found_BK), nan=np.inf).max(axis=1).argmax())
+
+
+def _not_the_network(reason: str) -> VerificationFailed:
+    remedy = "nothing was written; report it with the checkpoint, or try another version of the engine"
+    return VerificationFailed("the exported graph is not the network", reason=reason, remedy=remedy)

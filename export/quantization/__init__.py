@@ -1,0 +1,3 @@
+"""From a float32 model file to an INT8 one: `quantize`."""
+
+__all__: list[str] = []

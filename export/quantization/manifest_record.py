@@ -1,0 +1,80 @@
+"""What a manifest says of a quantization and of its verification; no path of the machine is in it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vit_edge.export.quantization.accuracy_budget import Ladder
+from vit_edge.export.quantization.calibrated_graph import CalibratedGraph
+from vit_edge.export.quantization.calibration.images import CalibrationPictures
+from vit_edge.export.quantization.calibration.observers import Range
+from vit_edge.export.quantization.qdq.dynamic_ranges import BATCH
+from vit_edge.export.verification.verifier import Verification
+from vit_edge.files import finite
+from vit_edge.machine.targets import Target
+from vit_edge.model_file.artifact import ModelFile, open_model
+
+if TYPE_CHECKING:
+    from vit_edge.export.quantization.quantizer import QuantizationOptions
+
+__all__ = ["record_of", "with_evaluation"]
+
+# Of a verification: paths of this machine, and what is too long or of no use later.
+_NOT_KEPT = ("changed", "images_needed", "worst_classes")
+
+
+def record_of(
+    target: Target,
+    found: CalibratedGraph,
+    left: frozenset[str],
+    pictures: CalibrationPictures,
+    options: QuantizationOptions,
+) -> dict[str, Any]:
+    """Return what the manifest says of the quantization; nothing in it depends on this machine's folders."""
+    scheme = found.scheme
+    known = sorted(set(zip(pictures.hashes, pictures.fingerprints, strict=True)))
+    symmetric = scheme.activation == "int8"
+    ranges = {"method": options.ranges, "values": {name: _rounded(r) for name, r in found.ranges.items()}}
+    return {
+        "scheme": "dynamic" if found.dynamic else "static QDQ",
+        "target": target.name,
+        "batch": BATCH if found.dynamic else target.static_batch,
+        "recipe": options.recipe,
+        "effort": options.effort,
+        "algorithms": list(found.applied),
+        "weights": {"dtype": "int8", "bits": scheme.weight_bits, "granularity": "per-channel", "symmetric": True},
+        "activations": {"dtype": scheme.activation, "granularity": "per-tensor", "symmetric": symmetric},
+        "float_products": sorted(left),
+        "openvino_rounds": {name: float(np.float32(peak)) for name, peak in found.openvino_rounds.items()},
+        "ranges": {"method": "at run time"} if found.dynamic else ranges,
+        "images": [digest for digest, _ in known],
+        "fingerprints": [text for _, text in known],
+    }
+
+
+def _rounded(observed: Range) -> list[float]:
+    return [float(np.float32(observed.low)), float(np.float32(observed.high))]
+
+
+def with_evaluation(model: ModelFile, verification: Verification | None, ladder: Ladder | None) -> ModelFile:
+    """Return the file with the figures in its manifest; no path of this machine, a verdict only where one was asked."""
+    if verification is None:
+        return model
+    results = []
+    for result in verification.results:
+        fields = {name: value for name, value in asdict(result).items() if name not in _NOT_KEPT}
+        results.append(fields if ladder else {name: value for name, value in fields.items() if name != "verdict"})
+    evaluation: dict[str, Any] = {"data_sha256": verification.data_sha256, "results": results}
+    if ladder is not None:
+        evaluation |= {
+            "verdict": verification.verdict,
+            "max_drop_points": verification.max_drop_points,
+            "min_agreement": verification.min_agreement,
+            "rungs": [asdict(rung) for rung in ladder.rungs],
+            "cut_short": ladder.cut_short,
+        }
+    manifest = replace(model.manifest, evaluation=finite(evaluation))
+    return open_model(model.with_manifest(manifest), warn=False)

@@ -1,0 +1,266 @@
+"""Export a network to a model file: deploy form, traced, proven against PyTorch, then written."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+import vit_edge
+from vit_edge.checkpoint import Checkpoint
+from vit_edge.convert import open_source
+from vit_edge.data import find_images, stream_pixels
+from vit_edge.errors import MissingExtra, UsageError
+from vit_edge.export.graph.float16 import STORAGE_NOT_SPEED
+from vit_edge.export.graph.macs import macs_per_image
+from vit_edge.export.parity.divergence import describe_first_apart
+from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
+from vit_edge.export.parity.isolated_run import load_elsewhere
+from vit_edge.export.parity.parity import FLOAT32_TOLERANCE, Parity, Reference, check_parity, half_tolerance
+from vit_edge.export.tracing.external_data import move_weights_out
+from vit_edge.export.tracing.formats import may_write_format, write_folder, write_model
+from vit_edge.export.tracing.hf_folder import folder_of, require_vit
+from vit_edge.export.tracing.network import (
+    EXTRAS,
+    Network,
+    from_checkpoint,
+    from_module,
+    reference_extras,
+    reference_logits,
+    traced_form,
+)
+from vit_edge.export.tracing.openvino_ir import convert_to_ir
+from vit_edge.export.tracing.options import ExportOptions
+from vit_edge.export.tracing.outputs import finish
+from vit_edge.export.tracing.tracer import trace
+from vit_edge.files import is_file, sha256_hex, write_together
+from vit_edge.image import Pixels, Preprocessing
+from vit_edge.machine.releases import highest_versions
+from vit_edge.model_file.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack, weights_entry
+from vit_edge.progress import Progress, silent
+from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images
+from vit_edge.runtime.checks.operators import check_graph
+from vit_edge.runtime.engines.protocol import Logits, installed_engines
+from vit_edge.vit import VisionTransformer
+
+__all__ = ["ExportResult", "export_onnx"]
+
+_ENGINES = ("onnxruntime", "openvino")
+_STAGES = ("tracing", "golden vectors", "parity", "writing")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportResult:
+    """The file written, and how near each engine comes to PyTorch."""
+
+    model: Path
+    sha256: str
+    size_bytes: int
+    parity: tuple[Parity, ...]
+
+
+def export_onnx(
+    source: str | os.PathLike[str] | Checkpoint | nn.Module,
+    *,
+    out: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    name: str | None = None,
+    assumed: Sequence[str] = (),
+    data: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Write the model file `out`, proven before it appears, from what `convert` reads or any torch image classifier.
+
+    `labels` take the place of those in a checkpoint; a module has no labels, preprocessing or name of its own, and
+    `assumed` names what of these nobody knew. Parity also runs on the pictures in `data`. Raises CheckpointRejected,
+    UsageError (also where `out` exists, unless `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other
+    logits than PyTorch, MissingExtra where either is not installed.
+    """
+    _require_engines()
+    options = options or ExportOptions()
+    pictures = [] if data is None else find_images(data)
+    made_from = source if is_file(source) else None
+    target = may_write_format(out, options, force=force, made_from=made_from)  # type: ignore[arg-type]
+    if options.precision == "fp16":
+        _log.warning(STORAGE_NOT_SPEED)
+    if isinstance(source, nn.Module):
+        network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
+    else:
+        if preprocessing is not None or name is not None or assumed:
+            reason = "preprocessing, name and assumed are for a module; a checkpoint has its own"
+            raise UsageError("cannot export", reason=reason, remedy="give them to `vit_edge.convert.open_source`")
+        checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
+        network = from_checkpoint(checkpoint).with_labels(labels)
+    return _export(network, target, options, pictures, progress)
+
+
+def _export(
+    network: Network, target: Path, options: ExportOptions, pictures: Sequence[Path], progress: Progress
+) -> ExportResult:
+    if options.format == "huggingface":
+        require_vit(network.architecture)
+    progress("tracing", 0, len(_STAGES))
+    traced = _traced(network, options, target)
+
+    manifest, weights, macs = replace(_manifest(network, options), weights=traced.entry), traced.weights, traced.macs
+    model = open_model(pack(traced.graph, manifest), weights=weights, warn=False)
+    del traced  # it and the model hold all weights each
+    check_graph(model)
+
+    progress("golden vectors", 1, len(_STAGES))
+    golden = _golden(network, options, macs)
+
+    progress("parity", 2, len(_STAGES))
+    parity = check_parity(
+        model,
+        _reference(network, options),
+        images_NHWC=golden.images_NHWC,
+        engines=_ENGINES,
+        pictures=(pixels for _, pixels in stream_pixels(pictures, network.preprocessing)) if pictures else (),
+        tolerance=golden.tolerance,
+        first_apart=partial(_explain, network, options),
+    )
+
+    progress("writing", 3, len(_STAGES))
+    manifest = replace(manifest, golden=golden.fields)
+    data_bytes = model.with_manifest(manifest)
+    del model
+    finished = open_model(data_bytes, weights=weights, warn=False)
+    for engine in _ENGINES:
+        load_elsewhere(finished, engine=engine)
+    sha256, size_bytes = _write(finished, target, options, golden)
+    progress("writing", 4, len(_STAGES))
+    return ExportResult(model=target, sha256=sha256, size_bytes=size_bytes, parity=tuple(parity))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Golden:
+    """The golden inputs with PyTorch's logits, and how near others have to come; `fields` is what the manifest says."""
+
+    images_NHWC: Pixels
+    expected_BK: Logits
+    tolerance: Tolerance
+    fields: Mapping[str, object]
+
+
+def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Golden:
+    height, width = network.preprocessing.crop
+    reference = reference_logits(network.model, network.preprocessing)
+    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
+    images_NHWC = golden_images(seeds, height=height, width=width)
+    expected_BK = reference(images_NHWC)
+    tolerance = FLOAT32_TOLERANCE if options.precision == "fp32" else half_tolerance(expected_BK)
+    expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
+    fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
+    return _Golden(images_NHWC=images_NHWC, expected_BK=expected_BK, tolerance=tolerance, fields=fields)
+
+
+def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Golden) -> tuple[str, int]:
+    """Write the model in its format; return the hash that names it, and its size in bytes."""
+    if options.format == "openvino":
+        xml, weights = convert_to_ir(
+            model, images_NHWC=golden.images_NHWC, expected_BK=golden.expected_BK, tolerance=golden.tolerance
+        )
+        # The `.xml` last: without it the other file is nothing.
+        write_together({target.with_suffix(".bin"): weights, target: xml})
+        return sha256_hex(xml), len(xml) + len(weights)
+    if options.format == "huggingface":
+        files = folder_of(model)
+        write_folder(target, files)
+        return model.sha256, sum(len(data) for data in files.values())
+    write_model(target, model)
+    return model.sha256, len(model.data) + len(model.weights or b"")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Traced:
+    """The finished graph, serialized, without a manifest; of one over 2 GiB the weights beside it, and their entry."""
+
+    graph: bytes
+    macs: int | None
+    weights: bytes | None
+    entry: Mapping[str, Any] | None
+
+
+def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
+    height, width = network.preprocessing.crop
+    model = trace(
+        traced_form(network, options),
+        height=height,
+        width=width,
+        pixels=options.input == "uint8-nhwc",
+        outputs=["logits", *(name for name in EXTRAS if name in options.outputs)],
+        highest_opset=highest_versions(options.min_onnxruntime)[0],
+    )
+    gc.collect()  # the exporter leaves cycles that hold the weights once more
+    model = finish(model, options)
+    file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
+    weights = move_weights_out(model.graph, file=file)
+    return _Traced(
+        graph=model.SerializeToString(deterministic=True),
+        macs=macs_per_image(model),
+        weights=weights,
+        entry=None if weights is None else weights_entry(file, weights),
+    )
+
+
+def _reference(network: Network, options: ExportOptions) -> Reference:
+    logits = reference_logits(network.model, network.preprocessing)
+    if not isinstance(network.model, VisionTransformer) or not set(EXTRAS) & set(options.outputs):
+        return lambda images_NHWC: {"logits": logits(images_NHWC)}
+    extras = reference_extras(network.model, network.preprocessing)
+    return lambda images_NHWC: {"logits": logits(images_NHWC), **extras(images_NHWC)}
+
+
+def _explain(network: Network, options: ExportOptions, model: ModelFile, engine: str, image_NHWC: Pixels) -> str:
+    others = [other for other in _ENGINES if other != engine]
+    traced = traced_form(network, options)
+    return describe_first_apart(model, traced, engine=engine, others=others, image_NHWC=image_NHWC)
+
+
+def _manifest(network: Network, options: ExportOptions) -> Manifest:
+    is_float32 = options.input == "float32-nchw"
+    layout: Mapping[str, object] = {"dtype": "float32", "layout": "NCHW"} if is_float32 else {}
+    batch = {} if options.batch is None else {"batch": options.batch}
+    name = {"name": "pixel_values"} if options.format == "huggingface" else {}
+    is_deploy_form = isinstance(network.model, VisionTransformer) and options.deploy_form
+    return Manifest(
+        name=network.name,
+        architecture=network.architecture,
+        preprocessing=network.preprocessing,
+        labels=network.labels,
+        precision="float32" if options.precision == "fp32" else "float16",
+        input={**PIXELS_INPUT, **name, **layout, **batch},
+        outputs=options.output_names,
+        license=network.license,
+        base_model=network.base_model,
+        evaluation=network.evaluation,
+        assumed=network.assumed,
+        provenance={
+            **network.provenance,
+            "form": "deploy" if is_deploy_form else "plain",
+            "vit_edge": vit_edge.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+        },
+    )
+
+
+def _require_engines() -> None:
+    missing = [engine for engine in _ENGINES if engine not in installed_engines()]
+    if missing:
+        reason = f"parity is proven in ONNX Runtime and OpenVINO; not installed: {', '.join(missing)}"
+        raise MissingExtra("cannot export", reason=reason, remedy='pip install "vit-edge[export,onnxruntime]"')

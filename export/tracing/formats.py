@@ -1,0 +1,68 @@
+"""Where a finished model goes: one ONNX file, OpenVINO's two, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from vit_edge.errors import UsageError, printable
+from vit_edge.export.tracing.options import ExportOptions
+from vit_edge.files import may_write, write_atomic, write_together
+from vit_edge.model_file.artifact import ModelFile
+
+__all__ = ["may_write_format", "write_folder", "write_model"]
+
+# All that a Hugging Face folder of ours holds: only a folder of these files is ever replaced.
+_FOLDER_FILES = {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model.onnx.data"}
+
+
+def may_write_format(
+    out: str | os.PathLike[str], options: ExportOptions, *, force: bool, made_from: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return `out` if this format may be written there; raises UsageError early, before any work is done."""
+    target = Path(out)
+    if options.format == "openvino":
+        if target.suffix != ".xml":
+            remedy = f"name it {target.with_suffix('.xml').name}"
+            raise UsageError("cannot write", file=target, reason="OpenVINO's IR ends in .xml", remedy=remedy)
+        may_write(target.with_suffix(".bin"), force=force, made_from=made_from)
+    if options.format == "huggingface" and target.is_dir():
+        held = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+        others = sorted(held - _FOLDER_FILES)
+        if others or not force:
+            reason = f"the folder exists{f', with {printable(others[0])} in it' if others else ''}"
+            remedy = "choose another name" + ("" if others else ", or add --force")
+            raise UsageError("will not overwrite", file=target, reason=reason, remedy=remedy)
+        return target
+    if options.format == "onnx":  # a network over 2 GiB needs a second file
+        may_write(target.with_name(f"{target.name}.data"), force=force, made_from=made_from)
+    return may_write(target, force=force, made_from=made_from)
+
+
+def write_model(path: Path, model: ModelFile) -> None:
+    """Write a model file and, of a network over 2 GiB, first the weights beside it under the name that it knows."""
+    entry = model.manifest.weights
+    beside = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
+    write_together({**beside, path: model.data})
+    if not beside:  # what an older and larger model left there
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+
+
+def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files so that nothing appears under its name before it is whole; an older one is replaced."""
+    parent = target.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".vit-edge.tmp.", dir=parent) as name:
+        new, old = Path(name) / "new", Path(name) / "old"
+        for path, data in files.items():
+            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(new / path, data)
+        if target.exists():
+            target.replace(old)
+        try:
+            new.replace(target)
+        except BaseException:
+            if old.exists():
+                old.replace(target)
+            raise

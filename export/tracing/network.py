@@ -1,0 +1,221 @@
+"""An image classifier to export, whatever it came from, and the form of it that is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vit_edge.checkpoint import Checkpoint
+from vit_edge.errors import CheckpointRejected, UsageError
+from vit_edge.export.tracing.fused_vit import DeployedViT
+from vit_edge.export.tracing.options import ExportOptions
+from vit_edge.image import Pixels, Preprocessing
+from vit_edge.model_file.artifact import warn_of_assumed
+from vit_edge.runtime.engines.protocol import Array, Logits
+from vit_edge.tensor_file import tensor_digest
+from vit_edge.vit import VisionTransformer
+
+__all__ = [
+    "EXTRAS",
+    "Network",
+    "PlainNetwork",
+    "from_checkpoint",
+    "from_module",
+    "reference_extras",
+    "reference_logits",
+    "traced_form",
+]
+
+# Outputs that come from inside the network; the others are computed from its logits.
+EXTRAS = ("features", "attention")
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """What is exported, and what its file says of it; `model` maps normalised float32 NCHW images to logits."""
+
+    name: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    architecture: Mapping[str, Any]
+    license: str | None = None
+    base_model: str | None = None
+    evaluation: Mapping[str, Any] | None = None
+    assumed: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_labels(self, labels: Sequence[str] | None) -> Network:
+        """Return the network under other labels; raises UsageError where their number is not that of its classes."""
+        if labels is None:
+            return self
+        if len(labels) != len(self.labels):
+            reason = f"{len(labels)} labels for {len(self.labels)} classes"
+            raise UsageError("cannot export", reason=reason, remedy="give one label for each class, in their order")
+        assumed = tuple(name for name in self.assumed if name != "labels")
+        return replace(self, labels=tuple(labels), assumed=assumed)
+
+
+def from_checkpoint(checkpoint: Checkpoint) -> Network:
+    """Return the network of a checkpoint."""
+    return Network(
+        name=checkpoint.name,
+        model=checkpoint.model,
+        preprocessing=checkpoint.preprocessing,
+        labels=checkpoint.labels,
+        architecture=_architecture(checkpoint.model),
+        license=checkpoint.license,
+        base_model=checkpoint.base_model,
+        evaluation=checkpoint.evaluation,
+        assumed=checkpoint.assumed,
+        provenance={"checkpoint_sha256": checkpoint.sha256},
+    )
+
+
+def from_module(
+    module: nn.Module,
+    *,
+    preprocessing: Preprocessing | None,
+    labels: Sequence[str] | None,
+    name: str | None = None,
+    assumed: Sequence[str] = (),
+) -> Network:
+    """Return the network of any torch classifier, put into evaluation mode; its forward is run once.
+
+    Without preprocessing, 224 pixels and ImageNet's mean and standard deviation are assumed, without labels the numbers
+    of the classes; what is assumed is marked in the file. Raises UsageError where `module` gives no logits, or a weight
+    is not finite.
+    """
+    module.eval()
+    name = name or type(module).__name__
+    assumed = list(assumed)
+    if preprocessing is None:
+        preprocessing = Preprocessing(resize=256, crop=(224, 224))
+        assumed = ["preprocessing", *assumed]
+    broken = [key for key, value in module.state_dict().items() if value.is_floating_point() and not _finite(value)]
+    if broken:
+        reason = f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}"
+        raise CheckpointRejected("cannot export", file=name, reason=reason, remedy="train it again")
+    num_classes = _num_classes(module, preprocessing, name)
+    if labels is None:
+        labels, assumed = [str(number) for number in range(num_classes)], [*assumed, "labels"]
+    warn_of_assumed(assumed, name)
+    network = Network(
+        name=name,
+        model=module,
+        preprocessing=preprocessing,
+        labels=tuple(str(number) for number in range(num_classes)),
+        architecture=_architecture(module),
+        assumed=tuple(assumed),
+        provenance={"weights_sha256": tensor_digest({}, module.state_dict())},
+    )
+    return replace(network.with_labels(labels), assumed=tuple(assumed))
+
+
+def _architecture(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, VisionTransformer):
+        return {"family": "vit", **module.config.to_dict()}
+    return {"family": "torch", "class": type(module).__name__}
+
+
+def traced_form(network: Network, options: ExportOptions) -> nn.Module:
+    """Return the module that is traced: the deploy form of a Vision Transformer, else the network behind its pixels."""
+    extras = [name for name in EXTRAS if name in options.outputs]
+    pixels = options.input == "uint8-nhwc"
+    if isinstance(network.model, VisionTransformer) and options.deploy_form:
+        with torch.no_grad():
+            return DeployedViT(network.model, network.preprocessing, pixels=pixels, extras=extras).eval()
+    if extras:
+        reason = f"{' and '.join(extras)} come with the deploy form of a Vision Transformer only"
+        raise UsageError("cannot export", file=network.name, reason=reason, remedy="leave them out of --outputs")
+    return PlainNetwork(network.model, network.preprocessing, pixels=pixels).eval()
+
+
+class PlainNetwork(nn.Module):
+    """Any network as it is; uint8 pixels [batch, height, width, 3] are normalised before it."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, *, pixels: bool) -> None:
+        super().__init__()
+        self.network, self.pixels = network, pixels
+        # (x/255 - mean)/std as one multiplication and one addition. Folded into a convolution it would not be exact:
+        # padding is zero after normalisation, not before.
+        mean_C11, std_C11 = (
+            torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std)
+        )
+        self.register_buffer("pixels_scale", (1 / (255 * std_C11)).float())
+        self.register_buffer("pixels_shift", (-mean_C11 / std_C11).float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.pixels:
+            images = images.permute(0, 3, 1, 2).float()
+            images = images * self.get_buffer("pixels_scale") + self.get_buffer("pixels_shift")
+        logits_BK: Tensor = self.network(images)
+        return logits_BK
+
+
+def reference_logits(model: nn.Module, preprocessing: Preprocessing) -> Callable[[Pixels], Logits]:
+    """Return PyTorch's float32 logits as a function of uint8 [batch, height, width, 3]."""
+
+    def run(images_NHWC: Pixels) -> Logits:
+        with torch.inference_mode():
+            logits_BK: Logits = model(torch.from_numpy(preprocessing.normalise(images_NHWC))).numpy()
+        return logits_BK
+
+    return run
+
+
+def reference_extras(model: VisionTransformer, preprocessing: Preprocessing) -> Callable[[Pixels], dict[str, Array]]:
+    """Return PyTorch's features and attention, as `DeployedViT` names them, as a function of uint8 images."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: seen.update({name: inputs[0]})
+
+    def run(images_NHWC: Pixels) -> dict[str, Array]:
+        last = model.blocks[-1].get_submodule("attn")
+        hooks = [model.head.register_forward_pre_hook(keep("head")), last.register_forward_pre_hook(keep("last"))]
+        if model.config.distilled:
+            hooks.append(model.head_dist.register_forward_pre_hook(keep("head_dist")))
+        with torch.inference_mode():
+            model(torch.from_numpy(preprocessing.normalise(images_NHWC)))
+            features = torch.cat([seen[name] for name in ("head", "head_dist") if name in seen], dim=1)
+            attention = _attention_to_patches(model, seen["last"])
+        for hook in hooks:
+            hook.remove()
+        return {"features": features.numpy(), "attention": attention.numpy()}
+
+    return run
+
+
+def _attention_to_patches(model: VisionTransformer, x_BTD: Tensor) -> Tensor:
+    config = model.config
+    weights_BNTT = model.blocks[-1].get_submodule("attn").weights(x_BTD)  # type: ignore[operator]
+    prefix = config.num_prefix_tokens
+    asking = weights_BNTT[:, :, prefix:] if config.pooling == "mean" else weights_BNTT[:, :, :1]
+    attention: Tensor = asking[..., prefix:].mean(dim=2).reshape(-1, config.num_heads, *config.grid)
+    return attention
+
+
+def _num_classes(module: nn.Module, preprocessing: Preprocessing, name: str) -> int:
+    images = np.zeros((2, *preprocessing.crop, 3), np.uint8)
+    try:
+        with torch.inference_mode():
+            found: object = module(torch.from_numpy(preprocessing.normalise(images)))
+    except Exception as error:  # whatever a network raises
+        reason = f"it does not run on 2 images of {preprocessing.crop}: {' '.join(str(error).split())[:300]}"
+        raise UsageError("cannot export", file=name, reason=reason, remedy="give the size it was made for") from error
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
+        remedy = "export a module that returns one tensor of logits"
+        raise UsageError("cannot export", file=name, reason=f"it gives {shape}, not [batch, classes]", remedy=remedy)
+    return found.shape[1]
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())

@@ -1,0 +1,74 @@
+"""What kind of file an export makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from vit_edge.errors import UsageError
+from vit_edge.machine.releases import highest_versions
+
+__all__ = ["OUTPUT_CHOICES", "ExportOptions", "Format", "Input", "Output", "Precision"]
+
+Precision: TypeAlias = Literal["fp32", "fp16"]
+Input: TypeAlias = Literal["uint8-nhwc", "float32-nchw"]
+Output: TypeAlias = Literal["logits", "probabilities", "top5", "features", "attention"]
+Format: TypeAlias = Literal["onnx", "openvino", "huggingface"]
+OUTPUT_CHOICES: tuple[Output, ...] = get_args(Output)
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": get_args(Precision),
+    "input": get_args(Input),
+    "format": get_args(Format),
+}
+_MOST_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """How the file is to be; raises UsageError on what is not possible.
+
+    `batch` None leaves it free. `outputs` always begin with the logits, which golden vectors and the runtime read.
+    `min_onnxruntime` is the oldest ONNX Runtime that must be able to run the file.
+    """
+
+    precision: Precision = "fp32"
+    batch: int | None = None
+    input: Input = "uint8-nhwc"
+    outputs: tuple[Output, ...] = ("logits",)
+    min_onnxruntime: str = "1.17"
+    format: Format = "onnx"
+    deploy_form: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _wrong(f"{name} is {getattr(self, name)!r}", f"choose {' or '.join(choices)}")
+        if self.batch is not None and not 1 <= self.batch <= _MOST_BATCH:
+            raise _wrong(f"batch is {self.batch}", f"give 1 to {_MOST_BATCH:,}, or leave it dynamic")
+        unknown = [name for name in self.outputs if name not in OUTPUT_CHOICES]
+        if unknown:
+            raise _wrong(f"no output is named {unknown[0]!r}", f"choose from {', '.join(OUTPUT_CHOICES)}")
+        # One order, whatever was asked first: the same choice gives the same bytes.
+        chosen = tuple(name for name in OUTPUT_CHOICES if name == "logits" or name in self.outputs)
+        object.__setattr__(self, "outputs", chosen)
+        try:
+            highest_versions(self.min_onnxruntime)
+        except ValueError as error:
+            raise _wrong(str(error), "name a later release") from error
+        self._check_format()
+
+    def _check_format(self) -> None:
+        if self.format == "huggingface":
+            if self.outputs != ("logits",):
+                raise _wrong("a Hugging Face folder gives the logits only", "leave --outputs out")
+            object.__setattr__(self, "input", "float32-nchw")  # what its pixel_values are
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Return the names of the graph's outputs: the five likeliest are two tensors, classes and probabilities."""
+        names = [(name, "top5_probabilities") if name == "top5" else (name,) for name in self.outputs]
+        return tuple(name for group in names for name in group)
+
+
+def _wrong(reason: str, remedy: str) -> UsageError:
+    return UsageError("cannot export", reason=reason, remedy=remedy)

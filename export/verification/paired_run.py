@@ -1,0 +1,173 @@
+"""Both models on the same pictures, one after another, in one engine: what each answers, and on which pictures."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vit_edge.data import EVALUATION_SPLITS, lies_loose, read_labelled, read_unlabelled, stream_pixels
+from vit_edge.errors import DataRejected
+from vit_edge.image import Pixels, pixel_hash
+from vit_edge.metrics import UNKNOWN, Logits, PairedAnswers, join_answers, pair_answers
+from vit_edge.model_file.artifact import ModelFile
+from vit_edge.progress import Progress
+from vit_edge.runtime.classifier import Classifier
+from vit_edge.runtime.engines.protocol import EngineOptions, refuse_null
+from vit_edge.runtime.loading import load_model
+from vit_edge.similarity import fingerprint
+
+__all__ = ["Answering", "JudgingPictures", "OpenCandidate", "PairedRun", "find_pictures", "run_both"]
+
+_BATCH = 16
+_log = logging.getLogger(__name__)
+
+
+class Answering(Protocol):
+    """What gives logits: a classifier here, or a model on a device."""
+
+    def logits(self, images_NHWC: Pixels) -> Logits:
+        """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]."""
+
+
+# Given an engine's name, the candidate loaded in it: somewhere else than here.
+OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Answering]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgingPictures:
+    """The pictures that judge, sorted, and the class of each; UNKNOWN where they are taken without labels."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Return whether their labels are known."""
+        return UNKNOWN not in self.labels
+
+    @property
+    def num_images(self) -> int:
+        """Return how many there are; copies of each other, and pictures that cannot be read, are not yet known."""
+        return len(self.paths)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedRun:
+    """The answers of both models in one engine; each different picture once, with the hash of its pixels."""
+
+    engine: str
+    answers: PairedAnswers
+    paths: tuple[Path, ...]
+    hashes: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+    labels_B: npt.NDArray[np.int64]
+
+    @property
+    def path_of(self) -> dict[str, Path]:
+        """Return the path of each picture by its hash."""
+        return dict(zip(self.hashes, self.paths, strict=True))
+
+    @property
+    def pictures(self) -> JudgingPictures:
+        """Return the pictures that were answered: those that could not be read, and copies, are left out."""
+        return JudgingPictures(paths=self.paths, labels=tuple(int(label) for label in self.labels_B))
+
+
+def find_pictures(data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool) -> JudgingPictures:
+    """Return the pictures in `data`, with their labels unless `unlabelled` or lying loose; raises DataRejected."""
+    try:
+        if not unlabelled and not lies_loose(data, splits=EVALUATION_SPLITS):
+            found = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names)
+            return JudgingPictures(paths=found.paths, labels=found.labels)
+    except DataRejected as error:
+        read_unlabelled(data, splits=EVALUATION_SPLITS)  # raises what is wrong with more than the labels
+        error.remedy += "; or take the pictures as unlabelled (--unlabelled)"
+        raise
+    paths = read_unlabelled(data, splits=EVALUATION_SPLITS)
+    return JudgingPictures(paths=paths, labels=(UNKNOWN,) * len(paths))
+
+
+def run_both(
+    pictures: JudgingPictures,
+    model: ModelFile,
+    reference: ModelFile,
+    *,
+    engine: str,
+    threads: int | None,
+    progress: Progress,
+    candidate: OpenCandidate | None = None,
+) -> PairedRun:
+    """Return what `model` and its `reference` answer on the pictures in one engine; copies count once, with a warning.
+
+    With `candidate` it is what this opens that answers for `model`; the reference is always run here.
+    Raises DataRejected where pictures cannot be used, GoldenMismatch and more where a model cannot be loaded.
+    """
+    refuse_null(engine)
+    options, kept = EngineOptions(threads=threads), _Kept()
+    with (
+        load_model(reference, engine=engine, options=options) as expected,
+        candidate(engine) if candidate else load_model(model, engine=engine, options=options) as answering,
+    ):
+        kept.stream(pictures.paths, expected, answering, lambda done, of: progress(f"verifying in {engine}", done, of))
+    num_copies = kept.num_seen - len(kept.hashes)
+    if num_copies:
+        _log.warning("%d pictures are copies of others and were not counted again", num_copies)
+    positions = list(kept.hashes.values())
+    return PairedRun(
+        engine=engine,
+        answers=join_answers(kept.answers),
+        paths=tuple(pictures.paths[position] for position in positions),
+        hashes=tuple(kept.hashes),
+        fingerprints=tuple(kept.fingerprints),
+        labels_B=np.array([pictures.labels[position] for position in positions], dtype=np.int64),
+    )
+
+
+class _Kept:
+    """What is kept of the pictures so far; pixels only until their batch was answered."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[str, int] = {}
+        self.fingerprints: list[str] = []
+        self.batch: list[Pixels] = []
+        self.answers: list[PairedAnswers] = []
+        self.num_seen = 0
+
+    def stream(
+        self,
+        paths: Sequence[Path],
+        reference: Classifier,
+        candidate: Answering,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        for position, pixels in stream_pixels(paths, reference.manifest.preprocessing):
+            progress(position, len(paths))
+            if self.add(position, pixels) and len(self.batch) == _BATCH:
+                self.answer(reference, candidate)
+        self.answer(reference, candidate)
+        progress(len(paths), len(paths))
+
+    def add(self, position: int, pixels: Pixels) -> bool:
+        """Return whether the picture is a new one: copies would prove the same thing again."""
+        self.num_seen += 1
+        digest = pixel_hash(pixels)
+        if digest in self.hashes:
+            return False
+        self.hashes[digest] = position
+        self.fingerprints.append(fingerprint(pixels))
+        self.batch.append(pixels)
+        return True
+
+    def answer(self, reference: Classifier, candidate: Answering) -> None:
+        if self.batch:
+            images_NHWC = np.stack(self.batch)
+            self.answers.append(pair_answers(reference.logits(images_NHWC), candidate.logits(images_NHWC)))
+            self.batch.clear()

@@ -1,0 +1,74 @@
+"""From a picture's file to its labels: how long each stage takes, for several candidates in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vit_edge.data import find_images
+from vit_edge.errors import DataRejected, ImageRejected
+from vit_edge.progress import Progress, silent
+from vit_edge.runtime.benchmark.candidate import Candidate
+from vit_edge.runtime.benchmark.statistics import Latency, latency
+from vit_edge.runtime.classifier import Timings
+
+__all__ = ["EndToEnd", "measure_stages"]
+
+_MOST_PICTURES = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndToEnd:
+    """Medians of the stages in milliseconds, one picture at a time, and the latency from file to labels."""
+
+    num_pictures: int
+    num_rejected: int
+    decode_ms: float
+    resize_ms: float
+    inference_ms: float
+    answer_ms: float
+    total_ms: Latency
+
+
+def measure_stages(
+    candidates: Sequence[Candidate], folder: str | os.PathLike[str], *, progress: Progress = silent
+) -> list[EndToEnd]:
+    """Return the stages of every candidate over the first 200 pictures below `folder`, each picture in turn.
+
+    Pictures that cannot be used are counted; raises DataRejected where none can be.
+    """
+    paths = find_images(Path(folder))[:_MOST_PICTURES]
+    found: list[list[Timings]] = [[] for _ in candidates]
+    rejected = 0
+    for number, path in enumerate(paths):
+        try:
+            timings = [candidate.classifier(path).timings for candidate in candidates]
+        except ImageRejected:
+            rejected += 1
+            continue
+        for kept, one in zip(found, timings, strict=True):
+            kept.append(one)
+        progress("measuring end to end", number + 1, len(paths))
+    if not found[0]:
+        reason = f"none of its {len(paths)} pictures can be used"
+        raise DataRejected("cannot measure", file=folder, reason=reason, remedy="give a folder with pictures")
+    return [_summary(each, rejected) for each in found]
+
+
+def _summary(timings: Sequence[Timings], rejected: int) -> EndToEnd:
+    def median(stage: str) -> float:
+        return float(np.median([getattr(one, stage) for one in timings]))
+
+    return EndToEnd(
+        num_pictures=len(timings),
+        num_rejected=rejected,
+        decode_ms=median("decode_ms"),
+        resize_ms=median("resize_ms"),
+        inference_ms=median("inference_ms"),
+        answer_ms=median("answer_ms"),
+        total_ms=latency([round(one.total_ms * 1e6) for one in timings]),
+    )

@@ -1,0 +1,145 @@
+"""What `measure` is asked for, and what it gives."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vit_edge.errors import UsageError
+from vit_edge.image import Preprocessing
+from vit_edge.model_file.artifact import MOST_BATCH
+from vit_edge.runtime.benchmark.candidate import WarmUp
+from vit_edge.runtime.benchmark.end_to_end import EndToEnd
+from vit_edge.runtime.benchmark.loadgen import LoadgenRun
+from vit_edge.runtime.benchmark.mac_count import Products
+from vit_edge.runtime.benchmark.machine_noise import Noise
+from vit_edge.runtime.benchmark.peak_rate import Peak
+from vit_edge.runtime.benchmark.scenarios import Scenario
+from vit_edge.runtime.benchmark.server_scenario import Trial
+from vit_edge.runtime.benchmark.statistics import Latency, Ratio
+from vit_edge.runtime.engines.protocol import FloatPrecision
+
+__all__ = ["Benchmark", "BenchmarkOptions", "Harness", "Measurement"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkOptions:
+    """What to measure: every mix of these; raises UsageError on what cannot be.
+
+    No engine named is all that are installed. `threads` None is what the container grants, `precisions` None what
+    `load` takes. `scenario` None is single-stream for batch 1, else multi-stream. Each candidate gets at least
+    `min_seconds` and `min_queries`. `latency_bound_ms` is for the server scenario. `images` is a folder of pictures to
+    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` are told of
+    files made elsewhere, as `load` takes them.
+    """
+
+    engines: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
+    precisions: tuple[FloatPrecision | None, ...] = (None,)
+    batch_sizes: tuple[int, ...] = (1,)
+    threads: tuple[int | None, ...] = (None,)
+    scenario: Scenario | None = None
+    min_seconds: float = 3.0
+    min_queries: int = 200
+    latency_bound_ms: float | None = None
+    with_loadgen: bool = False
+    images: str | os.PathLike[str] | None = None
+    has_peak: bool = True
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None
+    labels: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        sizes, most = self.batch_sizes, MOST_BATCH
+        if not all((self.devices, self.precisions, sizes, self.threads)):
+            raise _refused("there is nothing to measure", "give one device, precision, batch size and threads at least")
+        fits = all(1 <= size <= most for size in sizes) and 1 <= self.min_queries <= 1_000_000
+        if not (fits and 0 < self.min_seconds <= 3600):
+            reason = f"batch size {', '.join(map(str, sizes))}, {self.min_seconds} seconds, {self.min_queries} queries"
+            raise _refused(reason, "give a batch of 1 to 1,024, up to 3,600 seconds, up to 1,000,000 queries")
+        if self.scenario in ("single-stream", "server") and set(sizes) != {1}:
+            reason = f"{self.scenario} is one image a query, not {', '.join(map(str, sizes))}"
+            raise _refused(reason, "leave the batch size out, or choose multi-stream or offline")
+        bound = self.latency_bound_ms
+        if (self.scenario == "server") != (bound is not None):
+            reason = "the server scenario, and only it, holds a latency bound"
+            raise _refused(reason, "give --scenario server and --latency-bound MS together")
+        if bound is not None and not (math.isfinite(bound) and bound > 0):
+            raise _refused(f"the latency bound is {bound} ms", "give a positive number of milliseconds")
+
+
+def _refused(reason: str, remedy: str) -> UsageError:
+    return UsageError("cannot measure", reason=reason, remedy=remedy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One candidate: what ran, and how long it took.
+
+    `throughput_per_s` is images a second: of the time in which queries ran, offline of all the time, as a server the
+    highest rate that held the bound. `by_round_ms` is what an image cost in each round; `ratio` how many times as fast
+    as the first candidate, an image for an image. `load_ms`, `cold_start_ms` and `peak_rss_bytes` are those of a fresh
+    process. `share_of_peak` is the share of an image's time that its multiplications alone would take at the engine's
+    peak. `top1` is in per cent, from the evaluation that `vit-edge quantize --data` left in a file.
+    """
+
+    model: str
+    name: str
+    sha256: str
+    engine: str
+    engine_version: str
+    device: str
+    precision: str
+    float_precision: str
+    batch_size: int
+    threads: int
+    workers: int
+    scenario: Scenario
+    instruction_set: str
+    cpu: str
+    num_queries: int
+    seconds: float
+    warm_up: WarmUp
+    latency_ms: Latency
+    quantiles_ms: tuple[float, ...]
+    throughput_per_s: float
+    by_round_ms: tuple[float, ...]
+    ratio: Ratio | None
+    load_ms: float
+    cold_start_ms: float
+    peak_rss_bytes: int
+    size_bytes: int
+    millijoules_per_image: float | None
+    products: Products | None
+    share_of_peak: float | None
+    top1: float | None
+    end_to_end: EndToEnd | None
+    latency_bound_ms: float | None
+    trials: tuple[Trial, ...]
+    loadgen: LoadgenRun | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Harness:
+    """What the harness itself takes for a query: the null engine, asked as the candidates are, in microseconds."""
+
+    p50_us: float
+    p99_us: float
+    num_queries: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Every measurement of a run, and what holds for all: noise, the harness's own cost, peaks, the energy meter.
+
+    `invalid_because` says why the figures do not count; it is empty where they do.
+    """
+
+    results: tuple[Measurement, ...]
+    noise: Noise
+    invalid_because: tuple[str, ...]
+    harness: Harness
+    peaks: tuple[Peak, ...]
+    energy_meter: str

@@ -1,0 +1,3 @@
+"""One-file applications: `bundle`."""
+
+__all__: list[str] = []

@@ -1,0 +1,217 @@
+"""Each algorithm does what it says: the exact ones leave the function alone, the others bring the outputs nearer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.support.networks import FAMILIES, SIZE, write_checkpoint
+from vit_edge.errors import UsageError
+from vit_edge.export import export_onnx
+from vit_edge.export.graph.macs import macs_by_node, shapes_for_one_image
+from vit_edge.export.graph.matmuls import find_products
+from vit_edge.export.quantization.algorithms.mixed_precision import choose_float
+from vit_edge.export.quantization.algorithms.range_search import search_range
+from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, EFFORTS, RECIPES, Algorithm, choose_algorithms
+from vit_edge.export.quantization.algorithms.reconstruction import reconstruct
+from vit_edge.export.quantization.algorithms.rounding import output_error, round_weights
+from vit_edge.export.quantization.algorithms.segments import SegmentRunner, divide
+from vit_edge.export.quantization.algorithms.value_scaling import find_mixings, scale_values
+from vit_edge.export.quantization.calibration.observers import ChannelRange, Range, observe_channels, observe_extremes
+from vit_edge.export.quantization.qdq.integers import quantize_weight
+from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq, tensors_to_observe
+from vit_edge.metrics import sqnr_db
+from vit_edge.runtime.checks.golden import golden_images
+
+Array = npt.NDArray[Any]
+IMAGES = golden_images(range(300, 324), height=SIZE[0], width=SIZE[1])
+
+
+def exported(folder: Path, **changes: Any) -> onnx.ModelProto:
+    """Return the float graph of a small network in which nothing is zero or one."""
+    export_onnx(write_checkpoint(folder / "c.safetensors", **changes), out=folder / "m.onnx")
+    model = onnx.load(folder / "m.onnx")
+    del model.metadata_props[:]
+    return model
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    return exported(tmp_path_factory.mktemp("graph"), depth=3)
+
+
+def outputs(model: onnx.ModelProto, images: Array = IMAGES) -> Array:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(["logits"], {"images": image[None]})[0] for image in images])
+
+
+def known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    return {name: shape for name, shape in shapes_for_one_image(model).items() if shape is not None}
+
+
+def ranges_of(model: onnx.ModelProto) -> tuple[Mapping[str, Range], Mapping[str, Range]]:
+    return observe_extremes(model, tensors_to_observe(model), IMAGES)
+
+
+def fitted(model: onnx.ModelProto, *algorithms: Algorithm, bits: int = 8, images: Array = IMAGES) -> onnx.ModelProto:
+    start, limits = ranges_of(model)
+    scheme = Scheme(weight_bits=bits)
+    found = reconstruct(
+        model,
+        start,
+        limits,
+        find_products(model),
+        [image[None] for image in images],
+        scheme=scheme,
+        algorithms=frozenset(algorithms),
+        effort=EFFORTS["balanced"],
+    )
+    return insert_qdq(found.model, found.ranges, scheme=scheme, weights=found.weights)
+
+
+def test_segments_are_the_residual_blocks_and_together_the_network(graph: onnx.ModelProto) -> None:
+    segments = divide(graph, {product.node for product in find_products(graph)})
+    assert [node.name for segment in segments for node in segment.nodes] == [node.name for node in graph.graph.node]
+    assert segments[0].input == "images"
+    assert segments[-1].output == "logits"
+    assert all(left.output == right.input for left, right in pairwise(segments))
+    holding = [{p.node for p in find_products(graph) if any(n.name == p.node for n in s.nodes)} for s in segments]
+    assert {"block.1.fc1", "block.1.fc2"} in holding
+    assert {"block.1.attention.qkv", "block.1.attention.proj"} in holding
+    value: Array = IMAGES[:1]
+    for segment in segments:
+        value = SegmentRunner(graph, segment).run(value, {})[0]
+    np.testing.assert_allclose(value, outputs(graph, IMAGES[:1]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_that_never_narrows_is_one_segment() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="a"),
+        helper.make_node("MatMul", ["x", "w"], ["b"], name="b"),
+        helper.make_node("Add", ["a", "x"], ["c"]),
+        helper.make_node("Add", ["b", "c"], ["logits"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "logits"))
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], [weight]))
+    segments = divide(model, {"a", "b"})
+    assert [(segment.input, segment.output) for segment in segments] == [("x", "logits")]
+
+
+@pytest.mark.parametrize("family", ["class_token", "mean_beside_class_token", "deit_distilled", "registers", "clip"])
+def test_value_scaling_leaves_the_function_alone_and_evens_the_channels(tmp_path: Path, family: str) -> None:
+    model = exported(tmp_path, **FAMILIES[family])
+    mixings = find_mixings(model, known_shapes(model))
+    assert len(mixings) == 2
+    ranges = observe_channels(model, [mixing.input for mixing in mixings], IMAGES)
+    changed = scale_values(model, mixings, ranges)
+    assert sqnr_db(outputs(model), outputs(changed)) > 90
+    first = mixings[0].input
+    before, after = (observe_channels(m, [first], IMAGES)[first] for m in (model, changed))
+    assert _unevenness(after) < 0.8 * _unevenness(before)
+    middle_D = (after.low_D + after.high_D) / 2
+    assert np.abs(middle_D).max() < 1e-3 * (after.high_D - after.low_D).max()
+
+
+def _unevenness(observed: ChannelRange) -> float:
+    width_D = observed.high_D - observed.low_D
+    return float(width_D.max() / width_D.min())
+
+
+def test_values_that_someone_else_reads_are_left_alone(graph: onnx.ModelProto) -> None:
+    watched = onnx.ModelProto()
+    watched.CopyFrom(graph)
+    first = find_mixings(graph, known_shapes(graph))[0]
+    watched.graph.node.append(helper.make_node("Relu", [first.input], ["unused"], name="reader"))
+    assert first not in find_mixings(watched, known_shapes(graph))
+    assert len(find_mixings(watched, known_shapes(graph))) == 2
+
+
+def test_optimised_rounding_errs_less_than_the_nearest_and_sweeps_only_help() -> None:
+    random = np.random.default_rng(0)
+    mixing_II = random.normal(size=(48, 48)) * np.exp(random.normal(size=48))
+    inputs_RI = random.normal(size=(500, 48)) @ mixing_II
+    weight_IO, moments_II = random.normal(size=(48, 20)), inputs_RI.T @ inputs_RI
+    nearest = quantize_weight(weight_IO.astype(np.float32), axis=1, bits=7)
+    errors = [output_error(weight_IO - nearest.integers * nearest.scales, moments_II).sum()]
+    for sweeps in (0, 1, 4, 16):
+        found = round_weights(weight_IO, moments_II, bits=7, sweeps=sweeps)
+        assert np.abs(found.integers).max() <= 63
+        errors.append(output_error(weight_IO - found.integers * found.scales.astype(np.float64), moments_II).sum())
+    assert errors[1] < 0.5 * errors[0]
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(errors[1:]))
+
+
+def test_rounding_survives_inputs_that_never_vary_and_dead_outputs() -> None:
+    weight_IO = np.random.default_rng(0).normal(size=(8, 4))
+    weight_IO[:, 1] = 0
+    moments_II = np.zeros((8, 8))
+    moments_II[2, 2] = 1.0
+    for moments in (moments_II, np.zeros((8, 8))):
+        found = round_weights(weight_IO, moments, bits=8, sweeps=4)
+        assert np.isfinite(found.scales).all()
+        assert (found.integers[:, 1] == 0).all()
+
+
+def test_a_range_search_finds_a_narrow_and_a_wide_best_and_never_leaves_the_limit() -> None:
+    limit = Range(low=-2.0, high=8.0)
+    for best in (0.5, 3.0, 7.9):
+        found = search_range(lambda r, b=best: abs(r.high - b), Range(low=-0.5, high=2.0), limit=limit, steps=30)  # type: ignore[misc]
+        assert found.high == pytest.approx(best, rel=0.1)
+        assert limit.low <= found.low <= 0 <= found.high <= limit.high
+    start = Range(low=-0.5, high=2.0)
+    assert search_range(lambda r: float(r != start), start, limit=limit, steps=8) == start
+
+
+@pytest.mark.parametrize("bits", [8, 7])
+def test_each_algorithm_brings_the_logits_nearer(graph: onnx.ModelProto, bits: int) -> None:
+    others = golden_images(range(400, 432), height=SIZE[0], width=SIZE[1])
+    expected = outputs(graph, others)
+    sets: Sequence[tuple[Algorithm, ...]] = [(), ("range-search",), ("rounding",), ("range-search", "rounding")]
+    found = {chosen: sqnr_db(expected, outputs(fitted(graph, *chosen, bits=bits), others)) for chosen in sets}
+    assert found["range-search", "rounding"] > found[()] + 0.5, found
+    assert found[("rounding",)] > found[()] - 0.3, found
+    corrected = sqnr_db(expected, outputs(fitted(graph, "bias-correction", bits=bits), others))
+    assert corrected > found[()] - 0.5
+
+
+def test_bias_correction_takes_away_what_is_wrong_on_average(graph: onnx.ModelProto) -> None:
+    expected = outputs(graph)
+    plain, corrected = (outputs(fitted(graph, *chosen, bits=7)) for chosen in ((), ("bias-correction",)))  # type: ignore[arg-type]
+    off_K, left_K = (np.abs((found - expected).mean(axis=0)) for found in (plain, corrected))
+    assert left_K.mean() < 0.5 * off_K.mean()
+
+
+def test_products_that_err_most_for_their_cost_stay_float(graph: onnx.ModelProto) -> None:
+    products, macs = find_products(graph), macs_by_node(graph)
+    assert macs is not None
+    noise = {product.node: 1e-6 for product in products}
+    noise["head"], noise["block.0.fc2"] = 1e-3, 1e-2
+    left = choose_float(graph, products, noise)
+    assert {"head", "block.0.fc2"} <= left
+    assert "patches" not in left
+    total = sum(macs[product.node] for product in products)
+    assert sum(macs[node] for node in left) <= 0.15 * total
+
+
+def test_recipes_are_lists_of_algorithms_that_can_be_changed() -> None:
+    assert choose_algorithms("fast") == RECIPES["fast"]
+    assert "mixed-precision" in choose_algorithms("accurate")
+    assert choose_algorithms("fast", algorithms=["rounding", "repq"]) == ("repq", "rounding")
+    assert choose_algorithms("fast", without=["attention-scores"]) == choose_algorithms(
+        "accurate", without=["mixed-precision"]
+    )
+    assert choose_algorithms("fast", without=ALGORITHMS) == ()
+    with pytest.raises(UsageError, match="adaround"):
+        choose_algorithms("fast", algorithms=["adaround"])
+    with pytest.raises(UsageError, match="slow"):
+        choose_algorithms("slow")  # type: ignore[arg-type]

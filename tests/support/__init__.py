@@ -1,0 +1,1 @@
+"""Networks, devices and deployments that several tests share."""

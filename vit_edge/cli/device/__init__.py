@@ -1,0 +1,3 @@
+"""Commands that run on a device: classify, benchmark, inspect, doctor, tune, seal, bundle."""
+
+__all__: list[str] = []

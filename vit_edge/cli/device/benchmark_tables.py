@@ -1,0 +1,177 @@
+"""What `vit-edge benchmark` shows a person, and its CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_edge.cli.output import make_table, megabytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vit_edge.runtime.benchmark.results import Benchmark, Measurement
+
+__all__ = ["csv_text", "tables"]
+
+_FIELDS = (
+    "model",
+    "engine",
+    "engine_version",
+    "device",
+    "precision",
+    "float_precision",
+    "batch_size",
+    "threads",
+    "workers",
+    "scenario",
+    "num_queries",
+    "seconds",
+    "throughput_per_s",
+    "load_ms",
+    "cold_start_ms",
+    "peak_rss_bytes",
+    "size_bytes",
+    "millijoules_per_image",
+    "share_of_peak",
+    "top1",
+)
+_LATENCIES = ("min", "p50", "p90", "p99")
+
+
+def tables(run: Benchmark) -> list[Any]:
+    """Return the tables and sentences of a run."""
+    shown: list[Any] = [_latencies(run), _costs(run)]
+    if any(result.loadgen for result in run.results):
+        shown.append(_loadgen(run))
+    if any(result.end_to_end for result in run.results):
+        shown.append(_stages(run))
+    shown += [
+        f"{Path(result.model).name} in {result.engine}: no rate holds {result.latency_bound_ms:g} ms"
+        for result in run.results
+        if result.latency_bound_ms is not None and not result.throughput_per_s
+    ]
+    shown.append(_harness(run))
+    shown += [f"INVALID: {reason}; measure again on a quiet machine" for reason in run.invalid_because]
+    return shown
+
+
+def csv_text(results: Sequence[Mapping[str, Any]], *, is_valid: bool) -> str:
+    """Return one line for each result, as --json has it, under a line of names; `on` is the device, if any."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ratios = ("ratio", "ratio_low", "ratio_high")
+    writer.writerow((*_FIELDS, *(f"latency_{name}_ms" for name in _LATENCIES), *ratios, "valid", "on"))
+    for result in results:
+        ratio = result["ratio"]
+        interval = (ratio["by_round"], *ratio["interval"]) if ratio else ("", "", "")
+        own = [result[name] for name in _FIELDS]
+        times = [result["latency_ms"][name] for name in _LATENCIES]
+        values = ("" if value is None else value for value in (*own, *times))
+        writer.writerow((*values, *interval, is_valid, result.get("device_name", "")))
+    return text.getvalue()
+
+
+def _latencies(run: Benchmark) -> Table:
+    first = run.results[0]
+    rows = [
+        (
+            *_named(result),
+            *(f"{getattr(result.latency_ms, name):.3f}" for name in _LATENCIES),
+            f"{result.throughput_per_s:.0f}",
+            "1" if result is first else _ratio(result),
+        )
+        for result in run.results
+    ]
+    columns = ("model", "engine", "precision", "batch", "threads", *(f"{name} ms" for name in _LATENCIES))
+    bound = "" if first.latency_bound_ms is None else f" within {first.latency_bound_ms:g} ms at p99"
+    title = f"{_scenarios(run)}{bound}, {first.cpu} ({first.instruction_set})"
+    return make_table(title, (*columns, "images/s", "as fast (95 %)"), rows)
+
+
+def _scenarios(run: Benchmark) -> str:
+    return " and ".join(dict.fromkeys(result.scenario for result in run.results))
+
+
+def _named(result: Measurement) -> tuple[str, ...]:
+    on_cpu = result.device == "cpu"
+    engine = f"{result.engine} {result.engine_version}{'' if on_cpu else f' on {result.device}'}"
+    is_plain = result.float_precision in ("f32", "unknown", "none")
+    precision = result.precision if is_plain else f"{result.precision} {result.float_precision}"
+    threads = str(result.threads) if result.workers == 1 else f"{result.workers} x {result.threads}"
+    return Path(result.model).name, engine, precision, str(result.batch_size), threads
+
+
+def _ratio(result: Measurement) -> str:
+    if result.ratio is None:
+        return "not known"
+    low, high = result.ratio.interval
+    return f"{result.ratio.by_round:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _costs(run: Benchmark) -> Table:
+    rows = [
+        (
+            *_named(result),
+            f"{result.load_ms:.0f}",
+            f"{result.cold_start_ms:.0f}",
+            megabytes(result.peak_rss_bytes),
+            megabytes(result.size_bytes),
+            _or_unknown(result.share_of_peak, "{:.0%}"),
+            _or_unknown(result.millijoules_per_image, "{:.1f} mJ"),
+        )
+        for result in run.results
+    ]
+    columns = ("model", "engine", "precision", "batch", "threads", "load ms", "cold start ms", "peak RSS", "file")
+    return make_table(f"energy: {run.energy_meter}", (*columns, "of peak", "energy/image"), rows)
+
+
+def _loadgen(run: Benchmark) -> Table:
+    rows = [
+        (
+            *_named(result),
+            *(_or_unknown(value, "{:.3f}") for value in (found.p50_ms, found.p90_ms, found.p99_ms)),
+            _or_unknown(found.throughput_per_s, "{:.0f}"),
+            str(found.num_queries),
+            "VALID" if found.is_valid else "INVALID",
+        )
+        for result in run.results
+        if (found := result.loadgen) is not None
+    ]
+    columns = ("model", "engine", "precision", "batch", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s", "queries")
+    return make_table("MLCommons LoadGen", (*columns, "by its rules"), rows)
+
+
+def _stages(run: Benchmark) -> Table:
+    found = [(result, result.end_to_end) for result in run.results if result.end_to_end]
+    rows = [
+        (
+            *_named(result),
+            *(f"{ms:.2f}" for ms in (one.decode_ms, one.resize_ms, one.inference_ms, one.answer_ms)),
+            *(f"{ms:.2f}" for ms in (one.total_ms.p50, one.total_ms.p90, one.total_ms.p99)),
+        )
+        for result, one in found
+    ]
+    stages = ("decode ms", "resize ms", "inference ms", "answer ms", "p50 ms", "p90 ms", "p99 ms")
+    one = found[0][1]
+    rejected = f", {one.num_rejected} more cannot be used" if one.num_rejected else ""
+    title = f"from file to labels, one picture at a time, {one.num_pictures} pictures{rejected}"
+    return make_table(title, ("model", "engine", "precision", "batch", "threads", *stages), rows)
+
+
+def _harness(run: Benchmark) -> str:
+    peaks = "; ".join(
+        f"{peak.engine} with {peak.threads} {'thread' if peak.threads == 1 else 'threads'} "
+        f"{_or_unknown(peak.integer_gmac_per_s, '{:.0f}')} in integers, "
+        f"{_or_unknown(peak.float_gmac_per_s, '{:.0f}')} in float"
+        for peak in run.peaks
+    )
+    own = f"the harness itself: p50 {run.harness.p50_us:.1f} microseconds a query (null engine)"
+    return f"{own}\npeak of large products, GMAC/s: {peaks}" if peaks else own
+
+
+def _or_unknown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,39 @@
+"""`vit-edge bundle`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
+from vit_edge.errors import printable
+
+
+@command("bundle")
+@file_argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Application to write  [default: MODEL with .pyz].")
+@click.option("--force", is_flag=True, help="Replace the application if it exists.")
+def bundle(model: Path, out: Path | None, force: bool) -> Result:
+    """Make one file of MODEL and the runtime, that any Python with an engine runs.
+
+    The device needs Python 3.10, numpy, Pillow and onnxruntime or openvino; vit-edge is not installed there.
+
+    \b
+    Example:
+      vit-edge bundle model.int8.onnx -o app.pyz
+      python app.pyz picture.jpg
+    """
+    from vit_edge.runtime.bundle.builder import bundle as make
+
+    made = make(model, out=out, force=force)
+    path = printable(made.path)
+    rows = [
+        ("application", path),
+        ("size", megabytes(made.size_bytes)),
+        ("checked in", ", ".join(made.checked_in) or "no engine: none that it is for is installed here"),
+        ("protobuf inside", made.protobuf or "none: the device needs its own"),
+        ("run it with", f"python {path} PICTURE..."),
+    ]
+    return Result(data={**asdict(made), "path": path}, shown=[make_table("", ("what", ""), rows)])

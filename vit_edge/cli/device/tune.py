@@ -1,0 +1,40 @@
+"""`vit-edge tune`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar
+
+
+@command("tune")
+@file_argument("model")
+@click.option("--min-seconds", type=float, default=2.0, show_default=True, help="Measure each choice at least so long.")
+@click.option("--min-queries", type=int, default=50, show_default=True, help="And at least so many pictures.")
+def tune(model: Path, min_seconds: float, min_queries: int) -> Result:
+    """Find the engine and the number of threads that run MODEL fastest on this machine, and remember it.
+
+    Every later load that leaves the engine open takes it: `classify`, and `load(...)` in an application. The verdict
+    counts for this very file, these releases of the engines, this CPU and its share of it.
+
+    \b
+    Example:
+      vit-edge tune model.int8.onnx
+    """
+    from vit_edge.runtime.benchmark.tuning import tune as measure_choices
+
+    with progress_bar() as progress:
+        tuning = measure_choices(model, min_seconds=min_seconds, min_queries=min_queries, progress=progress)
+    rows = [
+        (one.engine, str(one.threads), f"{one.latency_ms.p50:.3f}", f"{one.latency_ms.min:.3f}") for one in tuning.tried
+    ]
+    verdict = tuning.verdict
+    kept = "" if tuning.is_kept else "; it could not be kept: the cache folder cannot be written"
+    shown = [
+        make_table("", ("engine", "threads", "p50 ms", "min ms"), rows),
+        f"verdict: {verdict.engine}, {verdict.threads} threads{kept}",
+    ]
+    return Result(data={"model": str(model), **asdict(tuning)}, shown=shown)

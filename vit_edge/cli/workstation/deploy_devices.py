@@ -1,0 +1,83 @@
+"""`vit-edge deploy --on`: one file made for each distinct target of the devices, and measured on those it is for."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vit_edge.cli.device.remote import Remote, parts
+from vit_edge.machine.targets import resolve_target
+from vit_edge.remote.device import Bundle, Device, Session
+from vit_edge.remote.fleet import Outcome, run_on
+
+__all__ = ["Share", "device_data", "measured_there", "seed", "shares"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """One target, the folder of its deployment, and the devices that it is for: None where it is for this machine."""
+
+    target: str
+    folder: Path
+    remote: Remote | None
+
+
+def shares(remote: Remote | None, target: str, out: Path) -> Iterator[Share]:
+    """Yield what is to be made: for each distinct target once; devices that name none have `target`.
+
+    One is made in `out` itself, several in folders of it that have the targets' names.
+    """
+    if remote is None:
+        yield Share(target=target, folder=out, remote=None)
+        return
+    asked: dict[str, str] = {}
+    devices: dict[str, list[Device]] = {}
+    for device in remote.devices:
+        text = device.target or target
+        name = resolve_target(text).target.name
+        asked.setdefault(name, text)
+        devices.setdefault(name, []).append(device)
+    for name, text in asked.items():
+        folder = out / name if len(asked) > 1 else out
+        yield Share(target=text, folder=folder, remote=replace(remote, devices=tuple(devices[name])))
+
+
+def seed(folder: Path, first: Path) -> None:
+    """Give a folder the float file of the first one with its record, so that it is not exported once more."""
+    from vit_edge.export.deployment.deployer import FLOAT_FILE, RECORD_FILE
+
+    if not (folder / RECORD_FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (FLOAT_FILE, RECORD_FILE):
+            shutil.copyfile(first / name, folder / name)
+
+
+def measured_there(folder: Path, remote: Remote) -> list[Outcome]:
+    """Measure both files of a deployment on every device; each load there checks the golden vectors first."""
+    from vit_edge.export.deployment.deployer import FLOAT_FILE, INTEGER_FILE
+
+    files = {path: parts(path) for path in (folder / name for name in (FLOAT_FILE, INTEGER_FILE))}
+    with tempfile.TemporaryDirectory(prefix="vit-edge-") as temporary:
+        bundle = Bundle.write(Path(temporary), files, remote.setup)
+        names = [bundle.name_there(path) for path in files]
+
+        def work(session: Session, outcome: Outcome) -> dict[str, Any]:
+            engine = outcome.device.engine
+            session.provide(bundle, engine=engine, needs_engine=True)
+            options = ["--threads=1", "--no-peak", *([] if engine is None else [f"--engine={engine}"])]
+            value = session.command(["benchmark", "--json", *options, "--", *names], bundle)
+            if "error" in value:
+                outcome.error = session.error_of(value["error"])
+            return value
+
+        return run_on(remote.devices, work, remote.setup)
+
+
+def device_data(outcome: Outcome) -> dict[str, Any]:
+    """Return what a record keeps of a device."""
+    error = {"error": str(outcome.error)} if outcome.error else {}
+    return {**outcome.to_dict(), "results": (outcome.value or {}).get("results", []), **error}

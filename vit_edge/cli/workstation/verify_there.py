@@ -1,0 +1,57 @@
+"""`vit-edge verify --on`: the model answers on devices, its reference and the statistics run here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_edge.cli.device.remote import Remote, parts
+from vit_edge.errors import UsageError
+from vit_edge.remote.answers import RemoteModel
+from vit_edge.remote.device import Bundle, Session
+from vit_edge.remote.fleet import Outcome, run_on
+from vit_edge.runtime.engines.protocol import installed_engines
+
+if TYPE_CHECKING:
+    from vit_edge.export.verification.verifier import Verification
+
+__all__ = ["verify_there"]
+
+
+def verify_there(
+    remote: Remote, model: Path, *, asked: Mapping[str, Any], engines: tuple[str, ...], threads: int | None
+) -> list[tuple[Outcome, Verification | None]]:
+    """Return the verification of each device, or None where its outcome is an error; `asked` goes to `verify`."""
+    from vit_edge.export.verification.verifier import verify
+
+    with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
+        bundle = Bundle.write(Path(folder), {model: parts(model)}, remote.setup)
+
+        def work(session: Session, _outcome: Outcome) -> Verification:
+            chosen = _engines(session, engines)
+            session.provide(bundle, engine=chosen[0], needs_engine=True)
+
+            def there(engine: str) -> AbstractContextManager[RemoteModel]:
+                seconds = remote.setup.seconds
+                return RemoteModel(session, bundle, model=model, engine=engine, threads=threads, seconds=seconds)
+
+            return verify(model, **asked, engines=chosen, threads=threads, candidate=there)
+
+        outcomes = run_on(remote.devices, work, remote.setup)
+    return [(outcome, outcome.value) for outcome in outcomes]
+
+
+def _engines(session: Session, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the engines to verify in: those asked for, the device's own, or all that are there and here."""
+    if asked:
+        return asked
+    own = session.device.engine
+    there = (own,) if own else ("onnxruntime",) if session.installs else tuple(session.engines)
+    both = tuple(engine for engine in there if engine in installed_engines())
+    if there and not both:
+        reason = f"{session.device.name} has {', '.join(there)}, and the reference runs here in the same engine"
+        raise UsageError("cannot verify", reason=reason, remedy=f"install {there[0]} here too")
+    return both or ("onnxruntime",)

@@ -1,0 +1,3 @@
+"""What hardware can do: CPU, targets, ONNX Runtime releases, `doctor`."""
+
+__all__: list[str] = []

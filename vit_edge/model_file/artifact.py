@@ -1,0 +1,359 @@
+"""A model file: one sealed `.onnx` that carries its preprocessing, labels, golden vectors and origin.
+
+The manifest is the metadata property `vit_edge.manifest` (JSON). The file ends in one more serialized ModelProto that
+holds only `vit_edge.seal`, the SHA-256 of every byte before it: protobuf merges the two, so every ONNX reader still
+loads the file, and a changed bit anywhere is found before an engine sees it. The seal is integrity, not origin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vit_edge.errors import ModelRejected, NotTrusted, printable
+from vit_edge.files import kind_of, read_file, sha256_hex
+from vit_edge.image import Pixels, Preprocessing
+from vit_edge.model_file.onnx_schema import parse, property_bytes
+
+__all__ = [
+    "MANIFEST_KEY",
+    "MODEL_BYTES",
+    "MOST_BATCH",
+    "OUTPUTS",
+    "PIXELS_INPUT",
+    "PRODUCER",
+    "SCHEMA",
+    "SEAL_KEY",
+    "Manifest",
+    "ModelFile",
+    "is_plain_name",
+    "open_model",
+    "pack",
+    "reseal",
+    "seal",
+    "seal_state",
+    "unsealed",
+    "warn_of_assumed",
+    "weights_entry",
+]
+
+SCHEMA = 1
+MANIFEST_KEY = "vit_edge.manifest"
+SEAL_KEY = "vit_edge.seal"
+PRODUCER = "vit-edge"
+
+# The contract's input; `--input float32-nchw` gives the other.
+PIXELS_INPUT = {"name": "images", "dtype": "uint8", "layout": "NHWC"}
+# Every output that a graph may have; the golden vectors and the runtime read the logits.
+OUTPUTS = ("logits", "probabilities", "top5", "top5_probabilities", "features", "attention")
+MOST_BATCH = 1024
+
+_SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
+_SEAL_BYTES = len(_SEAL_PREFIX) + 64
+# One protobuf message holds at most 2 GiB; larger networks have one file of weights beside it.
+MODEL_BYTES, _MAX_WEIGHTS_BYTES = 2**31 - 1, 2**40
+_log = logging.getLogger(__name__)
+_OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "architecture": (Mapping,),
+    "provenance": (Mapping,),
+    "input": (Mapping,),
+    "license": _OPTIONAL_TEXT,
+    "base_model": _OPTIONAL_TEXT,
+    "quantization": _OPTIONAL_OBJECT,
+    "evaluation": _OPTIONAL_OBJECT,
+    "golden": _OPTIONAL_OBJECT,
+    "weights": _OPTIONAL_OBJECT,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a model file says of itself; keys that this version does not know are kept in `unknown`."""
+
+    name: str
+    architecture: Mapping[str, Any]
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    precision: Literal["float32", "float16", "int8"]
+    provenance: Mapping[str, Any]
+    input: Mapping[str, Any] = field(default_factory=lambda: dict(PIXELS_INPUT))
+    outputs: tuple[str, ...] = ("logits",)
+    license: str | None = None
+    base_model: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    golden: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any] | None = None  # the file beside it, of a network over 2 GiB
+    assumed: tuple[str, ...] = ()  # what nobody told and was filled in by default
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise ValueError(f"the manifest's {name} is {type(getattr(self, name)).__name__}")
+        if self.precision not in ("float32", "float16", "int8"):
+            raise ValueError(f"the manifest's precision is {self.precision!r}")
+        layout = {key: self.input.get(key) for key in ("dtype", "layout")}
+        if layout not in ({"dtype": "uint8", "layout": "NHWC"}, {"dtype": "float32", "layout": "NCHW"}):
+            raise ValueError(f"the manifest's input is {dict(self.input)}; neither uint8 NHWC nor float32 NCHW")
+        if self.batch is not None and (not isinstance(self.batch, int) or not 1 <= self.batch <= MOST_BATCH):
+            raise ValueError(f"the manifest's batch is {self.batch!r}")
+        if self.outputs[:1] != ("logits",) or not set(self.outputs) <= set(OUTPUTS):
+            raise ValueError(f"the manifest's outputs are {self.outputs!r}; the first is 'logits'")
+        if not self.labels or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError("the manifest's labels are not a list of texts")
+        if not all(isinstance(name, str) for name in self.assumed):
+            raise ValueError("the manifest's list of what was assumed is not a list of texts")
+        if self.weights is not None and not is_plain_name(self.weights.get("file")):
+            raise ValueError(f"the manifest's weights lie in {self.weights.get('file')!r}, not in a file beside it")
+        images = (self.quantization or {}).get("images", [])
+        if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
+            raise ValueError("the manifest's calibration images are not a list of hashes")
+
+    @property
+    def batch(self) -> int | None:
+        """Return the batch that the graph is fixed at, or None where any batch runs."""
+        batch: int | None = self.input.get("batch")
+        return batch
+
+    def network_input(self, images_NHWC: Pixels) -> Pixels | npt.NDArray[np.float32]:
+        """Return what the graph takes for these pixels: the pixels themselves, or normalised float32 NCHW."""
+        return images_NHWC if self.input["dtype"] == "uint8" else self.preprocessing.normalise(images_NHWC)
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON with sorted keys: equal manifests give equal text."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        known["preprocessing"] = self.preprocessing.to_dict()
+        for name in ("labels", "assumed", "outputs"):
+            known[name] = list(known[name])
+        for name in ("assumed", "weights"):
+            if not known[name]:
+                del known[name]
+        return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Return the manifest in `text`; raises ValueError that says what is wrong with it."""
+        try:
+            values = json.loads(text)
+            json.dumps(values, ensure_ascii=False).encode("utf-8")  # no halves of characters: nothing could print them
+        except RecursionError as error:
+            raise ValueError("the manifest is nested too deeply") from error
+        if not isinstance(values, dict):
+            raise ValueError("the manifest is not a JSON object")
+        schema = values.pop("schema", None)
+        if not isinstance(schema, int) or schema < 1:
+            raise ValueError(f"the manifest's schema is {schema!r}, not a positive integer")
+        if schema > SCHEMA:
+            raise ValueError(
+                f"the manifest has schema {schema}; this vit-edge reads up to {SCHEMA}: install a newer one"
+            )
+        names = {f.name for f in fields(cls)} - {"unknown"}
+        known = {key: values.pop(key) for key in names & values.keys()}
+        try:
+            known["preprocessing"] = Preprocessing.from_dict(known["preprocessing"])
+            for name in {"labels", "assumed", "outputs"} & known.keys():
+                if not isinstance(known[name], list):
+                    raise ValueError(f"the manifest's {name} are not a list")
+                known[name] = tuple(known[name])
+            return cls(**known, unknown=values)
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:
+            raise ValueError(f"the manifest is incomplete ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFile:
+    """The verified bytes of a model file, and what they say: engines load these bytes, never the path again."""
+
+    data: bytes
+    proto: Any
+    manifest: Manifest
+    source: str
+    weights: bytes | None = None  # of the file beside it, for a network over 2 GiB
+
+    @property
+    def sha256(self) -> str:
+        """Return the SHA-256 of the whole file, seal included."""
+        return sha256_hex(self.data)
+
+    def with_manifest(self, manifest: Manifest) -> bytes:
+        """Return the bytes of the same graph under another manifest, sealed."""
+        body = memoryview(self.data)[:-_SEAL_BYTES]  # what was opened has its seal
+        own = property_bytes(MANIFEST_KEY, self.manifest.to_json())
+        if body[-len(own) :] == own:  # as `pack` leaves it: no second copy of the weights is parsed
+            return pack(body[: -len(own)], manifest)
+        proto = parse(bytes(body))
+        kept = [entry for entry in proto.metadata_props if entry.key != MANIFEST_KEY]
+        del proto.metadata_props[:]
+        proto.metadata_props.extend(kept)
+        return pack(proto.SerializeToString(deterministic=True), manifest)
+
+
+def pack(graph: bytes | memoryview, manifest: Manifest) -> bytes:
+    """Return a model file: the serialized ModelProto `graph`, the manifest, the seal; ModelRejected over 2 GiB."""
+    data = _sealed(graph, property_bytes(MANIFEST_KEY, manifest.to_json()))
+    if len(data) > MODEL_BYTES:
+        reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {MODEL_BYTES:,}"
+        raise ModelRejected("cannot make the model file", reason=reason, remedy="put its weights beside it")
+    return data
+
+
+def seal(body: bytes) -> bytes:
+    """Return `body`, the bytes of an unsealed model file, with its seal appended (83 bytes)."""
+    return _sealed(body)
+
+
+def _sealed(*parts: bytes | memoryview) -> bytes:
+    """Return the parts as one with its seal: joined once, as a copy of a large network costs its size in memory."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return b"".join((*parts, property_bytes(SEAL_KEY, digest.hexdigest())))
+
+
+def unsealed(data: bytes) -> bytes:
+    """Return `data` without its seal, whether the seal is right or not; unchanged where there is none."""
+    return data[:-_SEAL_BYTES] if data[-_SEAL_BYTES:-64] == _SEAL_PREFIX else data
+
+
+def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]:
+    """Return whether the seal holds: "missing" where the file looks like ours, "foreign" where it does not."""
+    if data[-_SEAL_BYTES:-64] == _SEAL_PREFIX:
+        digest = hashlib.sha256(memoryview(data)[:-_SEAL_BYTES]).hexdigest()
+        return "intact" if data[-64:] == digest.encode() else "broken"
+    # One flipped bit can hide one of these marks, never all: it looks like ours by any that is left.
+    ours = any(mark.encode() in data for mark in (MANIFEST_KEY, SEAL_KEY)) or PRODUCER.encode() in data[:64]
+    return "missing" if ours else "foreign"
+
+
+def open_model(
+    source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None, warn: bool = True, check: bool = True
+) -> ModelFile:
+    """Return a model file, read once, its seal checked before anything in it is used.
+
+    The weights of a network over 2 GiB are read from beside the file, or given with its bytes; the seal covers them by
+    their hash. With `warn` the log says what in the file was assumed; without `check` no hash is computed, for files
+    that cannot have changed. Raises ModelRejected where it is no model file of vit-edge, NotTrusted where its seal is
+    broken or missing.
+    """
+    if isinstance(source, bytes):
+        name, data = "the bytes given", source
+    else:
+        name = printable(source)
+        data = read_file(source, what="model file", max_bytes=MODEL_BYTES, error=ModelRejected)
+    if check or data[-_SEAL_BYTES:-64] != _SEAL_PREFIX:
+        _check_seal(data, name)
+    try:
+        proto = parse(data)
+        properties = {entry.key: entry.value for entry in proto.metadata_props}
+        if MANIFEST_KEY not in properties:
+            raise ValueError("it has a seal but no manifest")
+        manifest = Manifest.from_json(properties[MANIFEST_KEY])
+    except ValueError as error:
+        raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
+    if manifest.weights is not None:
+        if weights is None and not isinstance(source, bytes):
+            weights = _read_weights(Path(source).parent / manifest.weights["file"])
+        _check_weights(manifest.weights, weights, name, check=check)
+    if warn:
+        warn_of_assumed(manifest.assumed, name)
+    return ModelFile(data=data, proto=proto, manifest=manifest, source=name, weights=weights)
+
+
+def weights_entry(file: str, weights: bytes) -> dict[str, Any]:
+    """Return what the manifest says of the file beside the model file that holds its weights."""
+    return {"file": file, "sha256": sha256_hex(weights), "size_bytes": len(weights)}
+
+
+def _read_weights(path: Path) -> bytes:
+    """Return the bytes of the weights; a link is followed, as hub caches have them: the hash decides, not the place."""
+    return read_file(path, what="weights beside the model file", max_bytes=_MAX_WEIGHTS_BYTES, error=ModelRejected)
+
+
+def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str, *, check: bool) -> None:
+    if weights is None:
+        reason = f"its weights lie in {entry['file']!r}, which was not given"
+        raise _rejected(name, reason, "open it by its path, with that file beside it")
+    if check and entry != weights_entry(entry["file"], weights):
+        reason = f"{entry['file']} beside it is not the one that was sealed: it was changed, damaged or exchanged"
+        raise NotTrusted("will not load the model file", file=name, reason=reason, remedy="copy both files again")
+
+
+def is_plain_name(name: object) -> bool:
+    """Return whether this names a file in the same folder on every system."""
+    return isinstance(name, str) and re.fullmatch(r"[^/\\:*\x00-\x1f]{1,255}", name) is not None and name[0] != "."
+
+
+def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> None:
+    """Log a warning where something about the network in `source` was never told but filled in by default."""
+    if assumed:
+        told = "convert it again with what it was trained with, or let `vit-edge convert --data` find out"
+        _log.warning("%s: assumed, not known: %s; %s", printable(source), ", ".join(assumed), told)
+
+
+def reseal(path: str | os.PathLike[str]) -> ModelFile:
+    """Return the file at `path` as it is, under a new seal; raises ModelRejected where it has no manifest of ours.
+
+    Editors that rewrite the file move the old seal among the other properties: every property of that name is dropped.
+    """
+    name = printable(path)
+    data = read_file(path, what="model file", max_bytes=MODEL_BYTES, error=ModelRejected)
+    try:
+        proto = parse(data)
+    except ValueError as error:
+        kind = kind_of(data) or ("it is not an ONNX model", "make a model file with `vit-edge export`")
+        raise _rejected(name, *kind) from error
+    kept = [entry for entry in proto.metadata_props if entry.key != SEAL_KEY]
+    if not any(entry.key == MANIFEST_KEY for entry in kept):
+        raise _rejected(
+            name, "it has no manifest: it was not made by vit-edge", "make a model file with `vit-edge export`"
+        )
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    beside = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
+    return open_model(seal(proto.SerializeToString(deterministic=True)), weights=beside)
+
+
+def _check_seal(data: bytes, name: str) -> None:
+    state = seal_state(data)
+    if state == "intact":
+        return
+    kind = kind_of(data)
+    if kind is not None and state == "foreign":
+        raise _rejected(name, kind[0], kind[1])
+    if state == "broken":
+        reason = "its bytes are not those that were sealed: it was changed or damaged"
+    elif state == "missing":
+        reason = "its seal is missing: it was cut short, changed or damaged"
+    else:
+        if _is_onnx(data):
+            remedy = "tell its preprocessing and labels, or make a model file of it with `vit-edge export`"
+            raise _rejected(name, "it was not made by vit-edge", remedy)
+        raise _rejected(name, "it is not an ONNX model", "make a model file with `vit-edge export`")
+    remedy = "copy it again from where it was made; `vit-edge seal` re-seals a deliberate edit"
+    raise NotTrusted("will not load the model file", file=name, reason=reason, remedy=remedy)
+
+
+def _is_onnx(data: bytes) -> bool:
+    try:
+        return bool(parse(data).graph.node)
+    except ValueError:
+        return False
+
+
+def _rejected(name: str, reason: str, remedy: str) -> ModelRejected:
+    return ModelRejected("cannot use the model file", file=name, reason=reason, remedy=remedy)

@@ -1,0 +1,105 @@
+"""OpenVINO's IR as a model file: `.xml` and `.bin`, with the manifest in its rt_info and one seal over both.
+
+The seal is the SHA-256 over the SHA-256 of the `.xml`, with 64 zeros where the seal stands, and that of the `.bin`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from vit_edge.errors import ModelRejected, NotTrusted, printable
+from vit_edge.files import kind_of, read_file, sha256_hex
+from vit_edge.model_file.artifact import Manifest, warn_of_assumed
+
+__all__ = ["NO_SEAL", "IrModel", "open_ir", "seal_ir"]
+
+# What stands in the rt_info until the seal is known.
+NO_SEAL = "0" * 64
+_SEAL = re.compile(rb'<seal value="([0-9a-f]{64})" ?/>')
+_MAX_XML_BYTES, _MAX_BIN_BYTES = 100_000_000, 2**40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IrModel:
+    """The verified bytes of both files, for `Core.read_model(xml, weights)`, and what they say."""
+
+    xml: bytes
+    weights: bytes
+    manifest: Manifest
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """Return the seal: one hash for both files."""
+        return _digest(self.xml, self.weights)
+
+
+def seal_ir(xml: bytes, weights: bytes) -> bytes:
+    """Return `xml` with the seal over both in its place; raises ValueError where there is not one place for it."""
+    digest = _digest(xml, weights)
+    return _SEAL.sub(f'<seal value="{digest}" />'.encode(), xml)
+
+
+def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None) -> IrModel:
+    """Return the IR in `source` (`.xml`), its seal checked before its use.
+
+    The `.bin` of the same name is read from beside the file, or given as `weights` with its bytes. Raises ModelRejected
+    where it is no IR made by vit-edge, NotTrusted where the seal is broken.
+    """
+    if isinstance(source, bytes):
+        name, xml = "the bytes given", source
+    else:
+        name = printable(source)
+        xml = read_file(source, what="model file", max_bytes=_MAX_XML_BYTES, error=ModelRejected)
+    if kind_of(xml) or not _SEAL.search(xml):
+        kind = kind_of(xml) or (
+            "it is no OpenVINO IR made by vit-edge",
+            "make one with `vit-edge export --format openvino`",
+        )
+        raise ModelRejected("cannot use the model file", file=name, reason=kind[0], remedy=kind[1])
+    if weights is None:
+        if isinstance(source, bytes):
+            remedy = "give the bytes of its .bin too"
+            raise ModelRejected(
+                "cannot use the model file", file=name, reason="its weights are not given", remedy=remedy
+            )
+        weights = _read_weights(Path(source).with_suffix(".bin"))
+    try:
+        found = _digest(xml, weights)
+    except ValueError as error:
+        found = str(error)
+    if found.encode() != _SEAL.findall(xml)[0]:
+        reason = "the two files are not those that were sealed: one was changed, damaged or exchanged"
+        remedy = "copy both again from where they were made"
+        raise NotTrusted("will not load the model file", file=name, reason=reason, remedy=remedy)
+    manifest = _manifest(xml, name)
+    warn_of_assumed(manifest.assumed, name)
+    return IrModel(xml=xml, weights=weights, manifest=manifest, source=name)
+
+
+def _read_weights(path: Path) -> bytes:
+    return read_file(path, what="weights beside the model file", max_bytes=_MAX_BIN_BYTES, error=ModelRejected)
+
+
+def _digest(xml: bytes, weights: bytes) -> str:
+    unsealed, places = _SEAL.subn(f'<seal value="{NO_SEAL}" />'.encode(), xml)
+    if places != 1:
+        raise ValueError(f"it has {places} seals")
+    return sha256_hex(f"{sha256_hex(unsealed)}{sha256_hex(weights)}".encode())
+
+
+def _manifest(xml: bytes, name: str) -> Manifest:
+    try:
+        if b"<!" in xml:  # OpenVINO writes no declarations, and entities could grow without bound
+            raise ValueError("it declares entities")
+        entry = ElementTree.fromstring(xml).find("rt_info/vit_edge/manifest")
+        if entry is None:
+            raise ValueError("it has a seal but no manifest")
+        return Manifest.from_json(entry.attrib["value"])
+    except (ElementTree.ParseError, KeyError, ValueError) as error:
+        remedy = "export it again with `vit-edge export --format openvino`"
+        raise ModelRejected("cannot use the model file", file=name, reason=str(error), remedy=remedy) from error
