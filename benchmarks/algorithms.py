@@ -1,8 +1,8 @@
 """Measure what each algorithm does to accuracy and to time.
 
-    python benchmarks/algorithms.py FLOAT.onnx --calibration PICTURES [--target x86-vnni] [--effort balanced]
+    python benchmarks/algorithms.py FLOAT.onnx --calibration IMAGES [--target x86-vnni] [--effort balanced]
 
-Two thirds of the calibration pictures calibrate, every third judges: no picture that evaluates anything else is opened.
+Two thirds of the calibration images calibrate, every third judges: no image that evaluates anything else is opened.
 Files are made with nothing but averaged min-max and the nearest rounding, with one algorithm more at a time, with each
 recipe, and with `fast` less one algorithm. Time is that of the file against the float one, in turns, in each engine.
 Writes a section of docs/results.md.
@@ -52,7 +52,7 @@ def main() -> None:
     judging = [pixels for _, pixels in stream_pixels(paths[::_EVERY], source.manifest.preprocessing)]
     expected = {engine: answers(source, engine, judging) for engine in installed_engines()}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "pictures"
+        folder = Path(name) / "images"
         folder.mkdir()
         for number, path in enumerate(paths):
             if number % _EVERY:
@@ -99,9 +99,9 @@ def answers(model: ModelFile, engine: str, images: list[Pixels]) -> Logits:
 def markdown(rows: list[Row], target: str, effort: str, num_judging: int, num_images: int) -> str:
     engines = list(rows[0].sqnr_db)
     columns = [*(f"SQNR, {engine}" for engine in engines), *(f"speed, {engine}" for engine in engines)]
-    pictures = f"{num_images - num_judging} pictures calibrate, {num_judging} others judge"
+    images = f"{num_images - num_judging} images calibrate, {num_judging} others judge"
     lines = [
-        f"{machine()}, {versions()}. Target `{target}`, effort `{effort}`, {pictures}.",
+        f"{machine()}, {versions()}. Target `{target}`, effort `{effort}`, {images}.",
         "Speed is times as fast as float, batch 1, one thread, medians in turns.",
         "",
         f"| algorithms | {' | '.join(columns)} | seconds to make |",

@@ -1,11 +1,11 @@
-"""What attention needs to beat convolution on few pictures: same data, same minutes, same augmentation.
+"""What attention needs to beat convolution on few images: same data, same minutes, same augmentation.
 
     python benchmarks/attention_vs_convolution.py CIFAR_FOLDER --minutes 6 --pretrained DEIT.safetensors
 
 A small Vision Transformer and torchvision's ResNet-18 adapted to 32x32 train from scratch, one after the other, each
 for the same minutes of training (evaluation is not counted); the learning rate follows the minutes. A pretrained
-Vision Transformer, where one is given, is fine-tuned for the same minutes on the same pictures. Writes curves to
-docs/pictures/attention_vs_convolution.png and a section of docs/results.md.
+Vision Transformer, where one is given, is fine-tuned for the same minutes on the same images. Writes curves to
+docs/images/attention_vs_convolution.png and a section of docs/results.md.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from vit_edge.data import Splits, read_splits
 from vit_edge.image import Preprocessing
 from vit_edge.machine.cpu import usable_threads
 from vit_edge.progress import silent
-from vit_edge.training.batches import Pictures, TrainingBatches, load_pictures
+from vit_edge.training.batches import SplitImages, TrainingBatches, load_split
 from vit_edge.training.loop import Loop
 from vit_edge.training.optimisation import learning_rate
 from vit_edge.training.recipe import Recipe
 from vit_edge.vit import VisionTransformer, ViTConfig
 
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "attention_vs_convolution.png"
+IMAGE = Path(__file__).resolve().parent.parent / "docs" / "images" / "attention_vs_convolution.png"
 SMALL = Preprocessing(resize=32, crop=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 # For all alike. The rates below did best of 3e-4, 1e-3 and 3e-3 (pretrained: 1e-4, 2e-4, 5e-4) in a fifth of the
-# minutes, judged on a tenth of the training pictures (`--try-rates`).
+# minutes, judged on a tenth of the training images (`--try-rates`).
 COMMON = Recipe(
     epochs=10_000, batch_size=64, weight_decay=0.05, warmup_fraction=0.05, crop_area=0.4, flip_probability=0.5,
     rand_augment_operations=1, rand_augment_magnitude=9, label_smoothing=0.1, validation_fraction=0.1,
@@ -98,12 +98,12 @@ def pretrained(path: Path, num_classes: int) -> tuple[nn.Module, Preprocessing]:
 
 
 def compete(contestant: Contestant, splits: Splits, *, minutes: float, judge_every: float) -> None:
-    """Train for the minutes and note the accuracy on the way; the last figure is that on the test pictures."""
+    """Train for the minutes and note the accuracy on the way; the last figure is that on the test images."""
     print(f"{contestant.name}: {contestant.num_parameters:,} parameters", flush=True)
-    pictures = load_pictures(splits.train, contestant.preprocessing, cropped=False, stage="", progress=silent)
+    images = load_split(splits.train, contestant.preprocessing, cropped=False, stage="", progress=silent)
     assert splits.test is not None
-    test = load_pictures(splits.test, contestant.preprocessing, cropped=True, stage="", progress=silent)
-    batches = TrainingBatches(pictures, contestant.recipe, num_classes=len(splits.train.class_names))
+    test = load_split(splits.test, contestant.preprocessing, cropped=True, stage="", progress=silent)
+    batches = TrainingBatches(images, contestant.recipe, num_classes=len(splits.train.class_names))
     loop = TimedLoop(contestant.model, batches, device=torch.device("cpu"))
     spent, judged = 0.0, 0.0
     stream = batches.from_step(0, workers=0)
@@ -119,33 +119,31 @@ def compete(contestant: Contestant, splits: Splits, *, minutes: float, judge_eve
     contestant.epochs = loop.step / batches.steps_per_epoch
 
 
-def note(contestant: Contestant, loop: Loop, test: Pictures, spent: float) -> None:
+def note(contestant: Contestant, loop: Loop, test: SplitImages, spent: float) -> None:
     top1 = loop.evaluate(test).top1
     contestant.minutes.append(spent / 60)
     contestant.top1.append(top1)
     print(f"  {spent / 60:5.1f} minutes, {loop.step} steps: {top1:.1f} %", flush=True)
 
 
-def draw(contestants: list[Contestant], num_pictures: int) -> None:
+def draw(contestants: list[Contestant], num_images: int) -> None:
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axis = figure.subplots()
     for contestant in contestants:
         axis.plot(contestant.minutes, contestant.top1, marker=".", label=contestant.name)
-    axis.set(
-        xlabel="minutes of training", ylabel="test top-1, %", title=f"CIFAR-10, {num_pictures:,} training pictures"
-    )
+    axis.set(xlabel="minutes of training", ylabel="test top-1, %", title=f"CIFAR-10, {num_images:,} training images")
     axis.grid(alpha=0.3)
     axis.legend()
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, metadata={"Software": None})
+    IMAGE.parent.mkdir(exist_ok=True)
+    figure.savefig(IMAGE, metadata={"Software": None})
 
 
 def report(contestants: list[Contestant], splits: Splits, minutes: float, seed: int) -> str:
     assert splits.test is not None
-    pictures = f"{splits.train.num_images:,} training and {splits.test.num_images:,} test pictures of 32x32"
+    images = f"{splits.train.num_images:,} training and {splits.test.num_images:,} test images of 32x32"
     asked = f"{minutes:g} minutes of training each (`--minutes {minutes:g} --seed {seed}`)"
     lines = [
-        f"{pictures}, {asked}, {machine()}, torch {torch.__version__}.",
+        f"{images}, {asked}, {machine()}, torch {torch.__version__}.",
         "",
         "| network | parameters | epochs in the minutes | learning rate | test top-1 |",
         "|---|---|---|---|---|",
@@ -154,7 +152,7 @@ def report(contestants: list[Contestant], splits: Splits, minutes: float, seed: 
         f"| {c.name} | {c.num_parameters:,} | {c.epochs:.1f} | {c.recipe.learning_rate:g} | {c.top1[-1]:.1f} % |"
         for c in contestants
     ]
-    return "\n".join([*lines, "", "![test accuracy against minutes](pictures/attention_vs_convolution.png)"])
+    return "\n".join([*lines, "", "![test accuracy against minutes](images/attention_vs_convolution.png)"])
 
 
 def main() -> None:

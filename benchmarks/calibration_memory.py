@@ -1,10 +1,10 @@
-"""Measure that calibration on 2,000 pictures needs the memory of one on 100, and that a batch changes nothing.
+"""Measure that calibration on 2,000 images needs the memory of one on 100, and that a batch changes nothing.
 
-    python benchmarks/calibration_memory.py MODEL PICTURES [--many 2000]
+    python benchmarks/calibration_memory.py MODEL IMAGES [--many 2000]
 
-MODEL is a float32 model file, PICTURES a folder. Where it holds fewer than are needed, crops of them are written into a
+MODEL is a float32 model file, IMAGES a folder. Where it holds fewer than are needed, crops of them are written into a
 temporary folder. Every calibration runs in a process of its own, which says its peak memory (VmHWM, of Linux). The INT8
-file is made by `quantize` from the pictures of the folder, and answers them one by one and 16 at once. Writes a section
+file is made by `quantize` from the images of the folder, and answers them one by one and 16 at once. Writes a section
 of docs/results.md.
 """
 
@@ -27,7 +27,7 @@ METHODS = ("averaged min-max", "min-max", "percentile", "entropy", "mse")
 FEW, BATCH = 100, 16
 MOST_GROWTH = 1.10
 _HEAD = [
-    "| method | peak, {few} pictures | {few}, batch {batch} | {many} | growth | same bits at batch {batch} |",
+    "| method | peak, {few} images | {few}, batch {batch} | {many} | growth | same bits at batch {batch} |",
     "|---|---|---|---|---|---|",
 ]
 
@@ -35,20 +35,20 @@ _HEAD = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("--many", type=int, default=2000)
     asked = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("onnxruntime", "openvino"))
     with tempfile.TemporaryDirectory() as name:
-        folder = enough(asked.pictures, asked.many, Path(name))
+        folder = enough(asked.images, asked.many, Path(name))
         rows = [row(asked.model, folder, method, asked.many) for method in METHODS]
-        answers = same_answers(asked.model, asked.pictures, Path(name) / "int8.onnx")
+        answers = same_answers(asked.model, asked.images, Path(name) / "int8.onnx")
     head = [line.format(few=FEW, batch=BATCH, many=f"{asked.many:,}") for line in _HEAD]
     write_section("calibration-memory", "\n".join([f"{machine()}, {versions}.", "", *head, *rows, "", answers]))
 
 
 def enough(folder: Path, wanted: int, scratch: Path) -> Path:
-    """Return a folder of so many pictures: that given, or crops of its pictures at random places (seed 0)."""
+    """Return a folder of so many images: that given, or crops of its images at random places (seed 0)."""
     from PIL import Image
 
     from vit_edge.data import find_images
@@ -73,7 +73,7 @@ def row(model: Path, folder: Path, method: str, many: int) -> str:
         sys.exit(f"{method}: batch {BATCH} gives other ranges than batch 1")
     ratios = [found["peak_bytes"] / few["peak_bytes"] for found in (batched, all_of_them)]
     if max(ratios) > MOST_GROWTH:
-        sys.exit(f"{method}: batch {BATCH} and {many} pictures need {ratios} times the memory of {FEW} one by one")
+        sys.exit(f"{method}: batch {BATCH} and {many} images need {ratios} times the memory of {FEW} one by one")
     peaks = " | ".join(f"{found['peak_bytes'] / 1e6:.0f} MB" for found in (few, batched, all_of_them))
     line = f"| {method} | {peaks} | {ratios[1]:.3f} | {len(few['ranges'])} of {len(few['ranges'])} |"
     print(line, flush=True)
@@ -92,7 +92,7 @@ def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batc
     import onnx
 
     from vit_edge.data import find_images
-    from vit_edge.export.quantization.calibration.images import CalibrationPictures
+    from vit_edge.export.quantization.calibration.images import CalibrationImages
     from vit_edge.export.quantization.calibration.observers import observe_ranges
     from vit_edge.export.quantization.qdq.placement import find_products
     from vit_edge.model_file.artifact import open_model
@@ -100,7 +100,7 @@ def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batc
     opened = open_model(model)
     graph = onnx.load_model_from_string(opened.data)
     tensors = [product.input for product in find_products(graph) if not product.takes_pixels]
-    images = CalibrationPictures(find_images(folder)[:num_images], opened.manifest)
+    images = CalibrationImages(find_images(folder)[:num_images], opened.manifest)
     ranges = observe_ranges(graph, tensors, images, method=method, batch_size=batch)
     status = Path("/proc/self/status").read_text(encoding="ascii")
     peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
@@ -108,16 +108,16 @@ def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batc
     print(json.dumps({"ranges": found, "peak_bytes": 1024 * peak_kib}))
 
 
-def same_answers(model: Path, pictures: Path, out: Path) -> str:
-    """Quantize, and say whether each engine answers pictures one by one as it does 16 at once."""
+def same_answers(model: Path, images: Path, out: Path) -> str:
+    """Quantize, and say whether each engine answers images one by one as it does 16 at once."""
     from vit_edge.data import find_images, stream_pixels
     from vit_edge.export import quantize
     from vit_edge.model_file.artifact import open_model
     from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, make_engine
 
-    quantize(model, calibration=pictures, out=out)
+    quantize(model, calibration=images, out=out)
     opened = open_model(out)
-    paths = find_images(pictures)
+    paths = find_images(images)
     pixels = np.stack([pixels for _, pixels in stream_pixels(paths, opened.manifest.preprocessing)])
     said = []
     for name in installed_engines():

@@ -3,8 +3,8 @@
     python benchmarks/converter_table.py
 
 makes each with random weights and two blocks, saves it as its library does, converts the file through
-`vit_edge.convert`, and compares the logits of two random pictures. The table goes into docs/results.md. The tests take
-their families from here, at smaller pictures.
+`vit_edge.convert`, and compares the logits of two random images. The table goes into docs/results.md. The tests take
+their families from here, at smaller images.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ FAMILIES = (
 
 
 def largest_difference(made: Made, model: nn.Module, seed: int = 1) -> float:
-    """Return the largest difference of two pictures' logits, relative to the largest logit."""
+    """Return the largest difference of two images' logits, relative to the largest logit."""
     images = torch.randn(2, 3, *made.image_size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         expected, found = made.reference(images), model(images)
@@ -223,8 +223,8 @@ def write_table(rows: list[str], worst: float) -> None:
     )
     lines = [
         BEGIN,
-        f"{len(FAMILIES)} families at their real width and picture size with two blocks, every weight random,",
-        "saved as files, converted, and compared on two random pictures in float32; the promise is 1e-5.",
+        f"{len(FAMILIES)} families at their real width and image size with two blocks, every weight random,",
+        "saved as files, converted, and compared on two random images in float32; the promise is 1e-5.",
         f"`python benchmarks/converter_table.py`, {versions}; seeds 0 and 1; largest of all {worst:.1e}.",
         "0.0 is equal to the last bit: the same operations in the same order.",
         "",

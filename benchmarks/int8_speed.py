@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("float_model", type=Path, metavar="FLOAT.onnx")
     parser.add_argument("int8_models", type=Path, nargs="+", metavar="INT8.onnx")
-    parser.add_argument("--calibration", type=Path, help="pictures for the peers; without it there are none")
+    parser.add_argument("--calibration", type=Path, help="images for the peers; without it there are none")
     parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the deploy form")
     measure_and_write(parser, SECTION, run, table)
 
@@ -96,7 +96,7 @@ def row(name: str, setting: Setting, samples_ms: TimedSamples) -> dict[str, Any]
 def table(result: dict[str, Any]) -> str:
     """Return the section."""
     asked = f"{result['rounds']} rounds of {result['queries']} queries of each, in turn in one process"
-    source = f"our float32 file and {result['calibration_images']} calibration pictures"
+    source = f"our float32 file and {result['calibration_images']} calibration images"
     plain = "plain graph: from the same network without the deploy form"
     shown = {"than_float": "as our float32", "than_peer": "as the peer", "than_plain_peer": "as the peer, plain graph"}
     keys = [key for key in shown if any(key in entry for entry in result["rows"])]

@@ -1,11 +1,11 @@
-"""Measure our INT8 files beside those of other tools: the same float file and pictures for all, in one run.
+"""Measure our INT8 files beside those of other tools: the same float file and images for all, in one run.
 
     python benchmarks/peers.py FLOAT.onnx --calibration DIR --data LABELLED
         [--make "--target x86-vnni"]... [--ours INT8.onnx]... [--plain PLAIN.onnx] [--limit N] [--json FILE]
 
 --make runs `vit-edge quantize` with these options, as the other tools run: in a process of its own, timed, its peak
 memory read. --ours takes files that are there. Answers are compared with those of the float file in the same engine,
-image by image at batch 1; the evaluation pictures judge and tune nothing. Writes a section of docs/results.md.
+image by image at batch 1; the evaluation images judge and tune nothing. Writes a section of docs/results.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PEERS = (ORT_STATIC, ORT_DYNAMIC, NNCF_TRANSFORMER, NNCF_PLAIN)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judges:
-    """The pictures that judge, each once, and the class of each."""
+    """The images that judge, each once, and the class of each."""
 
     images: tuple[Pixels, ...]
     labels_B: npt.NDArray[np.int64]
@@ -59,12 +59,12 @@ class Judges:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("float_model", type=Path, metavar="FLOAT.onnx")
-    parser.add_argument("--calibration", type=Path, required=True, help="pictures for every tool alike")
-    parser.add_argument("--data", type=Path, required=True, help="labelled pictures that judge")
+    parser.add_argument("--calibration", type=Path, required=True, help="images for every tool alike")
+    parser.add_argument("--data", type=Path, required=True, help="labelled images that judge")
     parser.add_argument("--make", action="append", default=[], metavar="OPTIONS", help="of `vit-edge quantize`")
     parser.add_argument("--ours", type=Path, action="extend", nargs="+", default=[], metavar="INT8.onnx")
     parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="peers are made from this float file too")
-    parser.add_argument("--limit", type=count, help="judge by so many of the pictures only")
+    parser.add_argument("--limit", type=count, help="judge by so many of the images only")
     measure_and_write(parser, SECTION, run, table)
 
 
@@ -97,7 +97,7 @@ def make_ours(text: str, reference: Contestant, calibration: Path, folder: Path)
 
 
 def read_judges(arguments: argparse.Namespace, model: ModelFile) -> Judges:
-    """Return the evaluation pictures; raises DataRejected where one of them also calibrates."""
+    """Return the evaluation images; raises DataRejected where one of them also calibrates."""
     preprocessing = model.manifest.preprocessing
     labelled = read_labelled(arguments.data, splits=EVALUATION_SPLITS, class_names=model.manifest.labels)
     number = min(arguments.limit or labelled.num_images, labelled.num_images)
@@ -155,7 +155,7 @@ def row(contestant: Contestant, setting: Setting) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the section."""
-    judged = f"{result['images']} pictures judge, {result['calibration_images']} others calibrate"
+    judged = f"{result['images']} images judge, {result['calibration_images']} others calibrate"
     made = "Every tool has its defaults, all threads and a process of its own, whose seconds and peak memory are given"
     timed = f"Latency: batch 1, 1 thread, {result['queries']} queries of each, in turn; OpenVINO computes in f32"
     where = f"{result['machine']}, {result['versions']}. The machine: {result['load']['said']}"
@@ -176,7 +176,7 @@ def line(entry: dict[str, Any]) -> str:
     agreement = f"{entry['agreement']:.1f} % ({entry['images'] - entry['changed']} of {entry['images']})"
     made, peak = "", ""
     if entry["seconds"] is not None:
-        made = f"{entry['seconds']:.0f} s, {entry['calibration_images']} pictures"
+        made = f"{entry['seconds']:.0f} s, {entry['calibration_images']} images"
         peak = f"{entry['peak_rss_bytes'] / 1e9:.2f} GB"
     times = f"{entry['median_ms']:.2f} ms | {entry['min_ms']:.2f} ms"
     cells = (entry["file"], entry["setting"], level, agreement, f"{entry['top1']:.2f} %", times, made, peak)

@@ -1,9 +1,9 @@
 """Take a network the whole way and show it: float32, float16 and INT8 in every engine, 1 and 2 threads, batch 1 and 8.
 
-    python benchmarks/showcase.py DEIT_TINY --labels NAMES --calibration PICTURES --data LABELLED
+    python benchmarks/showcase.py DEIT_TINY --labels NAMES --calibration IMAGES --data LABELLED
 
-Runs the commands of the README, writes the page docs/report.html and the picture docs/benchmark.png, and the
-table into a section of docs/results.md. Pictures that judge are named in the page, not shown: they may be others' own.
+Runs the commands of the README, writes the page docs/report.html and the image docs/benchmark.png, and the
+table into a section of docs/results.md. Images that judge are named in the page, not shown: they may be others' own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--min-seconds", default="3", help="for each of the candidates")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where page, picture and section go")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where page, image and section go")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         show(args, Path(folder))
@@ -41,7 +41,7 @@ def show(args: argparse.Namespace, folder: Path) -> None:
     calibration, data = args.calibration.resolve(), args.data.resolve()
     labels = [] if args.labels is None else ["--labels", args.labels.resolve()]
     run("export", args.checkpoint.resolve(), *labels, "-o", models[0])
-    # With their accuracy in them, which the picture of the benchmark draws.
+    # With their accuracy in them, which the image of the benchmark draws.
     run("quantize", models[0], "--precision", "fp16", "--data", data, "-o", models[1])
     run("quantize", models[0], "--calibration", calibration, "--data", data, "-o", models[2], "--no-speed")
     found = [folder / f"{model.stem}.json" for model in models[1:]]
@@ -51,8 +51,8 @@ def show(args: argparse.Namespace, folder: Path) -> None:
             "verify", model, "--reference", models[0], "--data", data.name, "--json", cwd=data.parent, may_fail=True
         )
         file.write_text(judged, encoding="utf-8")
-    speed, picture = folder / "speed.json", args.docs / "benchmark.png"
-    measured = ("--min-seconds", args.min_seconds, "--save", speed, "--plot", picture, "--force")
+    speed, image = folder / "speed.json", args.docs / "benchmark.png"
+    measured = ("--min-seconds", args.min_seconds, "--save", speed, "--plot", image, "--force")
     print(run("benchmark", *models, *EVERY_MIX, *measured))
     run("report", *found, speed, *models, "--max-flips", "0", "--force", "-o", args.docs / "report.html")
     write_section("showcase", section(json.loads(speed.read_text(encoding="utf-8"))), args.docs / RESULTS.name)
@@ -68,7 +68,7 @@ def run(*arguments: str | Path, cwd: Path | None = None, may_fail: bool = False)
 
 
 def section(values: dict[str, Any]) -> str:
-    """Return the table, with a link to the picture, which is too wide for that page."""
+    """Return the table, with a link to the image, which is too wide for that page."""
     noisy = f" **Invalid: {'; '.join(values['invalid_because'])}.**" if values["invalid_because"] else ""
     rows = [
         f"| {Path(entry['model']).stem} | {entry['engine']} | {entry['threads']} | {entry['batch_size']} "
@@ -90,8 +90,8 @@ def section(values: dict[str, Any]) -> str:
     )
     head = f"| {' | '.join(columns)} |"
     about = f"{machine()}, {versions()}; the harness takes {values['harness']['p50_us']:.1f} microseconds a query."
-    picture = "[Latency, throughput, accuracy against time](benchmark.png)."
-    return "\n".join([f"{about}{noisy}", "", head, "|---" * len(columns) + "|", *rows, "", picture])
+    image = "[Latency, throughput, accuracy against time](benchmark.png)."
+    return "\n".join([f"{about}{noisy}", "", head, "|---" * len(columns) + "|", *rows, "", image])
 
 
 def ratio(found: dict[str, Any] | None) -> str:

@@ -24,7 +24,7 @@ import torch
 from support.results import machine, write_section
 
 ROOT = Path(__file__).resolve().parent.parent
-# The pictures have 64 pixels a side in the copies that this was measured on: 64 patches of 8.
+# The images have 64 pixels a side in the copies that this was measured on: 64 patches of 8.
 SCRATCH = (
     "--arch", "vit_tiny_patch8_224", "--image-size", "64", "--recipe", "finetune", "--epochs", "12",
     "--set", "layer_decay=1.0", "--set", "learning_rate=5e-4",
@@ -72,7 +72,7 @@ def food(folder: Path, arguments: argparse.Namespace, more: list[str]) -> None:
             rows.append(
                 f"| {data.name} | {name} | {done['num_images']} | {shares} | **{statistics.mean(top1):.1f} %** |"
             )
-    table = ["| pictures | network | test pictures | top-1 by seed, % | mean |", "|---|---|---|---|---|", *rows]
+    table = ["| images | network | test images | top-1 by seed, % | mean |", "|---|---|---|---|---|", *rows]
     seeds = ", ".join(map(str, arguments.seeds))
     write_section("food", "\n".join([f"Seeds {seeds}, {about()}.", "", *table]))
 

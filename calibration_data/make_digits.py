@@ -3,8 +3,8 @@
     python calibration_data/make_digits.py --out demo/digits     # train/<class>/*.png and test/<class>/*.png
     python calibration_data/make_digits.py --calibration DIR     # DIR/digits/<class>/*.png and DIR/manifest.json
 
-Both give the same bytes on every machine: the split comes from hashes of the pictures, not from a random generator
-whose stream may change; pictures are enlarged in integers, PNGs are stored, not compressed.
+Both give the same bytes on every machine: the split comes from hashes of the images, not from a random generator
+whose stream may change; images are enlarged in integers, PNGs are stored, not compressed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SEED = "vit-edge digits 1"
 NUM_TEST = 360
 NUM_CALIBRATION = 128
 # 8x8 counts (0 to 16) become 32x32 pixels, the size of the original scans, by linear interpolation: the same network
-# learns 99 % of the test pictures from these, 97 % from pictures of 4x4 blocks.
+# learns 99 % of the test images from these, 97 % from images of 4x4 blocks.
 SIDE, SCALE, MAX_COUNT = 8, 4, 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Digit:
-    """One picture: its position in scikit-learn's set, its class, its pixels and its place in the shuffled order."""
+    """One image: its position in scikit-learn's set, its class, its pixels and its place in the shuffled order."""
 
     index: int
     label: int
@@ -62,14 +62,14 @@ def main() -> None:
     if arguments.out:
         for name, digits in (("train", training), ("test", test)):
             write(digits, arguments.out / name)
-        print(f"{len(training)} training and {len(test)} test pictures in {arguments.out}")
+        print(f"{len(training)} training and {len(test)} test images in {arguments.out}")
     if arguments.calibration:
         write_calibration(balanced(training, NUM_CALIBRATION), arguments.calibration)
-        print(f"{NUM_CALIBRATION} calibration pictures in {arguments.calibration}")
+        print(f"{NUM_CALIBRATION} calibration images in {arguments.calibration}")
 
 
 def split() -> tuple[list[Digit], list[Digit]]:
-    """Return the training and the test pictures: 1,437 and 360, every class in proportion."""
+    """Return the training and the test images: 1,437 and 360, every class in proportion."""
     digits = sorted(read(), key=lambda digit: digit.rank)
     by_class = [[d for d in digits if d.label == label] for label in range(10)]
     counts = _in_proportion([len(group) for group in by_class], NUM_TEST)
@@ -79,14 +79,14 @@ def split() -> tuple[list[Digit], list[Digit]]:
 
 
 def balanced(digits: list[Digit], number: int) -> list[Digit]:
-    """Return `number` pictures, as many of each class as of any other (or one more)."""
+    """Return `number` images, as many of each class as of any other (or one more)."""
     by_class = [[d for d in digits if d.label == label] for label in range(10)]
     counts = [number // 10 + (label < number % 10) for label in range(10)]
     return [d for group, count in zip(by_class, counts, strict=True) for d in group[:count]]
 
 
 def read() -> Iterator[Digit]:
-    """Yield the 1,797 pictures of scikit-learn's bundled set."""
+    """Yield the 1,797 images of scikit-learn's bundled set."""
     bunch = load_digits()
     for index, (counts, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
         pixels = enlarged(counts.astype(np.int64))
@@ -108,7 +108,7 @@ def enlarged(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
 
 
 def write(digits: list[Digit], folder: Path) -> None:
-    """Write each picture as `folder`/<class>/<index>.png."""
+    """Write each image as `folder`/<class>/<index>.png."""
     for digit in digits:
         path = folder / digit.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def write(digits: list[Digit], folder: Path) -> None:
 
 
 def write_calibration(digits: list[Digit], folder: Path) -> None:
-    """Write the pictures below `folder`/digits and what they are in `folder`/manifest.json."""
+    """Write the images below `folder`/digits and what they are in `folder`/manifest.json."""
     write(digits, folder / "digits")
     entries = [
         {"file": f"digits/{d.file_name}", "sha256": sha256_hex(d.png()), "class": str(d.label), "index": d.index}

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("demo")
 FLOAT, INT8 = DEMO / "model.onnx", DEMO / "model.int8.onnx"
 TEST = DEMO / "digits" / "test"
-# 360 test pictures certify no drop below 0.83 points even if not one answer changes, and 2.9 if five are lost: 4 points
-# is what they can prove with room for a few changed answers. A real model needs more pictures and a smaller number.
+# 360 test images certify no drop below 0.83 points even if not one answer changes, and 2.9 if five are lost: 4 points
+# is what they can prove with room for a few changed answers. A real model needs more images and a smaller number.
 MAX_DROP = "4"
 BUDGET = ("--max-drop", MAX_DROP, "--min-agreement", "96")
 MAX_SIZE_RATIO = 0.30
@@ -48,15 +48,13 @@ def main(run: str | None = None) -> None:
     quantized = vit_edge("quantize", FLOAT, "--calibration", calibration, "--out", INT8, "--force")
     if quantized["size_ratio"] > MAX_SIZE_RATIO:
         sys.exit(f"INT8 takes {quantized['size_ratio']:.2f} of the float file, over {MAX_SIZE_RATIO}")
-    say(f"ranges from {quantized['num_calibration_images']} pictures, {quantized['size_ratio']:.2f} of the float file")
+    say(f"ranges from {quantized['num_calibration_images']} images, {quantized['size_ratio']:.2f} of the float file")
     verified = vit_edge("verify", INT8, "--reference", FLOAT, "--data", TEST, *BUDGET)
     bound = verified["drop_upper_bound_points"]
     say(f"{verified['verdict']}: INT8 loses at most {bound:.2f} points of top-1, with 95 % confidence")
-    say(
-        f"(360 pictures can certify {verified['best_certifiable_points']:.2f} points at best, so {MAX_DROP} were asked)"
-    )
-    pictures = [sorted((TEST / name).iterdir())[0] for name in ("3", "7")]
-    for answer in vit_edge("classify", INT8, *pictures)["images"]:
+    say(f"(360 images can certify {verified['best_certifiable_points']:.2f} points at best, so {MAX_DROP} were asked)")
+    images = [sorted((TEST / name).iterdir())[0] for name in ("3", "7")]
+    for answer in vit_edge("classify", INT8, *images)["images"]:
         say(f"{answer['file']}: {answer['label']} ({answer['answers'][0]['probability']:.0%})")
     measured = vit_edge("benchmark", FLOAT, INT8, "--threads", "1")
     vit_edge("inspect", INT8)
@@ -74,7 +72,7 @@ def train(run: str | None) -> dict[str, Any]:
     if run is not None:
         return {"checkpoint": str(Path(run) / "best.safetensors"), "folder": run}
     trained = vit_edge("train", DEMO / "digits", "--out", DEMO / "run", "--force")
-    say(f"{trained['top1']:.1f} % of {trained['num_images']} test pictures right, in {trained['seconds']:.0f} s")
+    say(f"{trained['top1']:.1f} % of {trained['num_images']} test images right, in {trained['seconds']:.0f} s")
     return trained
 
 
@@ -154,19 +152,19 @@ def show_refusal() -> None:
 
 def show_next(seconds: float) -> None:
     console.print(
-        f"\nAll of this took {seconds:.0f} s and lies in {DEMO}/. With your own pictures, next:", soft_wrap=True
+        f"\nAll of this took {seconds:.0f} s and lies in {DEMO}/. With your own images, next:", soft_wrap=True
     )
     program = Path(sys.executable).with_name("vit-edge")
     with contextlib.suppress(ValueError):
         program = program.relative_to(Path.cwd())
     for line in (
-        f"{program} classify {INT8} PICTURE.png    # a digit of your own, white on black",
-        "# Your own classes: PICTURES/train/<class>/*.jpg and PICTURES/test/<class>/*.jpg",
-        "# at 32x32 pixels; for larger pictures, and hours of training, add --arch vit_tiny_patch16_224",
-        f"{program} train PICTURES/ --out run/",
+        f"{program} classify {INT8} IMAGE.png    # a digit of your own, white on black",
+        "# Your own classes: IMAGES/train/<class>/*.jpg and IMAGES/test/<class>/*.jpg",
+        "# at 32x32 pixels; for larger images, and hours of training, add --arch vit_tiny_patch16_224",
+        f"{program} train IMAGES/ --out run/",
         f"{program} export run/best.safetensors -o model.onnx",
-        f"{program} quantize model.onnx --calibration PICTURES/train -o model.int8.onnx",
-        f"{program} verify model.int8.onnx --reference model.onnx --data PICTURES/test --max-drop 4",
+        f"{program} quantize model.onnx --calibration IMAGES/train -o model.int8.onnx",
+        f"{program} verify model.int8.onnx --reference model.onnx --data IMAGES/test --max-drop 4",
     ):
         console.print(f"  {line}", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Classify every picture that appears in a folder: one line of JSON each, until Ctrl-C.
+"""Classify every image that appears in a folder: one line of JSON each, until Ctrl-C.
 
     pip install "vit-edge[onnxruntime]"
     python examples/folder_watcher.py model.int8.onnx incoming/
@@ -6,8 +6,8 @@
     python examples/folder_watcher.py model.int8.onnx incoming/ --seen seen.json    # remembered over a restart
 
 A file is taken when neither its size nor its time changed between two looks: whoever writes slowly is waited for. One
-that is no picture is reported once on stderr. A file that is written anew under its old name counts as a new one. Names
-that begin with a dot are left alone, so `mv .picture.part picture.jpg` hands a file over in one step.
+that is no image is reported once on stderr. A file that is written anew under its old name counts as a new one. Names
+that begin with a dot are left alone, so `mv .image.part image.jpg` hands a file over in one step.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _read_seen(memory: Path) -> dict[str, State]:
         kept = json.loads(memory.read_text(encoding="utf-8"))
         return {name: (int(size), int(time_ns)) for name, (size, time_ns) in kept.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        remedy = "remove it: then every picture is classified once more"
+        remedy = "remove it: then every image is classified once more"
         raise InputError("cannot tell what was seen", file=memory, reason=str(error), remedy=remedy) from error
 
 
@@ -86,7 +86,7 @@ def _state(entry: os.DirEntry[str]) -> State | None:
 
 
 def classify(classifier: Classifier, path: Path) -> None:
-    """Print one line of JSON for a picture, or on stderr why it is none."""
+    """Print one line of JSON for an image, or on stderr why it is none."""
     try:
         prediction = classifier(path, top=1)
     except InputError as error:
@@ -109,7 +109,7 @@ def watch(classifier: Classifier, watcher: Watcher, *, interval_s: float, once: 
     while not stop.wait(interval_s):
         for path in watcher.look():
             classify(classifier, path)
-            if stop.is_set():  # the picture in work was finished, the next is not begun
+            if stop.is_set():  # the image in work was finished, the next is not begun
                 return
         if once:
             for path in watcher.unfinished():
@@ -120,7 +120,7 @@ def watch(classifier: Classifier, watcher: Watcher, *, interval_s: float, once: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a model file made by vit-edge")
-    parser.add_argument("folder", type=Path, help="where the pictures appear")
+    parser.add_argument("folder", type=Path, help="where the images appear")
     parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (1)")
     parser.add_argument("--once", action="store_true", help="classify what is there, then end")
     parser.add_argument("--seen", type=Path, metavar="FILE", help="remember here, over a restart, what was classified")
@@ -129,7 +129,7 @@ def main() -> None:
     if not arguments.interval > 0:
         parser.error("--interval is 0 or less")
     if arguments.seen is not None and arguments.seen.resolve().parent == arguments.folder.resolve():
-        parser.error("--seen lies in the folder that is watched, and would be taken for a picture")
+        parser.error("--seen lies in the folder that is watched, and would be taken for an image")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

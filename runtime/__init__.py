@@ -3,7 +3,7 @@
 from vit_edge.runtime import load
 
 with load("model.int8.onnx") as classifier:
-    print(classifier("picture.jpg").label)
+    print(classifier("image.jpg").label)
 """
 
 from vit_edge.runtime.benchmark.results import Benchmark, BenchmarkOptions, Measurement

@@ -1,4 +1,4 @@
-"""Pictures in, labels out: a loaded model with its preprocessing and labels."""
+"""Images in, labels out: a loaded model with its preprocessing and labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_edge.errors import Closed, InputError, UsageError, VerificationFailed
-from vit_edge.image import Color, Decoding, Picture, Pixels, decode_for
+from vit_edge.image import Color, Decoding, ImageSource, Pixels, decode_for
 from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.metrics import softmax
@@ -37,9 +37,9 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """Where the time of one answer went, in milliseconds; of a batch, each picture's share.
+    """Where the time of one answer went, in milliseconds; of a batch, each image's share.
 
-    `decode_ms` reads and decodes the picture, `resize_ms` fits it to the network, `inference_ms` is the engine,
+    `decode_ms` reads and decodes the image, `resize_ms` fits it to the network, `inference_ms` is the engine,
     `answer_ms` turns logits into labels; `waited_ms` is the time in the queue of a `Pool`.
     """
 
@@ -57,7 +57,7 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """The likeliest answers for one picture, the likeliest first, and where the time went."""
+    """The likeliest answers for one image, the likeliest first, and where the time went."""
 
     answers: tuple[Answer, ...]
     timings: Timings
@@ -81,7 +81,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A picture as the network sees it, uint8 RGB [height, width, 3], and how long that took."""
+    """An image as the network sees it, uint8 RGB [height, width, 3], and how long that took."""
 
     pixels: Pixels
     decode_ms: float
@@ -121,38 +121,38 @@ class Classifier:
         """Return what the model file says of itself."""
         return self._manifest
 
-    def __call__(self, picture: Picture, *, top: int = 5, color: Color = "rgb") -> Prediction:
-        """Return the `top` likeliest labels of one picture; raises ImageRejected where it cannot be used.
+    def __call__(self, source: ImageSource, *, top: int = 5, color: Color = "rgb") -> Prediction:
+        """Return the `top` likeliest labels of one image; raises ImageRejected where it cannot be used.
 
-        A picture is a path, the bytes of a file, a binary file, a PIL image, or uint8 pixels [height, width, 3 or 4]
+        An image is a path, the bytes of a file, a binary file, a PIL image, or uint8 pixels [height, width, 3 or 4]
         whose channels are those of `color`: OpenCV gives "bgr", picamera2 "bgr" or "bgra". An array with another number
         of channels raises TypeError. What is given is never changed.
         """
-        return self.predict([self.prepare(picture, color=color)], tops=[top])[0]
+        return self.predict([self.prepare(source, color=color)], tops=[top])[0]
 
-    def classify_batch(self, pictures: Iterable[Picture], *, top: int = 5, color: Color = "rgb") -> list[Prediction]:
-        """Return one prediction for each picture, computed together, 64 at once: memory does not grow with them."""
-        if isinstance(pictures, str | bytes | bytearray | os.PathLike) or not isinstance(pictures, Iterable):
-            raise TypeError(f"pictures is {type(pictures).__name__}; give a list of pictures")
+    def classify_batch(self, images: Iterable[ImageSource], *, top: int = 5, color: Color = "rgb") -> list[Prediction]:
+        """Return one prediction for each image, computed together, 64 at once: memory does not grow with them."""
+        if isinstance(images, str | bytes | bytearray | os.PathLike) or not isinstance(images, Iterable):
+            raise TypeError(f"images is {type(images).__name__}; give a list of images")
         check_top(top)
-        left, found = iter(pictures), list[Prediction]()
+        left, found = iter(images), list[Prediction]()
         while part := list(islice(left, _MOST_AT_ONCE)):
-            prepared = [self.prepare(picture, color=color) for picture in part]
+            prepared = [self.prepare(source, color=color) for source in part]
             found += self.predict(prepared, tops=[top] * len(prepared))
         return found
 
-    def prepare(self, picture: Picture, *, color: Color = "rgb") -> Prepared:
-        """Return a picture as the network sees it; raises as a call does."""
+    def prepare(self, source: ImageSource, *, color: Color = "rgb") -> Prepared:
+        """Return an image as the network sees it; raises as a call does."""
         started = time.perf_counter()
         preprocessing = self._manifest.preprocessing
-        image, upright = decode_for(preprocessing if self._decoding == "fast" else None, picture, color=color)
+        image, upright = decode_for(preprocessing if self._decoding == "fast" else None, source, color=color)
         decoded = time.perf_counter()
         pixels = preprocessing.fit(image, upright=upright)
         resize_ms = (time.perf_counter() - decoded) * 1000
         return Prepared(pixels=pixels, decode_ms=(decoded - started) * 1000, resize_ms=resize_ms)
 
     def predict(self, prepared: Sequence[Prepared], *, tops: Sequence[int]) -> list[Prediction]:
-        """Return one prediction for each prepared picture, with as many answers as `tops` says, computed together."""
+        """Return one prediction for each prepared image, with as many answers as `tops` says, computed together."""
         for top in tops:
             check_top(top)
         if not prepared:

@@ -17,7 +17,7 @@ from vit_edge.image import Decoding, Preprocessing
 from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
-from vit_edge.runtime.checks.golden import check_golden, check_pictures, promised, recorded_version
+from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
 from vit_edge.runtime.checks.operators import check_graph, check_ir
 from vit_edge.runtime.checks.sandbox import probe
 from vit_edge.runtime.classifier import Classifier
@@ -76,7 +76,7 @@ def load(
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable, MissingExtra or UsageError.
 
         >>> classifier = load("model.int8.onnx")          # doctest: +SKIP
-        >>> classifier("picture.jpg").label               # doctest: +SKIP
+        >>> classifier("image.jpg").label               # doctest: +SKIP
         'pizza'
     """
     options = EngineOptions(
@@ -200,7 +200,7 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
         raise ModelRejected(
             "cannot check the model", file=model.source, reason="it has no golden vectors", remedy=remedy
         )
-    check_pictures(manifest.golden, manifest.preprocessing)
+    check_images(manifest.golden, manifest.preprocessing)
     check_golden(engine, manifest)
     return "full"
 

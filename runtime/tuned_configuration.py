@@ -21,7 +21,7 @@ __all__ = ["Verdict", "leave_verdict", "promised_engines", "verdict_for"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """The engine and number of threads that answered one picture soonest, and the median latency it had."""
+    """The engine and number of threads that answered one image soonest, and the median latency it had."""
 
     engine: str
     threads: int

@@ -42,8 +42,8 @@ class Workspace:
         return self.folder / "model.int8.onnx"
 
     @property
-    def test_pictures(self) -> Path:
-        return self.folder / "pictures" / "test"
+    def test_images(self) -> Path:
+        return self.folder / "images" / "test"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,9 +100,9 @@ def workspace(shared_folder: Path, digits: Path) -> Workspace:
 
 
 def _run_readme(space: Workspace, digits: Path) -> None:
-    (space.folder / "pictures").symlink_to(digits)
-    picture = sorted((digits / "test" / "3").iterdir())[0]
-    (space.folder / "picture.png").write_bytes(picture.read_bytes())
+    (space.folder / "images").symlink_to(digits)
+    image = sorted((digits / "test" / "3").iterdir())[0]
+    (space.folder / "image.png").write_bytes(image.read_bytes())
     for arguments in readme_commands():
         done = vit_edge(*arguments, "--json", cwd=space.folder)
         assert done.returncode == 0, f"{arguments}: {done.stderr}"
@@ -127,7 +127,7 @@ def small_model(shared_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def deployment(shared_folder: Path) -> Path:
-    """Return a folder with a checkpoint, pictures, and what a deployment made of them. Copy what you change."""
+    """Return a folder with a checkpoint, images, and what a deployment made of them. Copy what you change."""
     from tests.support.deployments import make_deployment
 
     folder = shared_folder / "deployment"
@@ -140,7 +140,7 @@ def deployment(shared_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder of real weights and pictures that lies beside some checkouts; skips where it is absent."""
+    """Return the folder of real weights and images that lies beside some checkouts; skips where it is absent."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA.name}: real weights and photographs are not beside this checkout")
     return SHARED_DATA

@@ -27,7 +27,7 @@ _NUM_NAMED = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A Vision Transformer with its weights, and everything needed to use it on a picture.
+    """A Vision Transformer with its weights, and everything needed to use it on an image.
 
     `assumed` names what nobody told and was filled in by default, such as "preprocessing.mean" or "labels".
     """

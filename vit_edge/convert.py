@@ -108,7 +108,7 @@ def read_source(
 
     SOURCE is a file, a folder, `timm:NAME`, `hf:REPO` or `torchvision:NAME`. `like` is `timm:NAME`, whose heads,
     activation, eps and preprocessing fill what is not told otherwise. `preprocessing` and `labels` are files (`labels`
-    also a folder of class folders) whose word counts most. `data` are labelled pictures that settle what is assumed.
+    also a folder of class folders) whose word counts most. `data` are labelled images that settle what is assumed.
     `image_size` (height, width) resamples the positions; `num_classes` replaces the head by zeros.
     """
     progress("converting", 0, 3)
@@ -177,7 +177,7 @@ def _settings(knowledge: Knowledge, shaped: Shaped, given: str | os.PathLike[str
 def _settled(
     model: VisionTransformer, settings: _Settings, data: str | os.PathLike[str], progress: Progress
 ) -> tuple[_Settings, Evidence]:
-    """Return the settings after the pictures had their say, and what they said."""
+    """Return the settings after the images had their say, and what they said."""
     evidence = gather(
         model, data, preprocessing=settings.preprocessing, labels=settings.labels, assumed=settings.assumed,
         progress=progress,
@@ -286,7 +286,7 @@ def _preprocessing(
             std=knowledge.value("std"),
         )
     except ValueError as error:
-        remedy = "tell how pictures are prepared with --preprocessing"
+        remedy = "tell how images are prepared with --preprocessing"
         raise UsageError("cannot use the preprocessing", reason=str(error), remedy=remedy) from error
     assumed = [name for name in _PREPROCESSING if not knowledge.told(name)]
     # Short side and crop of a network that is not square: libraries differ, and none wrote it down.

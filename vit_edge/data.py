@@ -1,4 +1,4 @@
-"""Which pictures there are and what they show: image folders and label files, and the pixels of one after another."""
+"""Which images there are and what they show: image folders and label files, and the pixels of one after another."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _VALIDATION_SPLITS = ("validation", "valid", "val")
 EVALUATION_SPLITS = ("test", *_VALIDATION_SPLITS)
 _SPLITS = ("train", *EVALUATION_SPLITS)
-# file name -> column of the picture's path; both have a column "label"
+# file name -> column of the image's path; both have a column "label"
 _LABEL_FILES = {"labels.csv": "file", "metadata.csv": "file_name"}
 
 _MAX_FILES, _MAX_LABEL_BYTES = 1_000_000, 100_000_000
@@ -62,11 +62,11 @@ class LabelledImages:
 
     @property
     def num_images(self) -> int:
-        """Return how many pictures there are."""
+        """Return how many images there are."""
         return len(self.paths)
 
     def take(self, positions: Sequence[int]) -> LabelledImages:
-        """Return the pictures at these positions, under the same class names."""
+        """Return the images at these positions, under the same class names."""
         return LabelledImages(
             paths=tuple(self.paths[i] for i in positions),
             labels=tuple(self.labels[i] for i in positions),
@@ -76,7 +76,7 @@ class LabelledImages:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Pictures to learn from, to choose the best epoch by, and to judge by once; the last two where there are any."""
+    """Images to learn from, to choose the best epoch by, and to judge by once; the last two where there are any."""
 
     train: LabelledImages
     validation: LabelledImages | None
@@ -84,7 +84,7 @@ class Splits:
 
 
 def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Return every picture below `folder` by its suffix, sorted; raises DataRejected where there is none.
+    """Return every image below `folder` by its suffix, sorted; raises DataRejected where there is none.
 
     Links to files are followed (hub caches are made of them), links to folders are not, and that is logged.
     """
@@ -93,14 +93,14 @@ def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     for parent, folders, files in os.walk(root, onerror=_raise_unreadable):
         folders.sort()
         num_links += sum((Path(parent) / name).is_symlink() for name in folders)
-        found += [Path(parent) / name for name in files if _is_picture(name)]
+        found += [Path(parent) / name for name in files if _is_image(name)]
         if len(found) > _MAX_FILES:
-            raise _rejected(root, f"it holds more than {_MAX_FILES:,} pictures", "give a smaller folder")
+            raise _rejected(root, f"it holds more than {_MAX_FILES:,} images", "give a smaller folder")
     if num_links:
         _log.warning("%d links to folders below %s were not followed", num_links, printable(root))
     if not found:
-        reason = f"it holds no picture ({', '.join(SUFFIXES)})"
-        raise _rejected(root, reason, "give a folder with pictures in it, at any depth")
+        reason = f"it holds no image ({', '.join(SUFFIXES)})"
+        raise _rejected(root, reason, "give a folder with images in it, at any depth")
     return tuple(sorted(found, key=os.fsencode))
 
 
@@ -110,9 +110,9 @@ def read_labelled(
     splits: Sequence[str] = (),
     class_names: Sequence[str] | None = None,
 ) -> LabelledImages:
-    """Return the labelled pictures of `folder`; raises DataRejected.
+    """Return the labelled images of `folder`; raises DataRejected.
 
-    The folder holds `<class>/<picture>`, or `labels.csv` (file,label), or `metadata.csv` (file_name,label). Where it is
+    The folder holds `<class>/<image>`, or `labels.csv` (file,label), or `metadata.csv` (file_name,label). Where it is
     divided into train, test, validation, valid or val, the first of `splits` that is there is taken. With `class_names`
     (a model's labels) every class must be one of them; where not one is, all must be indices.
     """
@@ -128,7 +128,7 @@ def read_labelled(
 
 
 def read_unlabelled(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Return the pictures of `folder`, sorted, whatever their labels; raises DataRejected.
+    """Return the images of `folder`, sorted, whatever their labels; raises DataRejected.
 
     They are those that `read_labelled` takes: of the same split, and of the label file where there is one.
     """
@@ -140,11 +140,11 @@ def read_unlabelled(folder: str | os.PathLike[str], *, splits: Sequence[str] = (
 
 
 def lies_loose(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> bool:
-    """Return whether the pictures of `folder` have no labels: no label file, and no folder around any of them."""
+    """Return whether the images of `folder` have no labels: no label file, and no folder around any of them."""
     root = _split_folder(_existing_folder(folder), splits)
     if _listed(root, Path(folder)) is not None:
         return False
-    holding = {Path(parent) for parent, _, files in os.walk(root) if any(_is_picture(name) for name in files)}
+    holding = {Path(parent) for parent, _, files in os.walk(root) if any(_is_image(name) for name in files)}
     return holding == {root}
 
 
@@ -154,7 +154,7 @@ def read_splits(
     """Return what `folder` gives to train on; raises DataRejected.
 
     Divided folders give their splits; without a validation split of its own, and in a folder that is not divided,
-    `validation_fraction` of the training pictures is held out, the same share of every class.
+    `validation_fraction` of the training images is held out, the same share of every class.
     """
     root = _existing_folder(folder)
     present = _present_splits(root)
@@ -170,12 +170,12 @@ def read_splits(
     validation, test = given(_VALIDATION_SPLITS), given(("test",))
     if validation is None and validation_fraction > 0:
         train, held = hold_out(train, fraction=validation_fraction, seed=seed)
-        validation = held if held.num_images else None  # one picture of each class: none can be spared
+        validation = held if held.num_images else None  # one image of each class: none can be spared
     return Splits(train=train, validation=validation, test=test)
 
 
 def hold_out(images: LabelledImages, *, fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Return (kept, held out): `fraction` of every class, one picture at least and never its last one."""
+    """Return (kept, held out): `fraction` of every class, one image at least and never its last one."""
     random = np.random.default_rng(seed)
     labels = np.asarray(images.labels)
     held: set[int] = set()
@@ -189,15 +189,15 @@ def hold_out(images: LabelledImages, *, fraction: float, seed: int) -> tuple[Lab
 def stream_pixels(
     paths: Sequence[Path], preprocessing: Preprocessing, *, rejections: Rejections | None = None
 ) -> Iterator[tuple[int, Pixels]]:
-    """Yield (position in `paths`, pixels) of one picture after another.
+    """Yield (position in `paths`, pixels) of one image after another.
 
-    Pictures that cannot be used are skipped and named in the log; raises DataRejected when they are over 1 %.
+    Images that cannot be used are skipped and named in the log; raises DataRejected when they are over 1 %.
     """
     yield from stream(paths, preprocessing.pixels, rejections=rejections)
 
 
 class Rejections:
-    """Pictures that could not be used, of `num_images` in all: raises DataRejected when they are over 1 %."""
+    """Images that could not be used, of `num_images` in all: raises DataRejected when they are over 1 %."""
 
     def __init__(self, num_images: int) -> None:
         self.num_images = num_images
@@ -210,14 +210,14 @@ class Rejections:
             self.conclude()
 
     def conclude(self) -> None:
-        """Name them in the log, once all pictures were read."""
+        """Name them in the log, once all images were read."""
         if not self._errors:
             return
         named = "; ".join(f"{error.file}: {error.reason}" for error in self._errors[:_NUM_NAMED])
         if len(self._errors) > _MAX_REJECTED * self.num_images:
-            reason = f"{len(self._errors)} or more of {self.num_images} pictures cannot be used, over 1 %: {named}"
-            raise DataRejected("cannot use the pictures", reason=reason, remedy="mend or remove them")
-        _log.warning("%d of %d pictures were skipped: %s", len(self._errors), self.num_images, named)
+            reason = f"{len(self._errors)} or more of {self.num_images} images cannot be used, over 1 %: {named}"
+            raise DataRejected("cannot use the images", reason=reason, remedy="mend or remove them")
+        _log.warning("%d of %d images were skipped: %s", len(self._errors), self.num_images, named)
 
 
 def stream(
@@ -229,8 +229,8 @@ def stream(
 ) -> Iterator[tuple[int, Read]]:
     """Yield (position in `paths`, what `read` makes of the file) in order, read by `threads` at once.
 
-    Pictures that `read` rejects are skipped and named in the log; raises DataRejected when they are over 1 %. With
-    `rejections` these are a part of more pictures: they are counted there, and whoever gave it concludes.
+    Images that `read` rejects are skipped and named in the log; raises DataRejected when they are over 1 %. With
+    `rejections` these are a part of more images: they are counted there, and whoever gave it concludes.
     """
     counted = rejections or Rejections(len(paths))
 
@@ -252,7 +252,7 @@ def stream(
 def _ahead(
     read: Callable[[Path], Read | ImageRejected], paths: Sequence[Path], threads: int
 ) -> Iterator[Read | ImageRejected]:
-    """Yield `read(path)` in order, never more than a few files ahead: a million pictures must not pile up."""
+    """Yield `read(path)` in order, never more than a few files ahead: a million images must not pile up."""
     if threads == 1:
         yield from map(read, paths)
         return
@@ -266,19 +266,19 @@ def _ahead(
 
 
 def pixel_hashes(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[str, Path]:
-    """Return the hash of each picture's pixels after preprocessing, and its path."""
+    """Return the hash of each image's pixels after preprocessing, and its path."""
     return {pixel_hash(pixels): paths[position] for position, pixels in stream_pixels(paths, preprocessing)}
 
 
 def set_hash(hashes: Sequence[str]) -> str:
-    """Return one hash for a set of pictures, whatever their order and names."""
+    """Return one hash for a set of images, whatever their order and names."""
     return sha256_hex("\n".join(sorted(hashes)).encode())
 
 
 def refuse_overlap(
     tuning: Sequence[str] | Mapping[str, Path], judging: Mapping[str, Path], *, used_for: str = "calibration"
 ) -> None:
-    """Raise DataRejected where a picture that tuned the model would also judge it; both by pixel hash.
+    """Raise DataRejected where an image that tuned the model would also judge it; both by pixel hash.
 
     Where the paths of those that tuned are known too, both names are in the message.
     """
@@ -288,12 +288,12 @@ def refuse_overlap(
         for h in set(tuning) & judging.keys()
     )
     if shared:
-        reason = f"{len(shared)} of the pictures that judge were used for {used_for}: {', '.join(shared[:_NUM_NAMED])}"
-        remedy = "judge on other pictures: those that tuned a model flatter it"
-        raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)
+        reason = f"{len(shared)} of the images that judge were used for {used_for}: {', '.join(shared[:_NUM_NAMED])}"
+        remedy = "judge on other images: those that tuned a model flatter it"
+        raise DataRejected("cannot verify on these images", reason=reason, remedy=remedy)
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
@@ -308,7 +308,7 @@ def _existing_folder(folder: str | os.PathLike[str]) -> Path:
 def _present_splits(root: Path, *, labelled: bool = True) -> list[str]:
     present = [name for name in _SPLITS if (root / name).is_dir()]
     for name, column in _LABEL_FILES.items():
-        if (root / name).is_file():  # it may name the pictures of every split
+        if (root / name).is_file():  # it may name the images of every split
             pairs = _read_label_file(root / name, column, labelled=labelled)
             tops = {path.relative_to(root).parts[0] for path, _ in pairs}
             return [split for split in present if split in tops] if tops <= set(present) else []
@@ -327,7 +327,7 @@ def _split_folder(root: Path, splits: Sequence[str], *, labelled: bool = True) -
 
 
 def _listed(root: Path, folder: Path, *, labelled: bool = True) -> list[tuple[Path, str]] | None:
-    """Return what a label file says of the pictures below `root`, which is `folder` or a split of it; None without."""
+    """Return what a label file says of the images below `root`, which is `folder` or a split of it; None without."""
     for name, column in _LABEL_FILES.items():
         if (root / name).is_file():
             return _read_label_file(root / name, column, labelled=labelled)
@@ -341,8 +341,8 @@ def _read_class_folders(root: Path) -> list[tuple[Path, str]]:
     paths = find_images(root)
     loose = [path for path in paths if path.parent == root]
     if loose:
-        reason = f"{len(loose)} pictures lie beside the class folders, such as {printable(loose[0].name)}"
-        raise _rejected(root, reason, "put each picture in the folder of its class, or write a labels.csv (file,label)")
+        reason = f"{len(loose)} images lie beside the class folders, such as {printable(loose[0].name)}"
+        raise _rejected(root, reason, "put each image in the folder of its class, or write a labels.csv (file,label)")
     return [(path, printable(path.relative_to(root).parts[0])) for path in paths]
 
 
@@ -357,10 +357,10 @@ def _read_label_file(file: Path, column: str, *, labelled: bool = True) -> list[
         raise _rejected(file, f"it needs the columns {','.join(columns)} and at least one row", "mend its first line")
     pairs = [(file.parent / (row[column] or ""), (row.get("label") or "").strip()) for row in rows]
     if labelled and not all(label for _, label in pairs):
-        raise _rejected(file, "a row has no label", "give every picture one")
+        raise _rejected(file, "a row has no label", "give every image one")
     missing = [printable(path) for path, _ in pairs if not _is_file(path)]
     if missing:
-        reason = f"{len(missing)} of {len(pairs)} pictures are not there: {', '.join(missing[:_NUM_NAMED])}"
+        reason = f"{len(missing)} of {len(pairs)} images are not there: {', '.join(missing[:_NUM_NAMED])}"
         raise _rejected(file, reason, "paths are relative to the folder of this file")
     return pairs
 
@@ -390,4 +390,4 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _rejected(path: Path, reason: str, remedy: str) -> DataRejected:
-    return DataRejected("cannot use the pictures", file=path, reason=reason, remedy=remedy)
+    return DataRejected("cannot use the images", file=path, reason=reason, remedy=remedy)

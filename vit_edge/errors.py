@@ -4,8 +4,8 @@
     |- UsageError                exit 2    the call or its options are wrong
     |  `- Closed                           it was closed, or loaded before a fork
     |- InputError                exit 3    a file given is missing, broken or does not fit
-    |  |- ImageRejected                    a picture cannot be used
-    |  |- DataRejected                     a folder of pictures cannot be used
+    |  |- ImageRejected                    an image cannot be used
+    |  |- DataRejected                     a folder of images cannot be used
     |  |- CheckpointRejected               a checkpoint cannot be used
     |  `- ModelRejected                    a model file cannot be used
     |- NotTrusted                exit 4    a model file is not the one that was sealed
@@ -83,11 +83,11 @@ class InputError(VitEdgeError):
 
 
 class ImageRejected(InputError):
-    """A picture cannot be used."""
+    """An image cannot be used."""
 
 
 class DataRejected(InputError):
-    """A folder of pictures cannot be used."""
+    """A folder of images cannot be used."""
 
 
 class CheckpointRejected(InputError):

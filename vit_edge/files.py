@@ -34,8 +34,8 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself", "run `git lfs pull`"),
     (b"<!doctype html", "it is an HTML page, not the file itself", "download the file itself, not the page about it"),
     (b"<html", "it is an HTML page, not the file itself", "download the file itself, not the page about it"),
-    (b"\x89png", "it is a PNG picture", "give a picture where a picture is asked for"),
-    (b"\xff\xd8\xff", "it is a JPEG picture", "give a picture where a picture is asked for"),
+    (b"\x89png", "it is a PNG image", "give an image where an image is asked for"),
+    (b"\xff\xd8\xff", "it is a JPEG image", "give an image where an image is asked for"),
     (
         b"pk\x03\x04",
         "it is a zip archive (torch.save writes these)",

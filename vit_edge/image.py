@@ -1,7 +1,7 @@
-"""From a picture to the pixels a network sees: decoded, oriented, resized and cropped in one place for every stage.
+"""From an image to the pixels a network sees: decoded, oriented, resized and cropped in one place for every stage.
 
 Training's evaluation, calibration, verification, the runtime and the benchmark all call `Preprocessing.pixels`, and the
-settings travel in the model file, so a picture gives the same pixels everywhere.
+settings travel in the model file, so an image gives the same pixels everywhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "FORMATS",
     "Color",
     "Decoding",
-    "Picture",
+    "ImageSource",
     "Pixels",
     "Preprocessing",
     "decode",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
-Picture: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Pixels"
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Pixels"
 # The channels of an array in their order: OpenCV gives "bgr", picamera2 "bgra" too.
 Color: TypeAlias = Literal["rgb", "bgr", "rgba", "bgra"]
 # "fast" lets the JPEG decoder leave out what the resize would average away: the nearest scale above its size.
@@ -60,14 +60,14 @@ _INTERPOLATIONS = {
 }
 # Where R, G, B and alpha lie in an array.
 _CHANNELS: dict[str, list[int]] = {"rgb": [0, 1, 2], "bgr": [2, 1, 0], "rgba": [0, 1, 2, 3], "bgra": [2, 1, 0, 3]}
-# EXIF 2.3, tag Orientation: these values turn a picture by a quarter.
+# EXIF 2.3, tag Orientation: these values turn an image by a quarter.
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """How a picture becomes the network's input; raises ValueError where the fields disagree.
+    """How an image becomes the network's input; raises ValueError where the fields disagree.
 
     `resize` is the short side in pixels (the aspect ratio is kept), or (height, width) to squash to; `crop` is the
     (height, width) cut from the centre, which is the network's input size; `mean` and `std` belong to RGB in [0, 1].
@@ -88,7 +88,7 @@ class Preprocessing:
         if len(self.crop) != 2 or len(sides) != 2 or min(*self.crop, *sides) < 1:
             raise ValueError(f"resize {self.resize} and crop {self.crop} must be positive pixel counts")
         if sides[0] < self.crop[0] or sides[1] < self.crop[1]:
-            raise ValueError(f"crop {self.crop} is larger than the picture resized to {self.resize}")
+            raise ValueError(f"crop {self.crop} is larger than the image resized to {self.resize}")
         if max(*self.crop, *sides) > _MAX_SIDE or not all(isinstance(side, int) for side in (*self.crop, *sides)):
             raise ValueError(f"resize {self.resize} and crop {self.crop} must be whole numbers up to {_MAX_SIDE:,}")
         if self.interpolation not in _INTERPOLATIONS:
@@ -107,14 +107,14 @@ class Preprocessing:
         """Return the settings as JSON-ready values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
-    def pixels(self, picture: Picture) -> Pixels:
+    def pixels(self, source: ImageSource) -> Pixels:
         """Return uint8 [height, width, 3] RGB, resized and cropped; raises ImageRejected, or TypeError."""
-        return self.fit(decode(picture))
+        return self.fit(decode(source))
 
     def fit(self, image: Image.Image, *, upright: tuple[int, int] | None = None) -> Pixels:
         """Return uint8 [height, width, 3] from a decoded RGB image, resized and cropped.
 
-        `upright` is the (height, width) of the picture where it was decoded at a smaller scale.
+        `upright` is the (height, width) of the image where it was decoded at a smaller scale.
         """
         height, width = self.resized(*(upright or (image.height, image.width)))
         if (width, height) != image.size:
@@ -131,7 +131,7 @@ class Preprocessing:
         return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width that a picture is resized to before the crop."""
+        """Return the height and width that an image is resized to before the crop."""
         if not isinstance(self.resize, int):
             return self.resize
         # The long side is rounded down, as torchvision's Resize does.
@@ -140,29 +140,29 @@ class Preprocessing:
         return self.resize, int(self.resize * width / height)
 
 
-def decode(picture: Picture, *, color: Color = "rgb") -> Image.Image:
+def decode(source: ImageSource, *, color: Color = "rgb") -> Image.Image:
     """Return an RGB image, upright (EXIF orientation applied), alpha composited on white.
 
-    A picture is a path, the bytes of a file, an open binary file, a PIL image, or uint8 pixels [height, width, 3 or 4],
+    An image is a path, the bytes of a file, an open binary file, a PIL image, or uint8 pixels [height, width, 3 or 4],
     whose channels are those of `color`. An RGB image that was given is returned as it is. Raises ImageRejected (limits,
     format, damage), or TypeError for anything else.
     """
-    return decode_for(None, picture, color=color)[0]
+    return decode_for(None, source, color=color)[0]
 
 
 def decode_for(
-    preprocessing: Preprocessing | None, picture: Picture, *, color: Color = "rgb"
+    preprocessing: Preprocessing | None, source: ImageSource, *, color: Color = "rgb"
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Return what `decode` does, and the (height, width) of the upright picture; raises as it does.
+    """Return what `decode` does, and the (height, width) of the upright image; raises as it does.
 
     With `preprocessing` a JPEG file is decoded at the smallest scale (1/2, 1/4, 1/8) that is not below what that
     resizes to. An image that was opened by somebody else is not touched.
     """
-    name, image = _open(picture, color)
+    name, image = _open(source, color)
     try:
         _check_size(image, name)
         upright = _upright(image)
-        if preprocessing is not None and not isinstance(picture, Image.Image):
+        if preprocessing is not None and not isinstance(source, Image.Image):
             _scale_down(image, preprocessing.resized(*upright))
         if getattr(image, "is_animated", False):
             _log.warning("%s has several frames; only the first is used", name)
@@ -181,48 +181,48 @@ def decode_for(
 
 
 def pixel_hash(pixels: Pixels) -> str:
-    """Return the SHA-256 of the pixels and their shape: equal exactly where two pictures are equal to the network."""
+    """Return the SHA-256 of the pixels and their shape: equal exactly where two images are equal to the network."""
     return sha256_hex(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).tobytes())
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:
-    """Return the height and width that the picture has when it is upright."""
+    """Return the height and width that the image has when it is upright."""
     is_turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
     return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def _scale_down(image: Image.Image, needed: tuple[int, int]) -> None:
-    """Tell the decoder of a JPEG file what (height, width) of the upright picture is needed; others take no notice."""
+    """Tell the decoder of a JPEG file what (height, width) of the upright image is needed; others take no notice."""
     is_turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
     height, width = reversed(needed) if is_turned else needed
     image.draft(None, (width, height))
 
 
-def _open(picture: Picture, color: Color) -> tuple[str, Image.Image]:
+def _open(source: ImageSource, color: Color) -> tuple[str, Image.Image]:
     if color not in _CHANNELS:
         raise TypeError(f"color is {color!r}; choose one of {', '.join(_CHANNELS)}")
-    if isinstance(picture, np.ndarray):
-        return "the array given", _from_array(picture, color)
+    if isinstance(source, np.ndarray):
+        return "the array given", _from_array(source, color)
     if color != "rgb":
-        raise TypeError(f"color is {color!r}, but the picture is no array: all others say themselves what they hold")
-    if isinstance(picture, Image.Image):
-        return "the image given", picture
-    if isinstance(picture, bytes | bytearray | memoryview):
-        name, data = "the bytes given", bytes(picture)
-    elif isinstance(picture, str | os.PathLike):
-        name = printable(picture)
-        data = read_file(picture, what="picture", max_bytes=_MAX_FILE_BYTES, error=ImageRejected)
-    elif hasattr(picture, "read"):
+        raise TypeError(f"color is {color!r}, but the image is no array: all others say themselves what they hold")
+    if isinstance(source, Image.Image):
+        return "the image given", source
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, data = "the bytes given", bytes(source)
+    elif isinstance(source, str | os.PathLike):
+        name = printable(source)
+        data = read_file(source, what="image", max_bytes=_MAX_FILE_BYTES, error=ImageRejected)
+    elif hasattr(source, "read"):
         name = "the file given"
         try:
-            data = picture.read(_MAX_FILE_BYTES)
+            data = source.read(_MAX_FILE_BYTES)
         except (OSError, ValueError) as error:  # it is closed, or its disk fails
             raise _rejected(name, f"it cannot be read ({error})", "open it again") from error
         if not isinstance(data, bytes):
-            raise TypeError("picture is a file opened as text; open it with mode 'rb'")
+            raise TypeError("image is a file opened as text; open it with mode 'rb'")
     else:
         raise TypeError(
-            f"picture is {type(picture).__name__}; "
+            f"image is {type(source).__name__}; "
             "give a path, bytes, a binary file, a PIL image or uint8 [height, width, 3]"
         )
     return name, _open_bytes(data, name)
@@ -235,9 +235,9 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
         kind = kind_of(data)
         if isinstance(error, Image.DecompressionBombError):
             raise _rejected(name, "it has far too many pixels", "scale it down first") from error
-        if kind is not None and "picture" not in kind[0]:
+        if kind is not None and "image" not in kind[0]:
             raise _rejected(name, kind[0], kind[1]) from error
-        reason = f"it is not a picture that can be read ({', '.join(FORMATS)})"
+        reason = f"it is not an image that can be read ({', '.join(FORMATS)})"
         raise _rejected(name, reason, "convert it to one of these") from error
 
 
@@ -247,7 +247,7 @@ def _from_array(pixels: Pixels, color: Color) -> Image.Image:
         expected = f"uint8 [height, width, {len(channels)}] for color={color!r}"
         others = [name for name, order in _CHANNELS.items() if pixels.ndim == 3 and len(order) == pixels.shape[2]]
         hint = f", or say its color: {' or '.join(others)}" if others and pixels.dtype == np.uint8 else ""
-        raise TypeError(f"picture is {pixels.dtype} {list(pixels.shape)}; give {expected}{hint}")
+        raise TypeError(f"image is {pixels.dtype} {list(pixels.shape)}; give {expected}{hint}")
     if 0 in pixels.shape:
         raise _rejected("the array given", "it has no pixels", "give at least one row and one column")
     return Image.fromarray(np.ascontiguousarray(pixels[..., channels]))
@@ -280,4 +280,4 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _rejected(name: str, reason: str, remedy: str) -> ImageRejected:
-    return ImageRejected("cannot use the picture", file=name, reason=reason, remedy=remedy)
+    return ImageRejected("cannot use the image", file=name, reason=reason, remedy=remedy)

@@ -1,7 +1,7 @@
-"""Find re-encoded copies: pictures that differ in every pixel's last bits and still show the very same thing.
+"""Find re-encoded copies: images that differ in every pixel's last bits and still show the very same thing.
 
-A picture that calibrated a model and judges it too is found by its pixel hash, but one more JPEG encoding changes that
-hash. Such copies are common where data sets meet (3 and 10 % of CIFAR's test pictures: Barz and Denzler, "Do we train
+An image that calibrated a model and judges it too is found by its pixel hash, but one more JPEG encoding changes that
+hash. Such copies are common where data sets meet (3 and 10 % of CIFAR's test images: Barz and Denzler, "Do we train
 on test data?", 2020). Compared here are grey thumbnails, as "80 million tiny images" did (Torralba, Fergus and Freeman,
 IEEE PAMI 30, 2008): the means over a grid of 8 x 8 hardly move when a file is encoded again or scaled.
 """
@@ -27,15 +27,15 @@ _LENGTH = 4 * -(-_SIDE * _SIDE // 3)
 # 11.6 apart at least (150 x 550 photographs), or 7.1 (1,797 handwritten digits).
 _MOST_DISTANCE = 3.5
 # The same as a share of the thumbnail's own contrast: copies moved by at most 0.19, different photographs are 0.44
-# apart at least. Without it all pictures of fog would be copies of each other.
+# apart at least. Without it all images of fog would be copies of each other.
 _MOST_RELATIVE = 0.3
-# A picture of one colour shows nothing to know it by.
+# An image of one colour shows nothing to know it by.
 _LEAST_CONTRAST = 1.0
 _ROWS_AT_ONCE = 1024
 
 
 def fingerprint(pixels: Pixels) -> str:
-    """Return an 8 x 8 grey thumbnail in base64, which hardly changes when the picture is encoded again.
+    """Return an 8 x 8 grey thumbnail in base64, which hardly changes when the image is encoded again.
 
     `pixels` is uint8 [height, width, 3] after preprocessing.
     """
@@ -45,7 +45,7 @@ def fingerprint(pixels: Pixels) -> str:
 
 
 def near_duplicates(fingerprints: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the positions (in `fingerprints`, in `others`) of pictures that are copies, encoded again or scaled.
+    """Return the positions (in `fingerprints`, in `others`) of images that are copies, encoded again or scaled.
 
     Raises ValueError where a text is no fingerprint. 2,000 against 5,000 take a third of a second.
     """

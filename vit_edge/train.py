@@ -30,9 +30,9 @@ def train(
     on_progress: Callable[[TrainProgress], None] | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
-    """Train on `data` and leave best and last checkpoint, state, log and pictures in the folder `out`.
+    """Train on `data` and leave best and last checkpoint, state, log and images in the folder `out`.
 
-    The validation pictures choose the best epoch; the test pictures, where there are any, judge it once at the end.
+    The validation images choose the best epoch; the test images, where there are any, judge it once at the end.
     Raises DataRejected, UsageError, EngineUnavailable, and Interrupted after SIGINT or SIGTERM, when the step was
     finished and everything saved. Under torchrun each process calls this, and one of them writes.
     """

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from emulated_cpu import CLEAR_GAP, default_pictures, make_model, read_pixels, run
+from emulated_cpu import CLEAR_GAP, default_images, make_model, read_pixels, run
 
 from vit_edge.data import find_images
 from vit_edge.metrics import Logits, sqnr_db
@@ -48,7 +48,7 @@ def main() -> None:
     """Build the device, ask it, and exit with 1 where it answers otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="INT8 model file  [default: one is made, portable]")
-    parser.add_argument("--pictures", type=Path, help="folder of pictures  [default: photographs, else digits]")
+    parser.add_argument("--images", type=Path, help="folder of images  [default: photographs, else digits]")
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--root", type=Path, help="a root to use again, or to build and keep")
     options = parser.parse_args()
@@ -56,13 +56,13 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vit-edge-arm64-") as name, emulation():
         folder = Path(name)
-        pictures = options.pictures or default_pictures(folder)
-        model = options.model or make_model(folder, pictures)
+        images = options.images or default_images(folder)
+        model = options.model or make_model(folder, images)
         root = options.root or folder / "root"
         if not (root / SITE).exists():
             build_root(root)
         with ssh_server(root, folder) as address:
-            failed = ask(model, pictures, options.count, address, folder)
+            failed = ask(model, images, options.count, address, folder)
             failed += [f"left behind: {path.name}" for path in (root / "tmp").glob("vit-edge-*")]
     print(f"{time.monotonic() - started:.0f} s in all")
     sys.exit("failed: " + "; ".join(failed) if failed else None)
@@ -149,15 +149,15 @@ def ssh_server(root: Path, folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def ask(model: Path, pictures: Path, count: int, address: str, folder: Path) -> list[str]:
+def ask(model: Path, images: Path, count: int, address: str, folder: Path) -> list[str]:
     """Print what the device answers beside what this machine does; returns what is wrong."""
-    images_NHWC = read_pixels(model, pictures, count)
+    images_NHWC = read_pixels(model, images, count)
     with load(model, engine="onnxruntime") as classifier:
         here_BK = np.concatenate([classifier.logits(image[None]) for image in images_NHWC])
     failed = compare(here_BK, answers_there(model, images_NHWC, address, folder))
-    picture = str(find_images(pictures)[0])
+    image_path = str(find_images(images)[0])
     fast = ["--min-seconds", "1", "--min-queries", "5", "--engine", "onnxruntime", "--no-peak"]
-    for arguments in (["classify", str(model), picture], ["benchmark", str(model), *fast]):
+    for arguments in (["classify", str(model), image_path], ["benchmark", str(model), *fast]):
         command = [sys.executable, "-m", "vit_edge", *arguments, "--on", address]
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -177,7 +177,7 @@ def ask(model: Path, pictures: Path, count: int, address: str, folder: Path) -> 
 
 
 def answers_there(model: Path, images_NHWC: np.ndarray, address: str, folder: Path) -> Logits:
-    """Return the device's logits, one picture at a time; loading checks the golden vectors there."""
+    """Return the device's logits, one image at a time; loading checks the golden vectors there."""
     setup = Setup(seconds=600)
     bundle = Bundle.write(folder, {model: [("model.onnx", model)]}, setup)
     with Session(Device(address=address, name="arm64"), setup) as session:
@@ -191,7 +191,7 @@ def compare(here_BK: Logits, there_BK: Logits) -> list[str]:
     """Print how both answer; returns what is wrong."""
     changed, clear = here_BK.argmax(axis=1) != there_BK.argmax(axis=1), top2_gap(here_BK) > CLEAR_GAP
     equal = " (bitwise equal)" if np.array_equal(here_BK, there_BK) else ""
-    print(f"{len(here_BK)} pictures, SQNR {sqnr_db(here_BK, there_BK):.1f} dB{equal}")
+    print(f"{len(here_BK)} images, SQNR {sqnr_db(here_BK, there_BK):.1f} dB{equal}")
     print(f"top-1 changed where the gap exceeds {CLEAR_GAP}: {int((changed & clear).sum())} of {int(clear.sum())}")
     print(f"top-1 changed elsewhere: {int((changed & ~clear).sum())} of {int((~clear).sum())}")
     return ["top-1 differs where the gap is clear"] if (changed & clear).any() else []

@@ -2,14 +2,14 @@
 
     make test-emulated                                        # makes a portable file and asks
     make test-emulated MODEL=model.int8.onnx                  # asks of this one
-    python benchmarks/emulation/emulated_cpu.py MODEL --engine openvino --pictures DIR
+    python benchmarks/emulation/emulated_cpu.py MODEL --engine openvino --images DIR
 
 What `--target portable` promises is checked: top-1 equal wherever the native top-2 gap exceeds 0.5, SQNR of the logits
-at least 28 dB, on 32 pictures; the exit code is 1 where it is broken (DeiT-tiny in OpenVINO: 25.9 dB with the recipe
+at least 28 dB, on 32 images; the exit code is 1 where it is broken (DeiT-tiny in OpenVINO: 25.9 dB with the recipe
 `fast`, 29.7 dB with `accurate`; docs/quantization.md has the reason). Files of other targets promise nothing there:
 their figures are printed, and loading has to warn. With the project's data beside the clone the network is DeiT-tiny on
 photographs (the evaluation ones, without labels: nothing is tuned by them), else a small ViT on handwritten digits.
-Emulation is 200 times slower: some 2 s a picture.
+Emulation is 200 times slower: some 2 s an image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     """Print the figures of the emulated CPU against this one; exit with 1 where the promise is broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="INT8 model file  [default: one is made, portable]")
-    parser.add_argument("--pictures", type=Path, help="folder of pictures  [default: photographs, else digits]")
+    parser.add_argument("--images", type=Path, help="folder of images  [default: photographs, else digits]")
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--cpu", default="Haswell", help="a CPU of QEMU  [default: Haswell: AVX2, no VNNI]")
     parser.add_argument("--engine", default="onnxruntime")
@@ -50,10 +50,10 @@ def main() -> None:
     emulator = find_emulator()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = options.pictures or default_pictures(folder)
-        model = options.model or make_model(folder, pictures)
+        images = options.images or default_images(folder)
+        model = options.model or make_model(folder, images)
         pixels = folder / "pixels.npy"
-        np.save(pixels, read_pixels(model, pictures, options.count))
+        np.save(pixels, read_pixels(model, images, options.count))
         native = answers(model, pixels, folder / "native", [], options.engine)
         emulated = answers(model, pixels, folder / "emulated", [emulator, "-cpu", options.cpu], options.engine)
         code = compare(model, native, emulated, options.cpu, options.engine)
@@ -72,7 +72,7 @@ def find_emulator() -> str:
     return found
 
 
-def default_pictures(folder: Path) -> Path:
+def default_images(folder: Path) -> Path:
     """Return the folder of photographs, or of digits that are made where there are none."""
     if (DATA / "photos" / "evaluation").is_dir():
         return DATA / "photos" / "evaluation"
@@ -82,10 +82,10 @@ def default_pictures(folder: Path) -> Path:
     return folder / "digits" / "test"
 
 
-def make_model(folder: Path, pictures: Path) -> Path:
+def make_model(folder: Path, images: Path) -> Path:
     """Return a portable INT8 file: DeiT-tiny for the photographs, else a ViT trained on the digits for a minute."""
     command = [sys.executable, "-m", "vit_edge"]
-    if pictures == DATA / "photos" / "evaluation":
+    if images == DATA / "photos" / "evaluation":
         checkpoint, calibration = DATA / "deit_tiny", DATA / "photos" / "calibration"
     else:
         make_digits = ROOT / "calibration_data" / "make_digits.py"
@@ -107,12 +107,12 @@ def run(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
 
 
-def read_pixels(model: Path, pictures: Path, count: int) -> np.ndarray:
-    """Return uint8 [count, height, width, 3]: pictures spread over the folder, prepared as the model asks."""
+def read_pixels(model: Path, images: Path, count: int) -> np.ndarray:
+    """Return uint8 [count, height, width, 3]: images spread over the folder, prepared as the model asks."""
     preprocessing = open_model(model).manifest.preprocessing
-    paths = find_images(pictures)
+    paths = find_images(images)
     if len(paths) < count:
-        sys.exit(f"{pictures} has {len(paths)} pictures; {count} are needed")
+        sys.exit(f"{images} has {len(paths)} images; {count} are needed")
     return np.stack([preprocessing.pixels(paths[i * len(paths) // count]) for i in range(count)])
 
 
@@ -126,7 +126,7 @@ def answers(model: Path, pixels: Path, out: Path, prefix: list[str], engine: str
 
 
 def worker(model: str, pixels: str, out: str, engine: str) -> None:
-    """Write the logits of the pixels, one picture at a time; print the CPU found and what loading warns of."""
+    """Write the logits of the pixels, one image at a time; print the CPU found and what loading warns of."""
     # The golden vectors are checked by a load; here the difference itself is wanted, be it as it may.
     with load(model, engine=engine, threads=1, verify="hash") as classifier:  # type: ignore[arg-type]
         images_NHWC = np.load(pixels)
@@ -143,7 +143,7 @@ def compare(
     changed = native_BK.argmax(axis=1) != emulated_BK.argmax(axis=1)
     clear = top2_gap(native_BK) > CLEAR_GAP
     sqnr = sqnr_db(native_BK, emulated_BK)
-    print(f"{engine}, target {target}, {len(native_BK)} pictures: {here['cpu']} against {name} ({there['cpu']})")
+    print(f"{engine}, target {target}, {len(native_BK)} images: {here['cpu']} against {name} ({there['cpu']})")
     print(f"top-1 changed where the gap exceeds {CLEAR_GAP}: {int((changed & clear).sum())} of {int(clear.sum())}")
     print(f"top-1 changed elsewhere: {int((changed & ~clear).sum())} of {int((~clear).sum())}")
     equal = " (bitwise equal)" if np.array_equal(native_BK, emulated_BK) else ""

@@ -1,10 +1,10 @@
 """From a file to an answer: our runtime beside torchvision with PyTorch eager and beside Hugging Face's pipeline.
 
-    python benchmarks/runtime/end_to_end.py CHECKPOINT --models FLOAT.onnx INT8.onnx --pictures EVALUATION
+    python benchmarks/runtime/end_to_end.py CHECKPOINT --models FLOAT.onnx INT8.onnx --images EVALUATION
 
 Batch 1, one thread everywhere, the same weights, every contestant in turn in one process, for two JPEG files: one of
---pictures as it is, and the same enlarged to 12 megapixels under fine noise, quality 90, as a camera's would be. Each
-query reads the file. Then what `decode="fast"` does to answers: on the pictures as they are, and enlarged. The pipeline
+--images as it is, and the same enlarged to 12 megapixels under fine noise, quality 90, as a camera's would be. Each
+query reads the file. Then what `decode="fast"` does to answers: on the images as they are, and enlarged. The pipeline
 resizes as its image processor for this network does. Writes a section of docs/results.md.
 """
 
@@ -40,16 +40,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the same weights, for PyTorch")
     parser.add_argument("--models", type=Path, nargs="+", required=True, metavar="MODEL.onnx")
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--engine", default="onnxruntime")
-    parser.add_argument("--enlarged-side", type=count, default=3464, help="of the pictures that judge fast decoding")
-    parser.add_argument("--limit", type=count, help="judge fast decoding by so many pictures only")
+    parser.add_argument("--enlarged-side", type=count, default=3464, help="of the images that judge fast decoding")
+    parser.add_argument("--limit", type=count, help="judge fast decoding by so many images only")
     measure_and_write(parser, SECTION, run, table)
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    paths = find_images(arguments.pictures)
+    paths = find_images(arguments.images)
     files = {"299x299": paths[0], "12 megapixels": enlarged(paths[0], LARGE, folder / "large.jpg")}
     checkpoint = load_checkpoint(arguments.checkpoint)
     ours = {
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def enlarged(path: Path, size: tuple[int, int], out: Path) -> Path:
-    """Write the picture enlarged, under the fine noise that a sensor leaves, as a JPEG of quality 90."""
+    """Write the image enlarged, under the fine noise that a sensor leaves, as a JPEG of quality 90."""
     image = Image.open(path).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     noise = np.random.default_rng(0).normal(0, 4, (size[1], size[0], 1))
     pixels = np.clip(np.asarray(image, np.float32) + noise, 0, 255).astype(np.uint8)
@@ -220,7 +220,7 @@ def effect(ours: dict[tuple[str, str], Classifier], paths: Sequence[Path], side:
                 for key in same:
                     logits[key].append(ours[key].logits(pixels)[0])
     return {
-        "pictures": len(paths),
+        "images": len(paths),
         "side": side,
         "models": {name: compared(logits[name, "full"], logits[name, "fast"]) for name, d in ours if d == "full"},
     }
@@ -269,16 +269,14 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         'What `decode="fast"` does to answers:',
         "",
-        "| pictures | model | same top-1 | SQNR |",
+        "| images | model | same top-1 | SQNR |",
         "|---|---|---|---|",
     ]
     for found in result["effects"]:
         what = "as they are" if found["side"] is None else f"enlarged to {found['side']}x{found['side']}"
         for name, figures in found["models"].items():
             level = "the same bits" if figures["sqnr_db"] is None else f"{figures['sqnr_db']:.1f} dB"
-            lines.append(
-                f"| {found['pictures']} {what} | {name} | {figures['same']} of {found['pictures']} | {level} |"
-            )
+            lines.append(f"| {found['images']} {what} | {name} | {figures['same']} of {found['images']} | {level} |")
     return "\n".join(lines)
 
 

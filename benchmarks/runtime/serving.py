@@ -1,6 +1,6 @@
 """A pool under three times the load that it can answer: refusals at once, what was taken in time, memory flat.
 
-    python benchmarks/runtime/serving.py MODEL.onnx --pictures PICTURES [--workers 1] [--queue-size 8] [--seconds 20]
+    python benchmarks/runtime/serving.py MODEL.onnx --images IMAGES [--workers 1] [--queue-size 8] [--seconds 20]
 
 First the service time: one request after the other. Then requests arrive by the clock, at three times the rate at which
 the pool answers, whatever becomes of those before (an open loop). Files lie in memory: decoding is part of the service.
@@ -66,7 +66,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--workers", type=count, default=1)
     parser.add_argument("--queue-size", type=count, default=8)
     parser.add_argument("--seconds", type=count, default=20)
@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
     arguments = parser.parse_args()
     find_section(SECTION, arguments.results)
-    pictures = [path.read_bytes() for path in find_images(arguments.pictures)[:50]]
-    rows = [overloaded(engine, pictures, arguments) for engine in installed_engines()]
+    images = [path.read_bytes() for path in find_images(arguments.images)[:50]]
+    rows = [overloaded(engine, images, arguments) for engine in installed_engines()]
     written = table(rows, arguments)
     print(written)
     if arguments.json:
@@ -83,15 +83,15 @@ def main() -> None:
     write_section(SECTION, written, arguments.results)
 
 
-def overloaded(engine: str, pictures: list[bytes], arguments: argparse.Namespace) -> Row:
+def overloaded(engine: str, images: list[bytes], arguments: argparse.Namespace) -> Row:
     settings = {"workers": arguments.workers, "queue_size": arguments.queue_size}
     with Pool(arguments.model, engine=engine, **settings) as pool:  # type: ignore[arg-type]
-        service_ms = np.array([answered(pool, picture) for picture in pictures * 4][len(pictures) :])
+        service_ms = np.array([answered(pool, image) for image in images * 4][len(images) :])
         capacity = arguments.workers * 1000 / float(np.median(service_ms))
         rate = TIMES_CAPACITY * capacity
-        offered(pool, pictures, rate, 2)  # until memory has settled
+        offered(pool, images, rate, 2)  # until memory has settled
         before = rss_bytes()
-        refused_ms, taken_ms, seconds = offered(pool, pictures, rate, arguments.seconds)
+        refused_ms, taken_ms, seconds = offered(pool, images, rate, arguments.seconds)
         after = rss_bytes()
     return Row(
         engine=engine,
@@ -111,18 +111,18 @@ def overloaded(engine: str, pictures: list[bytes], arguments: argparse.Namespace
     )
 
 
-def answered(pool: Pool, picture: bytes) -> float:
+def answered(pool: Pool, image: bytes) -> float:
     started = time.perf_counter()
-    pool.submit(picture).result()
+    pool.submit(image).result()
     return (time.perf_counter() - started) * 1000
 
 
-def offered(pool: Pool, pictures: list[bytes], rate: float, seconds: float) -> tuple[list[float], list[float], float]:
+def offered(pool: Pool, images: list[bytes], rate: float, seconds: float) -> tuple[list[float], list[float], float]:
     """Return the times of refusals and of answers in milliseconds, for requests that arrive by the clock."""
     refused_ms: list[float] = []
     taken_ms: list[float] = []
     waiting = []
-    source = cycle(pictures)
+    source = cycle(images)
     began = time.perf_counter()
     number = 0
     while (now := time.perf_counter()) - began < seconds:

@@ -1,6 +1,6 @@
 """Another model every 200 ms under load, every third of them damaged: who gets no answer, or a wrong one.
 
-    python benchmarks/runtime/swapping.py ONE.onnx OTHER.onnx --pictures PICTURES [--seconds 30] [--interval-ms 200]
+    python benchmarks/runtime/swapping.py ONE.onnx OTHER.onnx --images IMAGES [--seconds 30] [--interval-ms 200]
 
 Two files that answer differently, a float one and its INT8 say, take turns in a pool that callers ask all the time. A
 candidate with a changed byte, or with golden vectors of another network, must be refused. Every answer is held, bit for
@@ -32,7 +32,7 @@ from vit_edge.model_file.artifact import open_model
 from vit_edge.runtime import Pool, installed_engines, load
 
 SECTION = "swapping"
-PICTURES = 24
+IMAGES = 24
 # Swaps, refused ones too, however long they take.
 FEWEST = 6
 
@@ -75,7 +75,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs=2, metavar="MODEL.onnx")
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--seconds", type=count, default=30, help="for each engine")
     parser.add_argument("--interval-ms", type=count, default=200)
     parser.add_argument("--callers", type=count, default=4)
@@ -84,10 +84,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file with the section to write")
     arguments = parser.parse_args()
     find_section(SECTION, arguments.results)
-    pictures = [path.read_bytes() for path in find_images(arguments.pictures)[:PICTURES]]
+    images = [path.read_bytes() for path in find_images(arguments.images)[:IMAGES]]
     with tempfile.TemporaryDirectory() as name:
         bad = damaged(arguments.models[1], Path(name))
-        rows = [exchanged(engine, pictures, bad, arguments) for engine in installed_engines()]
+        rows = [exchanged(engine, images, bad, arguments) for engine in installed_engines()]
     written = table(rows, arguments)
     print(written)
     if arguments.json:
@@ -107,14 +107,14 @@ def damaged(good: Path, folder: Path) -> list[Path]:
     return [folder / "changed.onnx", folder / "another.onnx"]
 
 
-def exchanged(engine: str, pictures: Sequence[bytes], bad: Sequence[Path], arguments: argparse.Namespace) -> Row:
+def exchanged(engine: str, images: Sequence[bytes], bad: Sequence[Path], arguments: argparse.Namespace) -> Row:
     """Return what became of the answers of one engine."""
-    alone = [answers_of(path, engine, pictures) for path in arguments.models]
+    alone = [answers_of(path, engine, images) for path in arguments.models]
     asked, stop = Asked(), threading.Event()
     settings: dict[str, Any] = {"engine": engine, "workers": arguments.workers, "queue_size": 2 * arguments.callers}
     with Pool(arguments.models[0], **settings) as pool:
         callers = [
-            threading.Thread(target=call, args=(pool, pictures, alone, asked, stop, number))
+            threading.Thread(target=call, args=(pool, images, alone, asked, stop, number))
             for number in range(arguments.callers)
         ]
         for caller in callers:
@@ -140,20 +140,20 @@ def exchanged(engine: str, pictures: Sequence[bytes], bad: Sequence[Path], argum
     )
 
 
-def answers_of(path: Path, engine: str, pictures: Sequence[bytes]) -> list[Any]:
+def answers_of(path: Path, engine: str, images: Sequence[bytes]) -> list[Any]:
     with load(path, engine=engine, threads=1) as classifier:  # type: ignore[arg-type]
-        return [classifier(picture).answers for picture in pictures]
+        return [classifier(image).answers for image in images]
 
 
 def call(
-    pool: Pool, pictures: Sequence[bytes], alone: list[list[Any]], asked: Asked, stop: threading.Event, position: int
+    pool: Pool, images: Sequence[bytes], alone: list[list[Any]], asked: Asked, stop: threading.Event, position: int
 ) -> None:
     """Ask until `stop`; where the pool is full, ask again."""
     while not stop.is_set():
-        position = (position + 1) % len(pictures)
+        position = (position + 1) % len(images)
         started = time.perf_counter()
         try:
-            answers = pool.submit(pictures[position]).result(60).answers
+            answers = pool.submit(images[position]).result(60).answers
         except Overloaded:
             time.sleep(0.001)
             continue

@@ -1,7 +1,7 @@
 """INT8 files by other tools and by ours, each made in a process of its own, with its time and its peak memory.
 
 Every tool gets our float file (the deploy form; without its manifest, which only we read), the same calibration
-pictures through the same preprocessing, its own defaults, and every thread it takes by itself.
+images through the same preprocessing, its own defaults, and every thread it takes by itself.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ def _ours(job: dict[str, Any]) -> int:
 
 
 def _inputs(model: ModelFile, calibration: str) -> list[Any]:
-    """Return what the graph takes for each calibration picture, batch 1."""
+    """Return what the graph takes for each calibration image, batch 1."""
     manifest = model.manifest
-    pictures = stream_pixels(find_images(calibration), manifest.preprocessing)
-    return [manifest.network_input(pixels[None]) for _, pixels in pictures]
+    images = stream_pixels(find_images(calibration), manifest.preprocessing)
+    return [manifest.network_input(pixels[None]) for _, pixels in images]
 
 
 def _graph(model: ModelFile) -> Any:
@@ -108,8 +108,8 @@ def _graph(model: ModelFile) -> Any:
 def _ort_static(model: ModelFile, job: dict[str, Any]) -> int:
     """Quantize with the defaults: QDQ, min-max, every operator it knows, inputs and outputs.
 
-    Its min-max calibrator keeps two numbers a tensor and picture: 0.40 GB for 40 pictures of DeiT-tiny, 0.39 for 10.
-    (Entropy and percentile keep every activation: 7.4 GB for 64.) So all pictures go in.
+    Its min-max calibrator keeps two numbers a tensor and image: 0.40 GB for 40 images of DeiT-tiny, 0.39 for 10.
+    (Entropy and percentile keep every activation: 7.4 GB for 64.) So all images go in.
     """
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
@@ -135,7 +135,7 @@ def _ort_dynamic(model: ModelFile, job: dict[str, Any]) -> int:
 
 
 def _nncf(model: ModelFile, job: dict[str, Any]) -> int:
-    """Quantize with `model_type=TRANSFORMER`, or without; one sample is one picture, as NNCF expects it.
+    """Quantize with `model_type=TRANSFORMER`, or without; one sample is one image, as NNCF expects it.
 
     NNCF needs no torch for OpenVINO's graphs but imports it wherever it is: hidden, as its memory is not NNCF's need.
     """

@@ -2,7 +2,7 @@
 // Classify pixels with a model file of vit-edge in Node.js: nothing but the .onnx, onnxruntime-node and protobufjs.
 //
 //     node classify.mjs model.int8.onnx --golden
-//     node classify.mjs model.int8.onnx --raw 32x32 picture.rgb
+//     node classify.mjs model.int8.onnx --raw 32x32 image.rgb
 //
 // docs/model-file.md says what the file holds; exit codes are those of vit-edge.
 

@@ -2,7 +2,7 @@
 
     pip install "vit-edge[onnxruntime]" fastapi uvicorn
     VIT_EDGE_MODEL=model.int8.onnx python -m uvicorn app:app --app-dir examples/service --port 8000
-    curl --data-binary @picture.jpg -H "Content-Type: image/jpeg" localhost:8000/classify
+    curl --data-binary @image.jpg -H "Content-Type: image/jpeg" localhost:8000/classify
     curl localhost:8000/healthz
 
 The settings are environment variables; README.md beside this file lists them, and every answer but 200.
@@ -115,18 +115,18 @@ def notify(state: str) -> None:
 
 
 async def beat(pool: Pool) -> None:
-    """Tell systemd twice in each WatchdogSec that pictures are answered, as long as they are.
+    """Tell systemd twice in each WatchdogSec that images are answered, as long as they are.
 
     A driver or an engine that hangs raises nothing: only what asks for an answer finds out.
     """
     period_s = float(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
-    picture, before = np.zeros((64, 64, 3), np.uint8), 0
+    upload, before = np.zeros((64, 64, 3), np.uint8), 0
     while period_s:
         await asyncio.sleep(period_s)
         try:
-            await asyncio.wait_for(pool.classify(picture, top=1), period_s / 2)
+            await asyncio.wait_for(pool.classify(upload, top=1), period_s / 2)
         except (VitEdgeError, asyncio.TimeoutError) as error:
-            if app.state.answered == before:  # else it has no room for this picture because it answers others
+            if app.state.answered == before:  # else it has no room for this image because it answers others
                 _log.error("no answer for the watchdog: %s", str(error) or f"nothing in {period_s / 2:g} s")
                 continue
         before = app.state.answered
@@ -138,24 +138,24 @@ app = FastAPI(title="vit-edge", lifespan=lifespan)
 
 @app.post("/classify")
 async def classify(request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 5) -> dict[str, Any]:
-    """Answer for the picture that is the body: `label`, `probability`, `answers`, `timings`."""
+    """Answer for the image that is the body: `label`, `probability`, `answers`, `timings`."""
     if request.headers.get("content-type", "").startswith("multipart/"):
-        raise Refused(415, "the body is a form; send the bytes of the picture themselves")
+        raise Refused(415, "the body is a form; send the bytes of the image themselves")
     settings: Settings = app.state.settings
     pool: Pool = app.state.pool
     try:
-        picture = await asyncio.wait_for(read_body(request, settings.max_bytes), settings.body_s)
+        upload = await asyncio.wait_for(read_body(request, settings.max_bytes), settings.body_s)
     except asyncio.TimeoutError as error:  # a name of its own in Python 3.10
-        raise Refused(408, f"the picture did not arrive within {settings.body_s:g} s") from error
-    await asyncio.to_thread(check_pixels, picture, settings.max_pixels)
-    prediction = await pool.classify(picture, top=top, timeout_s=settings.deadline_s)
+        raise Refused(408, f"the image did not arrive within {settings.body_s:g} s") from error
+    await asyncio.to_thread(check_pixels, upload, settings.max_pixels)
+    prediction = await pool.classify(upload, top=top, timeout_s=settings.deadline_s)
     app.state.answered += 1
     return prediction.to_dict()
 
 
 @app.get("/healthz")
 async def healthz() -> dict[str, Any]:
-    """Tell what really runs, and whether a picture sent now would be refused."""
+    """Tell what really runs, and whether an image sent now would be refused."""
     told = app.state.pool.describe()
     overloaded = told["queued"] >= told["queue_size"]
     return {"status": "overloaded" if overloaded else "ok", **told}
@@ -171,7 +171,7 @@ class Refused(Exception):
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return the body; raises Refused (413) where it has more than `max_bytes`, of which no more are kept."""
-    too_large = Refused(413, f"the picture has more than {max_bytes:,} bytes")
+    too_large = Refused(413, f"the image has more than {max_bytes:,} bytes")
     if "expect" in request.headers and int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_large  # the client asks before it sends
     body, num_bytes = bytearray(), 0
@@ -187,15 +187,15 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def check_pixels(picture: bytes, max_pixels: int) -> None:
-    """Raise Refused (413) where a picture says that it has more than `max_pixels`: decoded, each takes 11 bytes."""
+def check_pixels(upload: bytes, max_pixels: int) -> None:
+    """Raise Refused (413) where an image says that it has more than `max_pixels`: decoded, each takes 11 bytes."""
     try:
-        with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(upload), formats=FORMATS) as image:
             num_pixels = image.width * image.height
     except Exception:  # what is wrong with it the classifier tells, in its own words
         return
     if num_pixels > max_pixels:
-        raise Refused(413, f"the picture has {num_pixels:,} pixels; at most {max_pixels:,} are decoded")
+        raise Refused(413, f"the image has {num_pixels:,} pixels; at most {max_pixels:,} are decoded")
 
 
 @app.exception_handler(Refused)

@@ -39,10 +39,10 @@ def step_commands(
     what was told of the network. `speed` asks the same with the benchmark, `check` verifies the record again.
     """
     network = [word for name, value in told.items() if value is not None for word in (f"--{name}", value)]
-    pictures = ["--calibration", files["calibration"], "--data", files["data"]]
+    images = ["--calibration", files["calibration"], "--data", files["data"]]
     lines = {
         "export": ["export", files["source"], *network, "-o", files["model"]],
-        "quantize": ["quantize", files["model"], *pictures, *_words(options), "-o", files["out"]],
+        "quantize": ["quantize", files["model"], *images, *_words(options), "-o", files["out"]],
         "speed": ["benchmark", files["model"], files["out"], "--threads", "1"],
         "check": ["deploy", "--check", files["record"]],
     }

@@ -77,7 +77,7 @@ def deploy(
 ) -> Deployment:
     """Write `model.onnx`, `model.int8.onnx` and `record.json` into the folder `out`.
 
-    `source` is whatever `convert` reads; pictures in `data` judge once and may not be among those of `calibration`.
+    `source` is whatever `convert` reads; images in `data` judge once and may not be among those of `calibration`.
     The verdict passes where the accuracy does in every engine, and INT8 is faster in one, by the lower end of the
     interval. Raises what `convert`, `export_onnx` and `quantize` raise.
     """
@@ -86,7 +86,7 @@ def deploy(
     told = {name: getattr(options, name) for name in ("like", "preprocessing", "labels")}
     asked = replace(options.quantization, measure_speed=False)  # it has a step of its own
     float_file, integer_file = folder / FLOAT_FILE, folder / INTEGER_FILE
-    pictures = {"calibration": folder_sha256(calibration), "data": folder_sha256(data)}
+    images = {"calibration": folder_sha256(calibration), "data": folder_sha256(data)}
     steps = _Steps(folder)
 
     def export() -> dict[str, Any]:
@@ -103,7 +103,7 @@ def deploy(
 
     weights = {"source": _source_sha256(source), **{name: _told_sha256(value) for name, value in told.items()}}
     steps.run("export", {**weights, "versions": versions()}, export, float_file)
-    inputs = {"model": _file_sha256(float_file), **pictures, "options": asdict(asked), "versions": versions()}
+    inputs = {"model": _file_sha256(float_file), **images, "options": asdict(asked), "versions": versions()}
     steps.run("quantize", {**inputs, **_machine()}, integers, integer_file)
     files = {path.name: _file_sha256(path) for path in (float_file, integer_file)}
     steps.run("speed", {**files, "versions": versions(), **_machine()}, speed, None)
@@ -114,7 +114,7 @@ def deploy(
         "made_with": {"vit_edge": vit_edge.__version__, "versions": versions(), **_machine()},
         "source": printable(source),
         "folders": {"calibration": printable(calibration), "data": printable(data)},
-        "pictures": pictures,
+        "images": images,
         "files": files,
         "commands": step_commands({**paths, "record": folder / RECORD_FILE}, told=told, options=asked),
         "steps": steps.entries,
@@ -192,9 +192,9 @@ def check_record(
     data: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> Deployment:
-    """Hold the files beside a record against it, verify them again on its pictures and measure them here.
+    """Hold the files beside a record against it, verify them again on its images and measure them here.
 
-    `data` is where the pictures lie now, by default where they lay. Raises NotTrusted where a file or picture is not
+    `data` is where the images lie now, by default where they lay. Raises NotTrusted where a file or image is not
     the one of the record, and what `verify` raises; the verdict is that of this machine.
     """
     record, folder = read_record(path), Path(path).parent
@@ -203,16 +203,16 @@ def check_record(
         if found != expected:
             remedy = "copy it again, or run the deployment again"
             raise NotTrusted("the record is of other files", file=folder / name, reason="it was changed", remedy=remedy)
-    pictures = data or record["folders"]["data"]
-    if folder_sha256(pictures) != record["pictures"]["data"]:
-        reason, remedy = "they are not the pictures that judged", "give the folder as it was with --data"
-        raise NotTrusted("the record is of other pictures", file=pictures, reason=reason, remedy=remedy)
+    images = data or record["folders"]["data"]
+    if folder_sha256(images) != record["images"]["data"]:
+        reason, remedy = "they are not the images that judged", "give the folder as it was with --data"
+        raise NotTrusted("the record is of other images", file=images, reason=reason, remedy=remedy)
     asked = record["steps"]["quantize"]["inputs"]["options"]
     unlabelled = asked["unlabelled"] or asked["max_drop_points"] is None
     verification = verify(
         folder / INTEGER_FILE,
         reference=folder / FLOAT_FILE,
-        data=pictures,
+        data=images,
         max_drop_points=asked["max_drop_points"],
         min_agreement=asked["min_agreement"],
         unlabelled=unlabelled,
@@ -238,7 +238,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     data = read_file(path, what="record", max_bytes=_MAX_RECORD_BYTES)
     try:
         record = json.loads(data)
-        if not isinstance(record, dict) or not record.keys() >= {"schema", "files", "folders", "pictures", "steps"}:
+        if not isinstance(record, dict) or not record.keys() >= {"schema", "files", "folders", "images", "steps"}:
             raise ValueError("it is not a record of `vit-edge deploy`")
         if record["schema"] > SCHEMA:
             raise ValueError(f"it has schema {record['schema']}; this vit-edge reads {SCHEMA}")
@@ -261,7 +261,7 @@ def conclude(judged: Mapping[str, Any], timed: list[dict[str, Any]]) -> tuple[Ou
     at_most = "" if worst["unlabelled"] == 0 else "at most "
     bound = f"no more than {worst['drop_upper_bound_points']:.2f} with 95 % confidence"
     accuracy = (
-        f"accuracy, {judged['verdict']}: on {worst['images']} pictures INT8 loses {at_most}{worst['drop_points']:.2f} "
+        f"accuracy, {judged['verdict']}: on {worst['images']} images INT8 loses {at_most}{worst['drop_points']:.2f} "
         f"points, {bound}; {worst['agreement']:.2f} % of the answers are the same (the worse engine: {worst['engine']})"
     )
     faster = low > 1
@@ -309,8 +309,8 @@ def folder_sha256(folder: str | os.PathLike[str]) -> str:
     """Return one hash of the names and bytes of all files below a folder; links to files are followed."""
     root = Path(folder)
     if not root.is_dir():
-        remedy = "give the folder of the pictures"
-        raise InputError("cannot read the pictures", file=folder, reason="it is no folder", remedy=remedy)
+        remedy = "give the folder of the images"
+        raise InputError("cannot read the images", file=folder, reason="it is no folder", remedy=remedy)
     found = [path for path in sorted(root.rglob("*")) if path.is_file()]
     parts = [f"{path.relative_to(root).as_posix()}\0{_file_sha256(path)}" for path in found]
     return sha256_hex("\n".join(parts).encode("utf-8", errors="surrogateescape"))
@@ -342,7 +342,7 @@ def _told_sha256(value: str | os.PathLike[str] | None) -> str | None:
 
 
 def _judged(verification: Verification | None) -> dict[str, Any]:
-    assert verification is not None  # there is a budget, and pictures that judge
+    assert verification is not None  # there is a budget, and images that judge
     return {
         "verdict": verification.verdict,
         "labels": verification.labels,

@@ -63,7 +63,7 @@ def _is_attention(weights: npt.NDArray[Any], config: ViTConfig) -> bool:
 
 
 def _to_patches(weights_NTT: npt.NDArray[Any], config: ViTConfig) -> npt.NDArray[np.float32]:
-    """Return [rows, columns] from the weights of one picture; patches are the last tokens, whatever stands before."""
+    """Return [rows, columns] from the weights of one image; patches are the last tokens, whatever stands before."""
     to_patches_NTP = weights_NTT.astype(np.float32)[:, :, -config.num_patches :]
     if config.pooling == "mean":
         from_pooled_NP = to_patches_NTP[:, -config.num_patches :].mean(axis=1)

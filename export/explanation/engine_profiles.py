@@ -43,7 +43,7 @@ class Profiler(Protocol):
     def __init__(self, model: ModelFile, folder: Path) -> None: ...
 
     def run(self) -> None:
-        """Answer one picture, or the batch that the file is fixed at."""
+        """Answer one image, or the batch that the file is fixed at."""
         ...
 
     def profile(self) -> Profile:
@@ -126,7 +126,7 @@ PROFILERS: Mapping[str, type[Profiler]] = {"onnxruntime": _OnnxRuntime, "openvin
 
 
 def one_batch(model: ModelFile) -> Pixels:
-    """Return one picture, or as many as the file is fixed at."""
+    """Return one image, or as many as the file is fixed at."""
     height, width = model.manifest.preprocessing.crop
     return golden_images([0] * (model.manifest.batch or 1), height=height, width=width)
 

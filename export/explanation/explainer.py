@@ -1,4 +1,4 @@
-"""Where the error comes in: the same pictures through every form of a network, and every layer's noise and time."""
+"""Where the error comes in: the same images through every form of a network, and every layer's noise and time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BATCH = 16
 _ENGINE = "onnxruntime"
 # What the manifest's entry on quantization calls the tensors that are int8 in OpenVINO alone.
 _OPENVINO_ROUNDS = "openvino_rounds"
-# Pictures on which each product is tried alone: 51 products of DeiT-tiny take 45 seconds on 16 (busy machine).
+# Images on which each product is tried alone: 51 products of DeiT-tiny take 45 seconds on 16 (busy machine).
 _MOST_ALONE = 16
 
 
@@ -44,7 +44,7 @@ _MOST_ALONE = 16
 class Stage:
     """One form of the network: how near its logits are to the first form's and to those of the form before.
 
-    `agreement` is the percentage of pictures with the first form's answer; None for the first form itself.
+    `agreement` is the percentage of images with the first form's answer; None for the first form itself.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One product with constant weights: its node, billions of multiply-accumulates a picture, and its noise.
+    """One product with constant weights: its node, billions of multiply-accumulates an image, and its noise.
 
     `sqnr_db` is that of its output as it stands in the file, the noise of the layers before it included;
     `alone_sqnr_db` that of the logits where this product alone is integer, and `noise_share` its percentage of the sum
@@ -89,7 +89,7 @@ class Explanation:
 def explain(prepared: Preparation, *, progress: Progress = silent) -> Explanation:
     """Return where the error of a quantized file comes in: form by form and layer by layer, with each layer's time.
 
-    Raises DataRejected where no picture can be read, ModelRejected or VerificationFailed where a form does not run.
+    Raises DataRejected where no image can be read, ModelRejected or VerificationFailed where a form does not run.
     """
     waterfall = _Waterfall(prepared, progress)
     last = waterfall.run()
@@ -267,15 +267,15 @@ def _agreement(expected_BK: Logits, found_BK: Logits) -> float:
 
 
 def _pixels(prepared: Preparation, progress: Progress) -> Pixels:
-    paths, found = prepared.pictures, []
+    paths, found = prepared.images, []
     rejections = Rejections(len(paths))
     for position, pixels in stream_pixels(paths, prepared.reference.manifest.preprocessing, rejections=rejections):
-        progress("reading pictures", position, len(paths))
+        progress("reading images", position, len(paths))
         found.append(pixels)
-    progress("reading pictures", len(paths), len(paths))
+    progress("reading images", len(paths), len(paths))
     if not found:
-        reason, remedy = f"none of {len(paths)} pictures can be read", "give pictures that can be"
-        raise DataRejected("cannot explain with these pictures", reason=reason, remedy=remedy)
+        reason, remedy = f"none of {len(paths)} images can be read", "give images that can be"
+        raise DataRejected("cannot explain with these images", reason=reason, remedy=remedy)
     return np.stack(found)
 
 

@@ -1,4 +1,4 @@
-"""What an explanation needs, opened and checked before any of its work: files, pictures, the network they came from."""
+"""What an explanation needs, opened and checked before any of its work: files, images, the network they came from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_edge.errors import InputError, UsageError
-from vit_edge.export.explanation.stages import calibration_pictures, recorded
-from vit_edge.export.verification.paired_run import find_pictures
+from vit_edge.export.explanation.stages import calibration_images, recorded
+from vit_edge.export.verification.paired_run import find_evaluation_images
 from vit_edge.export.verification.verifier import check_comparable
 from vit_edge.files import is_file
 from vit_edge.model_file.artifact import ModelFile, open_model
@@ -30,7 +30,7 @@ class ExplainOptions:
     """What to explain with: each is optional, and leaves its stages out where it is missing.
 
     `checkpoint` is what the float file was exported from (`weights` for a factory, `like` for weights from elsewhere),
-    `calibration` the folder that calibrated. `num_images` of the pictures are run; they explain and tune nothing.
+    `calibration` the folder that calibrated. `num_images` of the images are run; they explain and tune nothing.
     """
 
     checkpoint: str | None = None
@@ -44,7 +44,7 @@ class ExplainOptions:
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
-            reason = f"the number of pictures is {self.num_images}"
+            reason = f"the number of images is {self.num_images}"
             raise UsageError("cannot explain", reason=reason, remedy="give 1 or more")
         for engine in self.engines:
             refuse_null(engine)
@@ -56,7 +56,7 @@ class Preparation:
 
     model: ModelFile
     reference: ModelFile
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     network: Network | None
     calibration: tuple[Path, ...] | None
     options: ExplainOptions
@@ -72,7 +72,7 @@ def prepare_explanation(
 ) -> Preparation:
     """Return what `explain` takes; raises every error that can be known before the work.
 
-    DataRejected where the pictures in `options.calibration` are not those that calibrated `model`, by hash.
+    DataRejected where the images in `options.calibration` are not those that calibrated `model`, by hash.
     """
     opened, source = open_model(model, warn=False), open_model(reference, warn=False)
     check_comparable(opened, source)
@@ -81,16 +81,16 @@ def prepare_explanation(
             reason = "its weights lie beside it, being over 2 GiB; layers are looked at within one file"
             raise UsageError("cannot explain", file=file.source, reason=reason, remedy="verify it without --explain")
     chosen_engines(options.engines)
-    found = find_pictures(data, source.manifest.labels, unlabelled=options.unlabelled).paths
+    found = find_evaluation_images(data, source.manifest.labels, unlabelled=options.unlabelled).paths
     number = min(options.num_images, len(found))
     calibration = None
     if options.calibration is not None:
         recorded(opened)
-        calibration = calibration_pictures(opened, options.calibration, progress=progress)
+        calibration = calibration_images(opened, options.calibration, progress=progress)
     return Preparation(
         model=opened,
         reference=source,
-        pictures=tuple(found[position * len(found) // number] for position in range(number)),
+        images=tuple(found[position * len(found) // number] for position in range(number)),
         network=None if options.checkpoint is None else _network(options, source),
         calibration=calibration,
         options=options,

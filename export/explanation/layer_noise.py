@@ -61,7 +61,7 @@ def sqnr_by_product(
 ) -> dict[str, float]:
     """Return the SQNR in dB of each product's output over all images, as it stands in the network `candidate`.
 
-    `images` are what both graphs take for one picture each. Of the channels `scaled` a scale and a shift are no error.
+    `images` are what both graphs take for one image each. Of the channels `scaled` a scale and a shift are no error.
     Products that `candidate` does not have are left out.
     """
     names = [result_tensors(model.graph, products) for model in (reference, candidate)]
@@ -85,7 +85,7 @@ def _adds_bias(node: onnx.NodeProto, vectors: set[str]) -> bool:
 
 @dataclass(slots=True)
 class _Gathered:
-    """Sums over pictures of one product's output; the channels `columns` are compared up to a scale and a shift."""
+    """Sums over images of one product's output; the channels `columns` are compared up to a scale and a shift."""
 
     columns: Columns | None = None
     _signal: float = 0.0

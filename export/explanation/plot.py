@@ -1,4 +1,4 @@
-"""A picture of an explanation: what each layer costs in decibels over what it costs in milliseconds."""
+"""An image of an explanation: what each layer costs in decibels over what it costs in milliseconds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vit_edge.export.explanation.explainer import Explanation, Layer
 from vit_edge.export.explanation.layer_times import EngineTimes
 from vit_edge.files import write_atomic
 
-__all__ = ["PICTURE", "draw_layers", "require_matplotlib"]
+__all__ = ["IMAGE", "draw_layers", "require_matplotlib"]
 
-PICTURE = "layers.png"
+IMAGE = "layers.png"
 _DPI = 110
 _PANEL_INCHES, _NAMES_INCHES = 2.6, 1.8
 # Wide enough to read each name, up to what a viewer still opens at once; past it only some of the layers are named.
@@ -26,7 +26,7 @@ _FLOAT, _INTEGER, _NOISE = "tab:gray", "tab:blue", "tab:red"
 
 def require_matplotlib() -> None:
     """Raise MissingExtra where nothing can be drawn."""
-    require("matplotlib", extra="train", what=f"draw {PICTURE}")
+    require("matplotlib", extra="train", what=f"draw {IMAGE}")
 
 
 def draw_layers(path: str | os.PathLike[str], explanation: Explanation) -> None:
@@ -46,7 +46,7 @@ def draw_layers(path: str | os.PathLike[str], explanation: Explanation) -> None:
     panels = figure.subplots(1 + len(engines), 1, sharex=True, squeeze=False)[:, 0]
     named = ", ".join(f"{entry.engine} {entry.version}" for entry in engines)
     figure.suptitle(
-        f"{explanation.name}, {explanation.precision} against float32: {explanation.num_images} pictures, {named}"
+        f"{explanation.name}, {explanation.precision} against float32: {explanation.num_images} images, {named}"
     )
     _draw_noise(panels[0], layers)
     for panel, entry in zip(panels[1:], engines, strict=True):

@@ -15,7 +15,7 @@ from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, EFFORTS
 from vit_edge.export.quantization.calibrated_graph import CalibratedGraph, Plan, calibrate
 from vit_edge.export.quantization.calibration.cache import CalibrationCache
-from vit_edge.export.quantization.calibration.images import CalibrationPictures
+from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import METHODS
 from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.tracing.outputs import fix_batch
@@ -23,7 +23,7 @@ from vit_edge.image import pixel_hash
 from vit_edge.model_file.artifact import ModelFile, open_model, pack
 from vit_edge.progress import Progress, silent
 
-__all__ = ["Recorded", "RemadeStage", "calibration_pictures", "recorded", "remade_stages"]
+__all__ = ["Recorded", "RemadeStage", "calibration_images", "recorded", "remade_stages"]
 
 _SCHEME = "static QDQ"
 # What changes the network itself, in any engine, and how.
@@ -85,19 +85,19 @@ def recorded(model: ModelFile) -> Recorded:
     return Recorded(plan=plan, float_products=left)
 
 
-def calibration_pictures(
+def calibration_images(
     model: ModelFile, folder: str | os.PathLike[str], *, progress: Progress = silent
 ) -> tuple[Path, ...]:
-    """Return the pictures in `folder`; raises DataRejected unless they are those that calibrated `model`, by hash."""
+    """Return the images in `folder`; raises DataRejected unless they are those that calibrated `model`, by hash."""
     paths = find_images(folder)
     found = set[str]()
     for position, pixels in stream_pixels(paths, model.manifest.preprocessing):
-        progress("reading calibration pictures", position, len(paths))
+        progress("reading calibration images", position, len(paths))
         found.add(pixel_hash(pixels))
-    progress("reading calibration pictures", len(paths), len(paths))
+    progress("reading calibration images", len(paths), len(paths))
     asked = set((model.manifest.quantization or {}).get("images", ()))
     if found != asked:
-        reason = f"{len(asked - found)} of the {len(asked)} pictures that calibrated {model.source} are not there"
+        reason = f"{len(asked - found)} of the {len(asked)} images that calibrated {model.source} are not there"
         if found - asked:
             reason += f", and {len(found - asked)} others are"
         remedy = "give the folder that `vit-edge quantize --calibration` was given"
@@ -110,7 +110,7 @@ def remade_stages(
 ) -> Iterator[RemadeStage]:
     """Yield the file's quantization stage by stage: first ranges and nearest weights alone, then each algorithm on top.
 
-    Products that stayed float do so in the last stage; the others are as `calibrate` makes them of these pictures.
+    Products that stayed float do so in the last stage; the others are as `calibrate` makes them of these images.
     """
     record, found = recorded(model), None
     steps = tuple(name for name in record.plan.algorithms if name in _NOTES)
@@ -123,9 +123,9 @@ def remade_stages(
         def report(stage: str, done: int, total: int, name: str = name) -> None:
             progress(f"{name}: {stage}", done, total)
 
-        pictures = CalibrationPictures(paths, reference.manifest, progress=report)
+        images = CalibrationImages(paths, reference.manifest, progress=report)
         plan = replace(record.plan, algorithms=steps[:number])
-        found = calibrate(graph, pictures, plan, cache=cache, progress=report)
+        found = calibrate(graph, images, plan, cache=cache, progress=report)
         note = _NOTES[steps[number - 1]] if number else _plain_note(record.plan, len(found.products))
         yield RemadeStage(name=name, note=note, calibrated=found, left=frozenset())
     if record.float_products and found is not None:

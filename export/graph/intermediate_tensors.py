@@ -1,4 +1,4 @@
-"""What tensors inside a graph hold for each picture, whatever the batch they ran in."""
+"""What tensors inside a graph hold for each image, whatever the batch they ran in."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["Activations", "logits_of"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
-# Pictures run at once while their tensors fit into this; a larger batch runs in parts, so that memory does not depend
-# on it either. One picture of a DeiT-tiny has 13 MB, of a ViT-B 50 MB, of a ViT-L at 384 pixels 400 MB, and one has to
+# Images run at once while their tensors fit into this; a larger batch runs in parts, so that memory does not depend
+# on it either. One image of a DeiT-tiny has 13 MB, of a ViT-B 50 MB, of a ViT-L at 384 pixels 400 MB, and one has to
 # be held. On CPUs more at once is only slower: DeiT-tiny, 30 photographs, 2.5 s one by one and 6.9 s 16 at once.
 _MOST_HELD_BYTES = 2**24
 _log = logging.getLogger(__name__)
 
 
 class Activations:
-    """Runs pictures through a graph in ONNX Runtime, and gives `tensors` of each as the picture alone gives them.
+    """Runs images through a graph in ONNX Runtime, and gives `tensors` of each as the image alone gives them.
 
-    The first batch runs both ways. Where one bit differs (a graph that mixes pictures, another order of sums), pictures
-    run one by one from then on: a batch is for speed and never shows in a result. `num_copies` of one picture are run
+    The first batch runs both ways. Where one bit differs (a graph that mixes images, another order of sums), images
+    run one by one from then on: a batch is for speed and never shows in a result. `num_copies` of one image are run
     where the graph takes no other number, as the first run shows.
     """
 
@@ -42,12 +42,12 @@ class Activations:
         self._model = model
         self._session: Any = _session(model, tensors, free_batch=True)
         self._input = self._session.get_inputs()[0].name
-        self.num_copies = 1  # of a picture, where the graph takes no other number
-        self._axes: list[int | None] | None = None  # of the pictures in each tensor
+        self.num_copies = 1  # of an image, where the graph takes no other number
+        self._axes: list[int | None] | None = None  # of the images in each tensor
         self.num_at_once: int | None = None  # told by the first batch
 
     def of(self, images: Sequence[Array]) -> Iterator[list[Array]]:
-        """Yield the tensors of each picture in order; raises ModelRejected where the graph does not run."""
+        """Yield the tensors of each image in order; raises ModelRejected where the graph does not run."""
         if self.num_at_once is None and len(images) > 1:
             self.num_at_once = self._try_batch(images)
         size = self.num_at_once or 1
@@ -56,7 +56,7 @@ class Activations:
             yield from self._together(part) if len(part) > 1 else [self._alone(part[0])]
 
     def _alone(self, image: Array) -> list[Array]:
-        """Return the tensors of one picture: of so many copies of it as the graph has to have."""
+        """Return the tensors of one image: of so many copies of it as the graph has to have."""
         try:
             return self._run([image] * self.num_copies)
         except ModelRejected:
@@ -68,7 +68,7 @@ class Activations:
             return self._run([image] * self.num_copies)
 
     def _together(self, images: Sequence[Array]) -> list[list[Array]]:
-        """Return the tensors of each picture of a batch, divided along the axes that the first batch showed."""
+        """Return the tensors of each image of a batch, divided along the axes that the first batch showed."""
         assert self._axes is not None
         values = [
             [value] * len(images) if axis is None else np.split(value, len(images), axis=axis)
@@ -77,7 +77,7 @@ class Activations:
         return [list(each) for each in zip(*values, strict=True)]
 
     def _try_batch(self, images: Sequence[Array]) -> int:
-        """Return how many pictures run at once: as many as memory allows, where each gives what it gives alone."""
+        """Return how many images run at once: as many as memory allows, where each gives what it gives alone."""
         alone = [self._alone(images[0])]
         fitting = max(1, self._most_held_bytes // max(sum(value.nbytes for value in alone[0]), 1))
         if self.num_copies > 1 or fitting == 1:
@@ -91,7 +91,7 @@ class Activations:
             found = []
         if found and all(all(map(_same, *pair)) for pair in zip(alone, found, strict=True)):
             return len(tried)
-        _log.info("pictures run one by one: in this graph a batch of them gives other values")
+        _log.info("images run one by one: in this graph a batch of them gives other values")
         return 1
 
     def _run(self, images: Sequence[Array]) -> list[Array]:
@@ -118,7 +118,7 @@ def _same(left: Array, right: Array) -> bool:
 
 
 def _axis(shape: Sequence[int], num_images: int) -> int | None:
-    """Return the axis as long as the batch, else the first that it divides: windows, or heads, of pictures."""
+    """Return the axis as long as the batch, else the first that it divides: windows, or heads, of images."""
     equal = [axis for axis, size in enumerate(shape) if size == num_images]
     divided = [axis for axis, size in enumerate(shape) if size and size % num_images == 0]
     return next(iter(equal + divided), None)
@@ -132,7 +132,7 @@ def _fixed_batch(model: onnx.ModelProto) -> int | None:
 
 
 def _session(model: onnx.ModelProto, tensors: Sequence[str], *, free_batch: bool) -> Any:
-    """Return a session that gives `tensors`; with `free_batch` pictures come one by one, whatever was fixed."""
+    """Return a session that gives `tensors`; with `free_batch` images come one by one, whatever was fixed."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = usable_threads()

@@ -79,7 +79,7 @@ def settle_batch(
 ) -> tuple[onnx.ModelProto, int | None]:
     """Return the graph up to the logits, shapes folded, and None where any batch runs, else the batch it is fixed at.
 
-    Any is taken to run where 1, 2 and 3 give what each picture gives alone. Raises ModelRejected where nothing does.
+    Any is taken to run where 1, 2 and 3 give what each image gives alone. Raises ModelRejected where nothing does.
     """
     del model.graph.output[:]
     model.graph.output.append(onnx.ValueInfoProto(name=output.name))
@@ -97,7 +97,7 @@ def settle_batch(
     if _answers(opened, _BATCHES, reference):
         return opened, None
     if not _answers(folded, [fixed], reference):
-        reason = f"at batch {fixed} its answers depend on the other pictures"
+        reason = f"at batch {fixed} its answers depend on the other images"
         raise ModelRejected("cannot take the network", reason=reason, remedy="export it again in evaluation mode")
     return folded, fixed
 
@@ -113,7 +113,7 @@ def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignRe
 
 
 def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignReference) -> bool:
-    """Return whether the graph answers each batch as the file answers its pictures alone."""
+    """Return whether the graph answers each batch as the file answers its images alone."""
     name = model.graph.output[0].name
     found = _run(model, batches, [name], reference)
     if isinstance(found, str):

@@ -71,12 +71,12 @@ def adopt(
     output: str | None = None,
     name: str | None = None,
     assumed: Sequence[str] = (),
-    pictures: Iterable[Pixels] = (),
+    real_images: Iterable[Pixels] = (),
     progress: Progress = silent,
 ) -> Adoption:
     """Return the float32 classifier in the ONNX file `path` as a model file in memory, proven in each installed engine.
 
-    The graph takes pictures as float32, normalised as `preprocessing` says (mean 0 and std 1/255 are pixels as they
+    The graph takes images as float32, normalised as `preprocessing` says (mean 0 and std 1/255 are pixels as they
     are), or as uint8; `layout` is told where its shape does not show it. `output` names the logits where the first
     output [batch, classes] is not them. `assumed` names what of this nobody knew, and is kept in the file. An engine
     that gives other answers is left out with a warning; ONNX Runtime has to give the same.
@@ -97,7 +97,7 @@ def adopt(
         progress("taking the network", 0, _STAGES)
         model, reference = _taken(path, told, notes)
         progress("taking the network", 1, _STAGES)
-        finished, parity = _proven(model, reference, pictures, notes)
+        finished, parity = _proven(model, reference, real_images, notes)
         progress("taking the network", 2, _STAGES)
         for engine in sorted({result.engine for result in parity}):
             load_elsewhere(finished, engine=engine)
@@ -175,7 +175,7 @@ def _guard(model: ModelFile) -> None:
 def _proven(
     model: ModelFile,
     reference: ForeignReference,
-    pictures: Iterable[Pixels],
+    real_images: Iterable[Pixels],
     notes: list[str],
 ) -> tuple[ModelFile, list[Parity]]:
     """Return the file with golden vectors, and the figures of each engine that answers as the file it came from."""
@@ -184,7 +184,7 @@ def _proven(
     macs = macs_per_image(onnx.load_model_from_string(model.data))
     seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
-    shown = list(pictures)
+    shown = list(real_images)
     parity: list[Parity] = []
     for engine in installed_engines():
         found = _parity(model, reference, engine, images_NHWC, shown)
@@ -227,7 +227,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
 
 
 def _parity(
-    model: ModelFile, reference: ForeignReference, engine: str, images_NHWC: Pixels, pictures: Sequence[Pixels]
+    model: ModelFile, reference: ForeignReference, engine: str, images_NHWC: Pixels, real_images: Sequence[Pixels]
 ) -> list[Parity] | str:
     """Return the figures of one engine, or why it is not promised; raises VerificationFailed for ONNX Runtime."""
     try:
@@ -236,7 +236,7 @@ def _parity(
             lambda images: {"logits": reference(images)},
             images_NHWC=images_NHWC,
             engines=[engine],
-            pictures=pictures,
+            real_images=real_images,
         )
     except VerificationFailed as error:
         if engine == "onnxruntime":

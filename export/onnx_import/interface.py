@@ -59,7 +59,7 @@ def input_of(model: onnx.ModelProto, preprocessing: Preprocessing, layout: Layou
     sizes = [d.dim_value if d.HasField("dim_value") else 0 for d in tensor.shape.dim]
     if tensor.elem_type not in _DTYPES or len(sizes) != 4:
         kind = TensorProto.DataType.Name(tensor.elem_type).lower()
-        reason = f"its input {value.name!r} is {kind} of {len(sizes)} axes; it has to be float32 or uint8 pictures"
+        reason = f"its input {value.name!r} is {kind} of {len(sizes)} axes; it has to be float32 or uint8 images"
         raise _rejected(reason, "export it again with such an input")
     chosen = _layout(sizes, layout)
     rows_columns = sizes[2:] if chosen == "NCHW" else sizes[1:3]
@@ -79,7 +79,7 @@ def _layout(sizes: list[int], told: Layout | None) -> Layout:
     shape = f"[{', '.join(str(size or '?') for size in sizes)}]"
     if not possible or told not in (None, *possible):
         reason = f"its input {shape} has no 3 channels{f' as {told}' if told else ''}"
-        raise _rejected(reason, "give a classifier of RGB pictures, and its layout")
+        raise _rejected(reason, "give a classifier of RGB images, and its layout")
     if told is None and len(possible) > 1 and len(sure) != 1:
         reason = f"its input {shape} does not show whether channels come first or last"
         raise UsageError("cannot take the network", reason=reason, remedy="say the layout: NCHW or NHWC")

@@ -24,7 +24,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class ForeignReference:
-    """The file as it came, in ONNX Runtime, one picture at a time."""
+    """The file as it came, in ONNX Runtime, one image at a time."""
 
     def __init__(self, original: onnx.ModelProto, entry: ForeignInput, preprocessing: Preprocessing) -> None:
         self.entry = entry
@@ -37,7 +37,7 @@ class ForeignReference:
         return {self.entry.name: self.entry.of(images_NHWC, self._preprocessing)}
 
     def images(self, count: int) -> Pixels:
-        """Return so many different pictures."""
+        """Return so many different images."""
         height, width = self._preprocessing.crop
         return golden_images(range(count), height=height, width=width)
 
@@ -47,7 +47,7 @@ class ForeignReference:
             found = probe(with_outputs(self._original, names), [self.feed(self.images(size))], names)[0]
             if not isinstance(found, str):
                 return size, found
-        reason, remedy = f"ONNX Runtime cannot run it: {found}", "give the size of pictures that it takes"
+        reason, remedy = f"ONNX Runtime cannot run it: {found}", "give the size of images that it takes"
         raise ModelRejected("cannot take the network", reason=reason, remedy=remedy)
 
     def answer_with(self, logits: str) -> None:

@@ -1,6 +1,6 @@
 """Arithmetic on shapes, computed once: exporters leave it in, and what it comes to depends on the batch at most.
 
-The graph is run at several batches, and every tensor that depends on the pictures by their shape alone is looked at.
+The graph is run at several batches, and every tensor that depends on the images by their shape alone is looked at.
 One that is always the same becomes a constant. One that grows with the batch is computed from the batch in two nodes;
 where it is the target of a Reshape, the axis that grows is left to be found (-1).
 """
@@ -26,7 +26,7 @@ _BATCH = "vit_edge.batch"
 
 
 def shape_tensors(graph: onnx.GraphProto) -> list[str]:
-    """Return the tensors that depend on the pictures by their shape alone, in graph order."""
+    """Return the tensors that depend on the images by their shape alone, in graph order."""
     told = {tensor.name for tensor in graph.initializer}
     found = []
     for node in graph.node:
@@ -67,7 +67,7 @@ def fold_shapes(model: onnx.ModelProto, values: Mapping[int, Mapping[str, Array]
 
 
 def open_batch(model: onnx.ModelProto, fixed: int) -> None:
-    """Free the batch where it is written as a constant: in targets of Reshape, and in tokens joined to the pictures.
+    """Free the batch where it is written as a constant: in targets of Reshape, and in tokens joined to the images.
 
     A guess, to be proven by running the graph: nothing else tells the batch from another size.
     """
@@ -89,7 +89,7 @@ def open_batch(model: onnx.ModelProto, fixed: int) -> None:
 
 
 def _repeated(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], name: str, one: Array) -> str:
-    """Add what repeats a constant [1, ...] for each picture; return its name."""
+    """Add what repeats a constant [1, ...] for each image; return its name."""
     slope = np.array([1] + [0] * (one.ndim - 1), np.int64)
     shape, token = f"{name}.shape", _constant(graph, f"{name}.one", np.ascontiguousarray(one))
     nodes += _grown(graph, shape, slope, np.array([0, *one.shape[1:]], np.int64))

@@ -1,4 +1,4 @@
-"""Choose the golden vectors of a model: inputs with clear and different answers, and two small pictures."""
+"""Choose the golden vectors of a model: inputs with clear and different answers, and two small images."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def choose_seeds(
 
 
 def golden_header(seeds: list[int], preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return a manifest's `golden` without its expected logits: generator, seeds, and the two pictures."""
-    pictures = [_picture(kind, preprocessing) for kind in ("JPEG", "PNG")]
-    return {"generator": GENERATOR, "seeds": seeds, "pictures": pictures, "expected": []}
+    """Return a manifest's `golden` without its expected logits: generator, seeds, and the two images."""
+    images = [_image(kind, preprocessing) for kind in ("JPEG", "PNG")]
+    return {"generator": GENERATOR, "seeds": seeds, "images": images, "expected": []}
 
 
 def with_answers(model: ModelFile, source: ModelFile) -> ModelFile:
@@ -93,8 +93,8 @@ def with_answers(model: ModelFile, source: ModelFile) -> ModelFile:
     return finished
 
 
-def _picture(kind: str, preprocessing: Preprocessing) -> dict[str, str]:
-    """Return a small picture that exercises decoding: a turned JPEG, a PNG with transparency."""
+def _image(kind: str, preprocessing: Preprocessing) -> dict[str, str]:
+    """Return a small image that exercises decoding: a turned JPEG, a PNG with transparency."""
     pixels = golden_images([5], height=40, width=56)[0]
     buffer = io.BytesIO()
     if kind == "JPEG":

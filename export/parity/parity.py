@@ -22,7 +22,7 @@ __all__ = ["BATCHES", "FLOAT32_TOLERANCE", "Parity", "Reference", "check_parity"
 
 BATCHES = (1, 2, 3, 7, 16)
 # In one batch, and in memory: an engine's process answers for so many before the next are read.
-_PICTURES_AT_ONCE, _PICTURES_AT_A_TIME = 16, 512
+_IMAGES_AT_ONCE, _IMAGES_AT_A_TIME = 16, 512
 # Engines order their sums differently; a logit of 10 may differ by 0.01 and no more. The answer must be the same
 # wherever the two largest logits are farther apart than rounding can bridge.
 FLOAT32_TOLERANCE = Tolerance(absolute=1e-4, relative=1e-3, top1_gap=2e-4)
@@ -34,10 +34,10 @@ Reference: TypeAlias = Callable[[Pixels], Mapping[str, Array]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parity:
-    """How near one engine comes to PyTorch: at one batch size on golden inputs, or over all pictures given."""
+    """How near one engine comes to PyTorch: at one batch size on golden inputs, or over all images given."""
 
     engine: str
-    inputs: Literal["golden", "pictures"]
+    inputs: Literal["golden", "images"]
     batch_size: int
     num_images: int
     max_difference: float
@@ -60,11 +60,11 @@ def check_parity(
     *,
     images_NHWC: Pixels,
     engines: Sequence[str],
-    pictures: Iterable[Pixels] = (),
+    real_images: Iterable[Pixels] = (),
     tolerance: Tolerance = FLOAT32_TOLERANCE,
     first_apart: Callable[[ModelFile, str, Pixels], str] = lambda _model, _engine, _image: "",
 ) -> list[Parity]:
-    """Return the figures of every engine, each in a process of its own: at every batch size, and over `pictures`.
+    """Return the figures of every engine, each in a process of its own: at every batch size, and over `images`.
 
     Raises VerificationFailed where one is beyond the tolerance; `first_apart` then says which tensor parts first, given
     the model, the engine and the image with the largest difference.
@@ -72,15 +72,15 @@ def check_parity(
     compared = partial(_compared, model, reference, engines, tolerance, first_apart)
     golden = compared([np.resize(images_NHWC, (size, *images_NHWC.shape[1:])) for size in BATCHES])
     shots: dict[str, list[tuple[Logits, Logits]]] = {engine: [] for engine in engines}
-    for part in _in_parts(pictures, _PICTURES_AT_A_TIME):
-        for engine, pairs in compared([np.stack(shot) for shot in _in_parts(part, _PICTURES_AT_ONCE)]).items():
+    for part in _in_parts(real_images, _IMAGES_AT_A_TIME):
+        for engine, pairs in compared([np.stack(shot) for shot in _in_parts(part, _IMAGES_AT_ONCE)]).items():
             shots[engine] += pairs
     results = []
     for engine in engines:
         results += [_figures(engine, "golden", *pair) for pair in golden[engine]]
         if shots[engine]:
             right_BK, got_BK = (np.concatenate(side) for side in zip(*shots[engine], strict=True))
-            results.append(_figures(engine, "pictures", right_BK, got_BK))
+            results.append(_figures(engine, "images", right_BK, got_BK))
     return results
 
 
@@ -112,12 +112,12 @@ def _in_parts(values: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
         yield part
 
 
-def _figures(engine: str, inputs: Literal["golden", "pictures"], expected_BK: Logits, found_BK: Logits) -> Parity:
+def _figures(engine: str, inputs: Literal["golden", "images"], expected_BK: Logits, found_BK: Logits) -> Parity:
     off_BK = np.abs(expected_BK - found_BK)
     return Parity(
         engine=engine,
         inputs=inputs,
-        batch_size=len(expected_BK) if inputs == "golden" else _PICTURES_AT_ONCE,
+        batch_size=len(expected_BK) if inputs == "golden" else _IMAGES_AT_ONCE,
         num_images=len(expected_BK),
         max_difference=float(off_BK.max()),
         mean_difference=float(off_BK.mean()),

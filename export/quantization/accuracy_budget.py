@@ -1,9 +1,9 @@
-"""An accuracy budget: how many products can be integers before the pictures that judge no longer certify it.
+"""An accuracy budget: how many products can be integers before the images that judge no longer certify it.
 
 Products are ordered by how much noise each multiplication of theirs brings into the logits, measured on the calibration
-pictures. Then files are judged in that fixed order, from few integers to all, up to the first that does not pass. A
-sequence fixed before the judging pictures are opened needs no correction for testing more than once: the last file that
-passes keeps its 95 % (Maurer, Hothorn and Lehmacher, 1995). The judging pictures never choose, they only stop.
+images. Then files are judged in that fixed order, from few integers to all, up to the first that does not pass. A
+sequence fixed before the judging images are opened needs no correction for testing more than once: the last file that
+passes keeps its 95 % (Maurer, Hothorn and Lehmacher, 1995). The judging images never choose, they only stop.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Ladder:
 class RungMemory:
     """What judged files came to, kept in a folder, so that a search that was stopped goes on where it was.
 
-    `judged_by` is a hash of all that decides besides the file: reference, pictures, labels, budget, engines.
+    `judged_by` is a hash of all that decides besides the file: reference, images, labels, budget, engines.
     """
 
     def __init__(self, folder: Path, *, judged_by: str) -> None:

@@ -25,7 +25,7 @@ from vit_edge.export.quantization.algorithms.reparameterisation import find_norm
 from vit_edge.export.quantization.algorithms.sensitivity import noise_by_product
 from vit_edge.export.quantization.algorithms.value_scaling import find_mixings, scale_values
 from vit_edge.export.quantization.calibration.cache import CalibrationCache
-from vit_edge.export.quantization.calibration.images import CalibrationPictures
+from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import (
     Method,
     Range,
@@ -100,14 +100,14 @@ class CalibratedGraph:
 
 def calibrate(
     model: onnx.ModelProto,
-    pictures: CalibrationPictures,
+    images: CalibrationImages,
     plan: Plan,
     *,
     needs_noise: bool = False,
     cache: CalibrationCache | None = None,
     progress: Progress = silent,
 ) -> CalibratedGraph:
-    """Return the float32 graph `model` with ranges and weights for integers, from calibration pictures.
+    """Return the float32 graph `model` with ranges and weights for integers, from calibration images.
 
     Algorithms that do not fit the graph are left out: all of them where convolutions do most of the work, whose ranges
     are then as `plan.method` finds them. Raises DataRejected, ModelRejected, UsageError.
@@ -115,12 +115,12 @@ def calibrate(
     # Linear algebra on more threads sums in another order, and some weights are rounded the other way: the same inputs
     # would give other bytes where more CPUs are granted. The sums of ONNX Runtime do not depend on its threads.
     with threadpool_limits(limits=1, user_api="blas"):
-        return _calibrated(model, pictures, plan, needs_noise=needs_noise, cache=cache, progress=progress)
+        return _calibrated(model, images, plan, needs_noise=needs_noise, cache=cache, progress=progress)
 
 
 def _calibrated(
     model: onnx.ModelProto,
-    pictures: CalibrationPictures,
+    images: CalibrationImages,
     plan: Plan,
     *,
     needs_noise: bool,
@@ -129,16 +129,16 @@ def _calibrated(
 ) -> CalibratedGraph:
     graph = prepare(model)
     products = _products(graph, plan)
-    sample = [image[None] for image in pictures.sample(plan.effort.num_images)]
+    sample = [image[None] for image in images.sample(plan.effort.num_images)]
     wanted = _wanted(graph, plan)
-    aligned, exact = _align(graph, pictures, wanted, plan, cache)
+    aligned, exact = _align(graph, images, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
     scores = find_scores(aligned) if "attention-scores" in wanted else {}
-    peaks = _peaks(aligned, list(scores), pictures, plan, cache)
+    peaks = _peaks(aligned, list(scores), images, plan, cache)
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
     fitted = Reconstruction(model=aligned, ranges={})
     if fitting or not plan.dynamic:
-        fitted = _fitted(aligned, pictures, products, sample, fitting, plan, cache, progress)
+        fitted = _fitted(aligned, images, products, sample, fitting, plan, cache, progress)
     calibrated = CalibratedGraph(
         graph=fitted.model,
         products=products,
@@ -159,7 +159,7 @@ def _calibrated(
 def _peaks(
     graph: onnx.ModelProto,
     tensors: Sequence[str],
-    pictures: CalibrationPictures,
+    images: CalibrationImages,
     plan: Plan,
     cache: CalibrationCache | None,
 ) -> dict[str, float]:
@@ -169,7 +169,7 @@ def _peaks(
     """
     if not tensors:
         return {}
-    found, _ = observe_extremes(graph, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    found, _ = observe_extremes(graph, tensors, images, batch_size=plan.batch_size, cache=cache)
     peaks = {name: max(-found[name].low, found[name].high) for name in tensors}
     return {name: peak for name, peak in peaks.items() if peak > 0}
 
@@ -217,7 +217,7 @@ def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
 
 def _fitted(
     aligned: onnx.ModelProto,
-    pictures: CalibrationPictures,
+    images: CalibrationImages,
     products: Sequence[Product],
     sample: Sequence[Array],
     fitting: frozenset[Algorithm],
@@ -228,10 +228,10 @@ def _fitted(
     """Return ranges as the plan's method finds them, and what the algorithms `fitting` make of them."""
     names = range_names(aligned, plan.scheme)
     tensors = list(dict.fromkeys(names.values()))
-    averaged, overall = observe_extremes(aligned, tensors, pictures, batch_size=plan.batch_size, cache=cache)
+    averaged, overall = observe_extremes(aligned, tensors, images, batch_size=plan.batch_size, cache=cache)
     start = averaged
     if plan.method != "averaged min-max":
-        start = observe_ranges(aligned, tensors, pictures, method=plan.method, batch_size=plan.batch_size, cache=cache)
+        start = observe_ranges(aligned, tensors, images, method=plan.method, batch_size=plan.batch_size, cache=cache)
     if not fitting:
         return Reconstruction(model=aligned, ranges=dict(start))
     moved = {tensor: start[name] for tensor, name in names.items()}
@@ -253,7 +253,7 @@ def _num_copies(model: onnx.ModelProto, image: Array) -> int:
 
 def _align(
     graph: onnx.ModelProto,
-    pictures: CalibrationPictures,
+    images: CalibrationImages,
     wanted: frozenset[Algorithm],
     plan: Plan,
     cache: CalibrationCache | None,
@@ -262,8 +262,8 @@ def _align(
     norms = find_norms(graph) if "repq" in wanted else []
     mixings = find_mixings(graph, _known_shapes(graph)) if "value-scaling" in wanted else []
     observed = [*norms, *(mixing.input for mixing in mixings)]
-    # Hashes of the pictures come with this pass, even where nothing is to be observed.
-    ranges = observe_channels(graph, observed, pictures, batch_size=plan.batch_size, cache=cache)
+    # Hashes of the images come with this pass, even where nothing is to be observed.
+    ranges = observe_channels(graph, observed, images, batch_size=plan.batch_size, cache=cache)
     norms = [name for name in norms if ranges[name].varies]
     mixings = [mixing for mixing in mixings if ranges[mixing.input].varies]
     aligned = reparameterise(graph, {name: ranges[name] for name in norms})

@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_edge.export.quantization.accuracy_budget import Ladder
 from vit_edge.export.quantization.calibrated_graph import CalibratedGraph
-from vit_edge.export.quantization.calibration.images import CalibrationPictures
+from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import Range
 from vit_edge.export.quantization.qdq.dynamic_ranges import BATCH
 from vit_edge.export.verification.verifier import Verification
@@ -30,12 +30,12 @@ def record_of(
     target: Target,
     found: CalibratedGraph,
     left: frozenset[str],
-    pictures: CalibrationPictures,
+    images: CalibrationImages,
     options: QuantizationOptions,
 ) -> dict[str, Any]:
     """Return what the manifest says of the quantization; nothing in it depends on this machine's folders."""
     scheme = found.scheme
-    known = sorted(set(zip(pictures.hashes, pictures.fingerprints, strict=True)))
+    known = sorted(set(zip(images.hashes, images.fingerprints, strict=True)))
     symmetric = scheme.activation == "int8"
     ranges = {"method": options.ranges, "values": {name: _rounded(r) for name, r in found.ranges.items()}}
     return {

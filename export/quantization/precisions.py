@@ -28,14 +28,14 @@ _OPTIONS = {
     "min_agreement": "min-agreement",
     "time_limit_s": "time-limit",
 }
-# What only pictures that calibrate give a meaning to.
+# What only images that calibrate give a meaning to.
 _CALIBRATING = tuple(name for name in _OPTIONS if name not in ("target", "ranges"))
 
 
 def check_options(precision: Precision, told: Mapping[str, Any], *, calibrated: bool) -> None:
     """Raise UsageError where what was told says nothing for the precision; `told` are options by their field's name."""
     if precision == "int8" and not calibrated:
-        reason = "ranges are found on pictures"
+        reason = "ranges are found on images"
         remedy = "give --calibration, or take --precision int8-dynamic"
         raise UsageError("cannot quantize", reason=reason, remedy=remedy)
     if precision == "fp16" and calibrated:

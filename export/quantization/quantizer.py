@@ -1,4 +1,4 @@
-"""Quantize a model file to INT8 with calibration pictures, and record what it was made from and how near it comes."""
+"""Quantize a model file to INT8 with calibration images, and record what it was made from and how near it comes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vit_edge.export.quantization.accuracy_budget import Ladder, RungMemory, cli
 from vit_edge.export.quantization.algorithms.recipes import EFFORTS, EffortName, Recipe, choose_algorithms
 from vit_edge.export.quantization.calibrated_graph import CalibratedGraph, Plan, calibrate, uncalibrated
 from vit_edge.export.quantization.calibration.cache import CalibrationCache, default_folder
-from vit_edge.export.quantization.calibration.images import CalibrationPictures
+from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import METHODS, Method
 from vit_edge.export.quantization.coverage import Coverage, coverage
 from vit_edge.export.quantization.float16_file import halved
@@ -33,7 +33,7 @@ from vit_edge.export.quantization.qdq.integer_chains import only_for_onnxruntime
 from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.quantization.speed import Speed, compare_speed
 from vit_edge.export.tracing.outputs import fix_batch
-from vit_edge.export.verification.paired_run import find_pictures
+from vit_edge.export.verification.paired_run import find_evaluation_images
 from vit_edge.export.verification.verdict import Budget
 from vit_edge.export.verification.verifier import Verification, verify_models
 from vit_edge.files import may_write, sha256_hex, write_atomic
@@ -54,8 +54,8 @@ _log = logging.getLogger(__name__)
 class QuantizationOptions:
     """How to quantize.
 
-    `precision` "int8" has constant ranges, found on pictures; "int8-dynamic" finds them at run time, for CPUs, one
-    picture at a time; "fp16" halves the file. `target` is a name of `vit_edge.machine.targets.TARGETS`, "auto" for this
+    `precision` "int8" has constant ranges, found on images; "int8-dynamic" finds them at run time, for CPUs, one
+    image at a time; "fp16" halves the file. `target` is a name of `vit_edge.machine.targets.TARGETS`, "auto" for this
     machine, or a file from `vit-edge doctor --json`. `algorithms` replaces those of the recipe, `without` leaves some
     out. `ranges` is how ranges are found before any search. `batch_size` is that of calibration, and changes nothing
     but time. `time_limit_s`, counted from the start of `quantize`, ends the search for an accuracy budget with the best
@@ -109,7 +109,7 @@ class QuantizationOptions:
 class QuantizationResult:
     """The file written, what calibrated it, what was left float, and what was found out about it.
 
-    `verification` is there where pictures that judge were given, `coverage` and `speed` are one for each engine; a
+    `verification` is there where images that judge were given, `coverage` and `speed` are one for each engine; a
     float16 file has neither of them, nor a target, algorithms or products.
     """
 
@@ -142,10 +142,10 @@ def quantize(
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizationResult:
-    """Write the INT8 model file `out` from the float32 file `model` and the pictures in `calibration`.
+    """Write the INT8 model file `out` from the float32 file `model` and the images in `calibration`.
 
-    "int8-dynamic" needs no such pictures, and comes nearer with them; "fp16" takes none. With pictures `data` the
-    result is verified on them and the figures are kept in the file; calibration pictures that are also in `data` are
+    "int8-dynamic" needs no such images, and comes nearer with them; "fp16" takes none. With images `data` the
+    result is verified on them and the figures are kept in the file; calibration images that are also in `data` are
     refused. With an accuracy budget in `options` products stay float until `data` certify it. Raises DataRejected,
     ModelRejected, NotTrusted, UsageError, VerificationFailed.
     """
@@ -178,13 +178,13 @@ def quantize_model(
     judge = partial(_judge, reference=source, data=data, options=options, progress=progress)
     if options.precision == "fp16":
         return _halve(source, written, judge if data is not None else None, progress)
-    pictures = CalibrationPictures(paths, source.manifest, judging=judging, progress=progress)
-    found = _calibrated(source, pictures if paths else None, resolved.target, options, progress)
+    images = CalibrationImages(paths, source.manifest, judging=judging, progress=progress)
+    found = _calibrated(source, images if paths else None, resolved.target, options, progress)
     if calibration is not None:
-        _check_calibration(pictures.hashes, calibration)
+        _check_calibration(images.hashes, calibration)
 
     def make(left: frozenset[str]) -> ModelFile:
-        return _finished(source, found, left, record_of(resolved.target, found, left, pictures, options))
+        return _finished(source, found, left, record_of(resolved.target, found, left, images, options))
 
     ladder: Ladder | None = None
     verification: Verification | None = None
@@ -211,7 +211,7 @@ def quantize_model(
         target=resolved.target,
         target_reason=resolved.reason,
         recipe=options.recipe,
-        num_calibration_images=len(pictures.hashes),
+        num_calibration_images=len(images.hashes),
         coverage=tuple(coverage(finished, engine) for engine in engines),
         speed=timed() if options.measure_speed else (),
         ladder=ladder,
@@ -307,23 +307,23 @@ def _check_source(source: ModelFile, options: QuantizationOptions, data: str | o
         reason = "a time limit ends the search for a budget, and none is given"
         raise UsageError("cannot quantize", reason=reason, remedy="give --max-drop or --min-agreement too")
     if options.budget is not None and data is None:
-        reason = "a budget needs pictures to judge by, which did not calibrate"
+        reason = "a budget needs images to judge by, which did not calibrate"
         raise UsageError("cannot quantize", reason=reason, remedy="give --data; for --min-agreement it needs no labels")
 
 
 def _judging(
     source: ModelFile, data: str | os.PathLike[str] | None, options: QuantizationOptions
 ) -> tuple[dict[str, Path], str]:
-    """Return the pixel hashes of the pictures that judge, and one hash of all that decides on a budget."""
+    """Return the pixel hashes of the images that judge, and one hash of all that decides on a budget."""
     if data is None:
         return {}, ""
     labels = source.manifest.labels
-    found = find_pictures(data, labels, unlabelled=options.without_labels)
+    found = find_evaluation_images(data, labels, unlabelled=options.without_labels)
     hashes = pixel_hashes(found.paths, source.manifest.preprocessing)
     label_of = dict(zip(found.paths, found.labels, strict=True))
     parts = {
         "reference": source.sha256,
-        "pictures": sorted((digest, label_of[path]) for digest, path in hashes.items()),
+        "images": sorted((digest, label_of[path]) for digest, path in hashes.items()),
         "budget": asdict(options.budget) if options.budget else None,
         "engines": [(name, metadata.version(name)) for name in installed_engines()],
         "cpu": instruction_set(),
@@ -333,7 +333,7 @@ def _judging(
 
 def _calibrated(
     source: ModelFile,
-    pictures: CalibrationPictures | None,
+    images: CalibrationImages | None,
     target: Target,
     options: QuantizationOptions,
     progress: Progress,
@@ -348,19 +348,19 @@ def _calibrated(
         batch_size=options.batch_size,
         dynamic=options.precision == "int8-dynamic",
     )
-    if pictures is None:
+    if images is None:
         return uncalibrated(graph, plan)
     cache = CalibrationCache(preprocessing=source.manifest.preprocessing) if options.use_cache else None
     needs_noise = options.budget is not None
-    return calibrate(graph, pictures, plan, needs_noise=needs_noise, cache=cache, progress=progress)
+    return calibrate(graph, images, plan, needs_noise=needs_noise, cache=cache, progress=progress)
 
 
 def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) -> None:
     if len(hashes) > 1 and len(set(hashes)) == 1:
-        reason = f"all {len(hashes)} pictures are the same"
-        raise DataRejected("cannot calibrate", file=folder, reason=reason, remedy="give pictures like those in use")
+        reason = f"all {len(hashes)} images are the same"
+        raise DataRejected("cannot calibrate", file=folder, reason=reason, remedy="give images like those in use")
     if len(hashes) < _FEW_IMAGES:
-        _log.warning("few calibration pictures (%d): ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
+        _log.warning("few calibration images (%d): ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
 
 
 def _finished(source: ModelFile, found: CalibratedGraph, left: frozenset[str], record: Mapping[str, Any]) -> ModelFile:

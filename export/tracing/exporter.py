@@ -85,13 +85,13 @@ def export_onnx(
     """Write the model file `out`, proven before it appears, from what `convert` reads or any torch image classifier.
 
     `labels` take the place of those in a checkpoint; a module has no labels, preprocessing or name of its own, and
-    `assumed` names what of these nobody knew. Parity also runs on the pictures in `data`. Raises CheckpointRejected,
+    `assumed` names what of these nobody knew. Parity also runs on the images in `data`. Raises CheckpointRejected,
     UsageError (also where `out` exists, unless `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other
     logits than PyTorch, MissingExtra where either is not installed.
     """
     _require_engines()
     options = options or ExportOptions()
-    pictures = [] if data is None else find_images(data)
+    real_images = [] if data is None else find_images(data)
     made_from = source if is_file(source) else None
     target = may_write_format(out, options, force=force, made_from=made_from)  # type: ignore[arg-type]
     if options.precision == "fp16":
@@ -104,11 +104,11 @@ def export_onnx(
             raise UsageError("cannot export", reason=reason, remedy="give them to `vit_edge.convert.open_source`")
         checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
         network = from_checkpoint(checkpoint).with_labels(labels)
-    return _export(network, target, options, pictures, progress)
+    return _export(network, target, options, real_images, progress)
 
 
 def _export(
-    network: Network, target: Path, options: ExportOptions, pictures: Sequence[Path], progress: Progress
+    network: Network, target: Path, options: ExportOptions, real_images: Sequence[Path], progress: Progress
 ) -> ExportResult:
     if options.format == "huggingface":
         require_vit(network.architecture)
@@ -129,7 +129,7 @@ def _export(
         _reference(network, options),
         images_NHWC=golden.images_NHWC,
         engines=_ENGINES,
-        pictures=(pixels for _, pixels in stream_pixels(pictures, network.preprocessing)) if pictures else (),
+        real_images=(pixels for _, pixels in stream_pixels(real_images, network.preprocessing)) if real_images else (),
         tolerance=golden.tolerance,
         first_apart=partial(_explain, network, options),
     )

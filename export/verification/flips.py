@@ -1,8 +1,8 @@
-"""Label only the flips: the few pictures whose answer changed, written out to be labelled, and read back.
+"""Label only the flips: the few images whose answer changed, written out to be labelled, and read back.
 
-Where both models answer the same, both are right or both are wrong, and the picture cancels in the drop. So the labels
+Where both models answer the same, both are right or both are wrong, and the image cancels in the drop. So the labels
 of the changed ones give the drop, its bound and McNemar's counts exactly as labels of all would. Rows are known by the
-hash of the picture's pixels; everything else in them is for whoever fills in the labels.
+hash of the image's pixels; everything else in them is for whoever fills in the labels.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _FORMULA = ("=", "+", "-", "@")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A picture whose answer changed: both answers, how far each led over the next class, and what the label says.
+    """An image whose answer changed: both answers, how far each led over the next class, and what the label says.
 
     `effect` is "worse" where the reference was right, "better" where the candidate is; None where nobody knows.
     """
@@ -73,15 +73,15 @@ class FlipLabels:
     rows: Mapping[str, Mapping[str, str]]
 
     def of(self, run: PairedRun) -> npt.NDArray[np.int64]:
-        """Return the label of each picture, UNKNOWN where the file has none."""
+        """Return the label of each image, UNKNOWN where the file has none."""
         return np.array([self.labels.get(digest, UNKNOWN) for digest in run.hashes], dtype=np.int64)
 
     def check(self, run: PairedRun, found: Sequence[Change]) -> None:
-        """Raise DataRejected where the file is not of these pictures, or not of these answers."""
+        """Raise DataRejected where the file is not of these images, or not of these answers."""
         strange = [self.rows[digest]["file"] for digest in self.rows.keys() - set(run.hashes)]
         if strange:
-            reason = f"{len(strange)} of its pictures are not among those that judge: {_named(strange)}"
-            raise _rejected(self.file, reason, "give the folder that it was made from, its pictures unchanged")
+            reason = f"{len(strange)} of its images are not among those that judge: {_named(strange)}"
+            raise _rejected(self.file, reason, "give the folder that it was made from, its images unchanged")
         missing = [change.path for change in found if change.pixels_sha256 not in self.rows]
         if missing:
             reason = f"{len(missing)} answers that change in {run.engine} are not in it: {_named(missing)}"
@@ -111,7 +111,7 @@ def class_titles(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def changes(run: PairedRun, labels_B: npt.NDArray[np.int64], titles: Sequence[str]) -> tuple[Change, ...]:
-    """Return every picture whose answer changed, in the order of the paths."""
+    """Return every image whose answer changed, in the order of the paths."""
     answers = run.answers
     return tuple(
         Change(
@@ -129,15 +129,15 @@ def changes(run: PairedRun, labels_B: npt.NDArray[np.int64], titles: Sequence[st
 
 
 def flips_csv(found: Mapping[str, Sequence[Change]], *, folder: str | os.PathLike[str], models_sha256: str) -> bytes:
-    """Return the flips file of what changed in each engine: one row a picture, its label empty unless known."""
-    by_picture: dict[str, dict[str, Change]] = {}
+    """Return the flips file of what changed in each engine: one row an image, its label empty unless known."""
+    by_image: dict[str, dict[str, Change]] = {}
     for engine, entries in found.items():
         for change in entries:
-            by_picture.setdefault(change.pixels_sha256, {})[engine] = change
+            by_image.setdefault(change.pixels_sha256, {})[engine] = change
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
-    for digest, entries_ in sorted(by_picture.items(), key=lambda item: next(iter(item[1].values())).path):
+    for digest, entries_ in sorted(by_image.items(), key=lambda item: next(iter(item[1].values())).path):
         each = list(entries_.values())
         cells = (
             _relative(each[0].path, folder),
@@ -178,7 +178,7 @@ def read_flips(
 ) -> FlipLabels:
     """Return the labels of a flips file, as spreadsheet programs leave it too; raises DataRejected.
 
-    A label is a name or an index of a class, "none" for a picture of none of them, or empty. With `models_sha256` it
+    A label is a name or an index of a class, "none" for an image of none of them, or empty. With `models_sha256` it
     has to be made with these models.
     """
     rows = _rows(Path(file))

@@ -1,4 +1,4 @@
-"""Both models on the same pictures, one after another, in one engine: what each answers, and on which pictures."""
+"""Both models on the same images, one after another, in one engine: what each answers, and on which images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vit_edge.runtime.engines.protocol import EngineOptions, refuse_null
 from vit_edge.runtime.loading import load_model
 from vit_edge.similarity import fingerprint
 
-__all__ = ["Answering", "JudgingPictures", "OpenCandidate", "PairedRun", "find_pictures", "run_both"]
+__all__ = ["Answering", "EvaluationImages", "OpenCandidate", "PairedRun", "find_evaluation_images", "run_both"]
 
 _BATCH = 16
 _log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Answering]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JudgingPictures:
-    """The pictures that judge, sorted, and the class of each; UNKNOWN where they are taken without labels."""
+class EvaluationImages:
+    """The images that judge, sorted, and the class of each; UNKNOWN where they are taken without labels."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
@@ -55,13 +55,13 @@ class JudgingPictures:
 
     @property
     def num_images(self) -> int:
-        """Return how many there are; copies of each other, and pictures that cannot be read, are not yet known."""
+        """Return how many there are; copies of each other, and images that cannot be read, are not yet known."""
         return len(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedRun:
-    """The answers of both models in one engine; each different picture once, with the hash of its pixels."""
+    """The answers of both models in one engine; each different image once, with the hash of its pixels."""
 
     engine: str
     answers: PairedAnswers
@@ -72,31 +72,33 @@ class PairedRun:
 
     @property
     def path_of(self) -> dict[str, Path]:
-        """Return the path of each picture by its hash."""
+        """Return the path of each image by its hash."""
         return dict(zip(self.hashes, self.paths, strict=True))
 
     @property
-    def pictures(self) -> JudgingPictures:
-        """Return the pictures that were answered: those that could not be read, and copies, are left out."""
-        return JudgingPictures(paths=self.paths, labels=tuple(int(label) for label in self.labels_B))
+    def images(self) -> EvaluationImages:
+        """Return the images that were answered: those that could not be read, and copies, are left out."""
+        return EvaluationImages(paths=self.paths, labels=tuple(int(label) for label in self.labels_B))
 
 
-def find_pictures(data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool) -> JudgingPictures:
-    """Return the pictures in `data`, with their labels unless `unlabelled` or lying loose; raises DataRejected."""
+def find_evaluation_images(
+    data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool
+) -> EvaluationImages:
+    """Return the images in `data`, with their labels unless `unlabelled` or lying loose; raises DataRejected."""
     try:
         if not unlabelled and not lies_loose(data, splits=EVALUATION_SPLITS):
             found = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names)
-            return JudgingPictures(paths=found.paths, labels=found.labels)
+            return EvaluationImages(paths=found.paths, labels=found.labels)
     except DataRejected as error:
         read_unlabelled(data, splits=EVALUATION_SPLITS)  # raises what is wrong with more than the labels
-        error.remedy += "; or take the pictures as unlabelled (--unlabelled)"
+        error.remedy += "; or take the images as unlabelled (--unlabelled)"
         raise
     paths = read_unlabelled(data, splits=EVALUATION_SPLITS)
-    return JudgingPictures(paths=paths, labels=(UNKNOWN,) * len(paths))
+    return EvaluationImages(paths=paths, labels=(UNKNOWN,) * len(paths))
 
 
 def run_both(
-    pictures: JudgingPictures,
+    images: EvaluationImages,
     model: ModelFile,
     reference: ModelFile,
     *,
@@ -105,10 +107,10 @@ def run_both(
     progress: Progress,
     candidate: OpenCandidate | None = None,
 ) -> PairedRun:
-    """Return what `model` and its `reference` answer on the pictures in one engine; copies count once, with a warning.
+    """Return what `model` and its `reference` answer on the images in one engine; copies count once, with a warning.
 
     With `candidate` it is what this opens that answers for `model`; the reference is always run here.
-    Raises DataRejected where pictures cannot be used, GoldenMismatch and more where a model cannot be loaded.
+    Raises DataRejected where images cannot be used, GoldenMismatch and more where a model cannot be loaded.
     """
     refuse_null(engine)
     options, kept = EngineOptions(threads=threads), _Kept()
@@ -116,23 +118,23 @@ def run_both(
         load_model(reference, engine=engine, options=options) as expected,
         candidate(engine) if candidate else load_model(model, engine=engine, options=options) as answering,
     ):
-        kept.stream(pictures.paths, expected, answering, lambda done, of: progress(f"verifying in {engine}", done, of))
+        kept.stream(images.paths, expected, answering, lambda done, of: progress(f"verifying in {engine}", done, of))
     num_copies = kept.num_seen - len(kept.hashes)
     if num_copies:
-        _log.warning("%d pictures are copies of others and were not counted again", num_copies)
+        _log.warning("%d images are copies of others and were not counted again", num_copies)
     positions = list(kept.hashes.values())
     return PairedRun(
         engine=engine,
         answers=join_answers(kept.answers),
-        paths=tuple(pictures.paths[position] for position in positions),
+        paths=tuple(images.paths[position] for position in positions),
         hashes=tuple(kept.hashes),
         fingerprints=tuple(kept.fingerprints),
-        labels_B=np.array([pictures.labels[position] for position in positions], dtype=np.int64),
+        labels_B=np.array([images.labels[position] for position in positions], dtype=np.int64),
     )
 
 
 class _Kept:
-    """What is kept of the pictures so far; pixels only until their batch was answered."""
+    """What is kept of the images so far; pixels only until their batch was answered."""
 
     def __init__(self) -> None:
         self.hashes: dict[str, int] = {}
@@ -156,7 +158,7 @@ class _Kept:
         progress(len(paths), len(paths))
 
     def add(self, position: int, pixels: Pixels) -> bool:
-        """Return whether the picture is a new one: copies would prove the same thing again."""
+        """Return whether the image is a new one: copies would prove the same thing again."""
         self.num_seen += 1
         digest = pixel_hash(pixels)
         if digest in self.hashes:

@@ -32,7 +32,7 @@ __all__ = ["SEVERITY", "Budget", "Outlook", "Verdict", "judge", "judge_logits", 
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 SEVERITY: dict[Verdict, int] = {"pass": 0, "inconclusive": 1, "fail": 2}
-# 0.01 points need 30,000 pictures of which not one changes.
+# 0.01 points need 30,000 images of which not one changes.
 _SMALLEST_DROP_POINTS = 0.01
 
 

@@ -1,4 +1,4 @@
-"""Is the candidate as accurate as its reference? Both on the same pictures, in the engines that ship, with a bound."""
+"""Is the candidate as accurate as its reference? Both on the same images, in the engines that ship, with a bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from vit_edge.export.verification.flips import (
     may_write_flips,
     read_flips,
 )
-from vit_edge.export.verification.paired_run import JudgingPictures, OpenCandidate, PairedRun, find_pictures, run_both
+from vit_edge.export.verification.paired_run import (
+    EvaluationImages,
+    OpenCandidate,
+    PairedRun,
+    find_evaluation_images,
+    run_both,
+)
 from vit_edge.export.verification.verdict import SEVERITY, Budget, Outlook, Verdict, judge, outlook
 from vit_edge.files import sha256_hex, write_atomic
 from vit_edge.metrics import Comparison, compare_answers
@@ -47,14 +53,14 @@ __all__ = [
 Labels = Literal["all", "flips", "none"]
 DEFAULT_MAX_DROP_POINTS = 1.0
 _NUM_NAMED = 20
-# Fewer pictures than this cannot tell wrong labels from bad luck.
+# Fewer images than this cannot tell wrong labels from bad luck.
 _ENOUGH_TO_DOUBT = 20
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassLoss:
-    """A class that lost right answers; how many pictures it has, and right ones, where all are labelled."""
+    """A class that lost right answers; how many images it has, and right ones, where all are labelled."""
 
     label: str
     lost: int
@@ -78,8 +84,8 @@ class EngineResult(Comparison):
 class Verification:
     """The verdict over all engines (the worst of them), what was asked, and what each engine gave.
 
-    `labels` says whether all pictures have one, those of a flips file, or none: then each changed answer counts as
-    lost. `near_copies` are pictures that look like a calibration picture encoded again.
+    `labels` says whether all images have one, those of a flips file, or none: then each changed answer counts as
+    lost. `near_copies` are images that look like a calibration image encoded again.
     """
 
     verdict: Verdict
@@ -100,12 +106,12 @@ class Verification:
 
     @property
     def num_unlabelled(self) -> int:
-        """Return how many different pictures changed their answer in some engine and have no label."""
+        """Return how many different images changed their answer in some engine and have no label."""
         return len({change.pixels_sha256 for r in self.results for change in r.changed if change.label is None})
 
     @property
     def best_certifiable_points(self) -> float:
-        """Return the smallest drop that these pictures can certify: the bound where not one answer changes."""
+        """Return the smallest drop that these images can certify: the bound where not one answer changes."""
         return self.at_best.best_points
 
 
@@ -124,7 +130,7 @@ def verify(
     progress: Progress = silent,
     candidate: OpenCandidate | None = None,
 ) -> Verification:
-    """Return how the file `model` compares with the file `reference` on the pictures of `data`.
+    """Return how the file `model` compares with the file `reference` on the images of `data`.
 
     It passes where in every engine (default: all installed) the 95 % upper bound of the accuracy drop is at most
     `max_drop_points` (default: 1) and that of the agreement at least `min_agreement` percent, if given; it fails where
@@ -197,14 +203,14 @@ def certifiable(
     unlabelled: bool = False,
     flips: bool = False,
 ) -> tuple[Labels, Budget, Outlook]:
-    """Return what a verification on these pictures would judge, and what it can certify at best, before it runs."""
+    """Return what a verification on these images would judge, and what it can certify at best, before it runs."""
     source = open_model(reference, warn=False)
     asked = _Asked.of(data, source, max_drop_points, min_agreement, unlabelled=unlabelled, flips=flips)
-    return asked.labels, asked.budget, outlook(asked.pictures.num_images, asked.budget)
+    return asked.labels, asked.budget, outlook(asked.images.num_images, asked.budget)
 
 
 def write_flips(verification: Verification, path: str | os.PathLike[str], *, force: bool = False) -> int:
-    """Write the pictures whose answer changed, to be labelled, and return their number.
+    """Write the images whose answer changed, to be labelled, and return their number.
 
     Columns: file (relative to the data), both answers and margins, label (empty unless known), engines, hashes. Raises
     UsageError where the file exists; labels that someone filled in are not overwritten even with `force`.
@@ -217,9 +223,9 @@ def write_flips(verification: Verification, path: str | os.PathLike[str], *, for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Asked:
-    """The pictures that judge, what is known of their labels, and what is judged; `titles` are the classes' names."""
+    """The images that judge, what is known of their labels, and what is judged; `titles` are the classes' names."""
 
-    pictures: JudgingPictures
+    images: EvaluationImages
     labels: Labels
     budget: Budget
     titles: tuple[str, ...]
@@ -236,13 +242,13 @@ class _Asked:
         flips: bool,
     ) -> _Asked:
         names = reference.manifest.labels
-        pictures = find_pictures(data, names, unlabelled=unlabelled or flips)
-        labels: Labels = "flips" if flips else "all" if pictures.labelled else "none"
+        images = find_evaluation_images(data, names, unlabelled=unlabelled or flips)
+        labels: Labels = "flips" if flips else "all" if images.labelled else "none"
         # Agreement alone is judged only where it is all that was asked for, and no label is there.
         if max_drop_points is None and (labels != "none" or min_agreement is None):
             max_drop_points = DEFAULT_MAX_DROP_POINTS
         budget = Budget(max_drop_points=max_drop_points, min_agreement=min_agreement)
-        return cls(pictures=pictures, labels=labels, budget=budget, titles=class_titles(names))
+        return cls(images=images, labels=labels, budget=budget, titles=class_titles(names))
 
 
 def _each_engine(
@@ -255,19 +261,19 @@ def _each_engine(
     progress: Progress,
     candidate: OpenCandidate | None,
 ) -> Iterator[PairedRun]:
-    """Yield the answers in one engine after another, on the very same pictures; the first run checks these."""
-    first, pictures = None, asked.pictures
+    """Yield the answers in one engine after another, on the very same images; the first run checks these."""
+    first, images = None, asked.images
     for engine in chosen_engines(engines):
         how: dict[str, Any] = {"threads": threads, "progress": progress, "candidate": candidate}
-        run = run_both(pictures, model, reference, engine=engine, **how)
+        run = run_both(images, model, reference, engine=engine, **how)
         if first is None:
             refuse_overlap((model.manifest.quantization or {}).get("images", ()), run.path_of)
-            if pictures.labelled:
+            if images.labelled:
                 _check_reference(run, reference)
-            first, pictures = run, run.pictures
+            first, images = run, run.images
         elif run.hashes != first.hashes:
-            reason, remedy = "pictures changed while they were read", "run it again"
-            raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)
+            reason, remedy = "images changed while they were read", "run it again"
+            raise DataRejected("cannot verify on these images", reason=reason, remedy=remedy)
         yield run
 
 
@@ -333,19 +339,19 @@ def check_comparable(model: ModelFile, reference: ModelFile) -> None:
 
 
 def _near_copies(model: ModelFile, run: PairedRun) -> tuple[str, ...]:
-    """Return the pictures that look like one that calibrated, encoded again; with a warning."""
+    """Return the images that look like one that calibrated, encoded again; with a warning."""
     calibration = (model.manifest.quantization or {}).get("fingerprints")
     if not calibration:  # a file of an older version has none
         return ()
     try:
         positions = sorted({position for _, position in near_duplicates(calibration, run.fingerprints)})
     except (TypeError, ValueError) as error:
-        _log.warning("%s: its fingerprints of calibration pictures cannot be used (%s)", model.source, error)
+        _log.warning("%s: its fingerprints of calibration images cannot be used (%s)", model.source, error)
         return ()
     paths = tuple(printable(run.paths[position]) for position in positions)
     if paths:
         named = ", ".join(paths[:_NUM_NAMED]) + (" ..." if len(paths) > _NUM_NAMED else "")
-        message = "%d of the pictures that judge look like calibration pictures that were encoded again: %s"
+        message = "%d of the images that judge look like calibration images that were encoded again: %s"
         _log.warning(message, len(paths), named)
     return paths
 
@@ -358,4 +364,4 @@ def _check_reference(run: PairedRun, reference: ModelFile) -> None:
     if len(run.labels_B) >= _ENOUGH_TO_DOUBT and num_classes > 1 and by_chance > 0.05:
         reason = f"the reference is right on {right} of {len(run.labels_B)}, no better than chance"
         remedy = "the labels or the preprocessing are wrong: check the names of the classes and the manifest"
-        raise DataRejected("cannot verify on these pictures", reason=reason, remedy=remedy)
+        raise DataRejected("cannot verify on these images", reason=reason, remedy=remedy)

@@ -1,4 +1,4 @@
-"""From a picture's file to its labels: how long each stage takes, for several candidates in turn."""
+"""From an image's file to its labels: how long each stage takes, for several candidates in turn."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vit_edge.runtime.classifier import Timings
 
 __all__ = ["EndToEnd", "measure_stages"]
 
-_MOST_PICTURES = 200
+_MOST_IMAGES = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndToEnd:
-    """Medians of the stages in milliseconds, one picture at a time, and the latency from file to labels."""
+    """Medians of the stages in milliseconds, one image at a time, and the latency from file to labels."""
 
-    num_pictures: int
+    num_images: int
     num_rejected: int
     decode_ms: float
     resize_ms: float
@@ -37,11 +37,11 @@ class EndToEnd:
 def measure_stages(
     candidates: Sequence[Candidate], folder: str | os.PathLike[str], *, progress: Progress = silent
 ) -> list[EndToEnd]:
-    """Return the stages of every candidate over the first 200 pictures below `folder`, each picture in turn.
+    """Return the stages of every candidate over the first 200 images below `folder`, each image in turn.
 
-    Pictures that cannot be used are counted; raises DataRejected where none can be.
+    Images that cannot be used are counted; raises DataRejected where none can be.
     """
-    paths = find_images(Path(folder))[:_MOST_PICTURES]
+    paths = find_images(Path(folder))[:_MOST_IMAGES]
     found: list[list[Timings]] = [[] for _ in candidates]
     rejected = 0
     for number, path in enumerate(paths):
@@ -54,8 +54,8 @@ def measure_stages(
             kept.append(one)
         progress("measuring end to end", number + 1, len(paths))
     if not found[0]:
-        reason = f"none of its {len(paths)} pictures can be used"
-        raise DataRejected("cannot measure", file=folder, reason=reason, remedy="give a folder with pictures")
+        reason = f"none of its {len(paths)} images can be used"
+        raise DataRejected("cannot measure", file=folder, reason=reason, remedy="give a folder with images")
     return [_summary(each, rejected) for each in found]
 
 
@@ -64,7 +64,7 @@ def _summary(timings: Sequence[Timings], rejected: int) -> EndToEnd:
         return float(np.median([getattr(one, stage) for one in timings]))
 
     return EndToEnd(
-        num_pictures=len(timings),
+        num_images=len(timings),
         num_rejected=rejected,
         decode_ms=median("decode_ms"),
         resize_ms=median("resize_ms"),

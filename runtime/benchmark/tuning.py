@@ -1,4 +1,4 @@
-"""Which engine and how many threads answer one picture soonest here: measured once, then read by every load."""
+"""Which engine and how many threads answer one image soonest here: measured once, then read by every load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AS_FAST = 1.03
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
-    """One choice, and the latency of one picture with it in milliseconds."""
+    """One choice, and the latency of one image with it in milliseconds."""
 
     engine: str
     threads: int

@@ -36,7 +36,7 @@ _OLDEST_PYTHON = (3, 10)
 
 
 def main(app: Path, arguments: Sequence[str] | None = None) -> int:
-    """Classify pictures with the model in the application at `app`; returns the exit code, as `vit-edge` has them."""
+    """Classify images with the model in the application at `app`; returns the exit code, as `vit-edge` has them."""
     from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 
     as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
@@ -69,13 +69,13 @@ def _parser(about: Mapping[str, Any], name: str) -> argparse.ArgumentParser:
     inside = f"{about['name']}, {about['labels']} labels, {about['precision']}, {height}x{width} pixels"
     parser = argparse.ArgumentParser(
         prog=name,
-        description=f"Name what pictures show. Inside: {inside} (SHA-256 {about['sha256'][:12]}; "
+        description=f"Name what images show. Inside: {inside} (SHA-256 {about['sha256'][:12]}; "
         f"vit-edge {about['vit_edge']}).",
         epilog="Needs Python 3.10, numpy, Pillow and " + " or ".join(about["engines"]) + ". Exit codes: 0 done, "
-        "2 usage, 3 a picture cannot be used, 4 not trusted, 5 memory, 6 verification, 7 engine or package missing.",
+        "2 usage, 3 an image cannot be used, 4 not trusted, 5 memory, 6 verification, 7 engine or package missing.",
     )
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="JPEG, PNG, WEBP, BMP or TIFF")
-    parser.add_argument("--top", type=int, default=3, help="answers for each picture (default: 3)")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="JPEG, PNG, WEBP, BMP or TIFF")
+    parser.add_argument("--top", type=int, default=3, help="answers for each image (default: 3)")
     parser.add_argument("--engine", default="auto", help=f"auto, {' or '.join(about['engines'])} (default: auto)")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--threads", type=int, help="default: the CPUs that the container grants")
@@ -90,8 +90,8 @@ def _run(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> in
 
     if options.top < 1:
         raise UsageError("cannot answer", reason=f"--top is {options.top}", remedy="give 1 or more")
-    if not options.pictures and not options.describe:
-        raise UsageError("cannot answer", reason="no picture is given", remedy="give pictures, or --describe")
+    if not options.images and not options.describe:
+        raise UsageError("cannot answer", reason="no image is given", remedy="give images, or --describe")
     _require_packages(app, about, options.engine)
     _find_protobuf(app)
     images: list[dict[str, Any]] = []
@@ -100,8 +100,8 @@ def _run(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> in
         described = classifier.describe()
         if options.describe and not options.json:
             _print("\n".join(f"{key}: {value}" for key, value in described.items()))
-        for picture in options.pictures:
-            _classify(classifier, picture, options, images=images, rejected=rejected)
+        for image in options.images:
+            _classify(classifier, image, options, images=images, rejected=rejected)
     if options.json:
         failed = [{"file": error.file, "reason": error.reason} for error in rejected]
         error = {"error": _fields(rejected[0])} if rejected else {}
@@ -111,7 +111,7 @@ def _run(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> in
 
 def _classify(
     classifier: Classifier,
-    picture: str,
+    image: str,
     options: argparse.Namespace,
     *,
     images: list[dict[str, Any]],
@@ -120,15 +120,15 @@ def _classify(
     from vit_edge.errors import ImageRejected, printable
 
     try:
-        prediction = classifier(picture, top=options.top)
+        prediction = classifier(image, top=options.top)
     except ImageRejected as error:
         sys.stderr.write(f"error: {error}\n")
         rejected.append(error)
         return
-    images.append({"file": printable(picture), **prediction.to_dict()})
+    images.append({"file": printable(image), **prediction.to_dict()})
     if not options.json:
         answers = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
-        _print(f"{printable(picture)}: {answers}")
+        _print(f"{printable(image)}: {answers}")
 
 
 def _load(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> Classifier:

@@ -24,7 +24,7 @@ __all__ = [
     "GENERATOR",
     "Tolerance",
     "check_golden",
-    "check_pictures",
+    "check_images",
     "differences",
     "expectation",
     "golden_images",
@@ -122,17 +122,20 @@ def recorded_version(engine: Engine, manifest: Manifest) -> str | None:
     return None
 
 
-def check_pictures(golden: Mapping[str, Any], preprocessing: Preprocessing) -> None:
-    """Raise GoldenMismatch where a picture in the file decodes, turns or resizes to other pixels than promised."""
+def check_images(golden: Mapping[str, Any], preprocessing: Preprocessing) -> None:
+    """Raise GoldenMismatch where an image in the file decodes, turns or resizes to other pixels than promised."""
     try:
-        entries = [(e["format"], base64.b64decode(e["data"]), e["pixels_sha256"]) for e in golden["pictures"]]
+        entries = [
+            (e["format"], base64.b64decode(e["data"]), e["pixels_sha256"])
+            for e in golden.get("images") or golden["pictures"]
+        ]
     except _MALFORMED as error:
         raise _unreadable(error) from error
     for kind, data, expected in entries:
         if pixel_hash(preprocessing.pixels(data)) != expected:
-            reason = f"the {kind} picture in it gives other pixels after preprocessing"
+            reason = f"the {kind} image in it gives other pixels after preprocessing"
             remedy = "install another version of Pillow: this one decodes or resizes differently"
-            raise GoldenMismatch("pictures are prepared differently here", reason=reason, remedy=remedy)
+            raise GoldenMismatch("images are prepared differently here", reason=reason, remedy=remedy)
 
 
 def differences(expected_BK: Logits, found_BK: Logits, tolerance: Tolerance) -> list[str]:

@@ -23,14 +23,14 @@ _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv")
 def set_input(graph: Any, preprocessing: Preprocessing) -> dict[str, Any]:
     """Give the graph the input of a model file, its name kept; returns the manifest's entry.
 
-    Raises ModelRejected, or UsageError where the preprocessing gives other pictures than it takes.
+    Raises ModelRejected, or UsageError where the preprocessing gives other images than it takes.
     """
     value = _the_input(graph)
     tensor = value.type.tensor_type
     sizes = [dim.dim_value for dim in tensor.shape.dim]
     if tensor.elem_type not in (FLOAT, FLOAT16, UINT8) or len(sizes) != 4:
         reason = f"its input {value.name!r} has {len(sizes)} axes of type {tensor.elem_type}"
-        raise rejected(f"{reason}; pictures of float32, float16 or uint8 are read", EXPORT)
+        raise rejected(f"{reason}; images of float32, float16 or uint8 are read", EXPORT)
     layout = _layout(graph, value.name, sizes)
     height, width = preprocessing.crop
     found = sizes[2:] if layout == "NCHW" else sizes[1:3]

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vit_edge.errors import Closed, UsageError, VitEdgeError
-from vit_edge.image import Color, Decoding, Picture, Preprocessing
+from vit_edge.image import Color, Decoding, ImageSource, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.classifier import Prediction, Prepared, check_top
@@ -56,7 +56,7 @@ class Pool:
     block: one that is only forgotten lives, threads and all, until the process ends.
 
         >>> with Pool("model.int8.onnx", workers=2) as pool:      # doctest: +SKIP
-        ...     pool.submit("picture.jpg").result().label
+        ...     pool.submit("image.jpg").result().label
         'pizza'
     """
 
@@ -110,9 +110,9 @@ class Pool:
         atexit.register(self._at_exit)
 
     def submit(
-        self, picture: Picture, *, top: int = 5, color: Color = "rgb", timeout_s: float | None = None
+        self, source: ImageSource, *, top: int = 5, color: Color = "rgb", timeout_s: float | None = None
     ) -> Future[Prediction]:
-        """Return the future answer for one picture, which `Classifier.__call__` describes; an array is copied.
+        """Return the future answer for one image, which `Classifier.__call__` describes; an array is copied.
 
         Raises Overloaded at once where the queue is full, Closed after `close` or a fork. The future raises what the
         classifier does, or DeadlineExceeded as soon as `timeout_s` is over where no worker took it by then; it can be
@@ -122,26 +122,26 @@ class Pool:
         check_top(top)
         if timeout_s is not None:
             _check("timeout_s", timeout_s, most=_MOST_TIMEOUT_S)
-        self._queue.reserve()  # before the picture is copied: a full queue refuses large ones as fast as small ones
+        self._queue.reserve()  # before the image is copied: a full queue refuses large ones as fast as small ones
         try:
-            owned = _own(picture)
+            owned = _own(source)
         except BaseException:
             self._queue.release()
             raise
         taken = time.monotonic()
         deadline = None if timeout_s is None else taken + timeout_s
         future: Future[Prediction] = Future()
-        self._queue.enter(Request(picture=owned, top=top, color=color, taken=taken, deadline=deadline, future=future))
+        self._queue.enter(Request(source=owned, top=top, color=color, taken=taken, deadline=deadline, future=future))
         return future
 
     async def classify(
-        self, picture: Picture, *, top: int = 5, color: Color = "rgb", timeout_s: float | None = None
+        self, source: ImageSource, *, top: int = 5, color: Color = "rgb", timeout_s: float | None = None
     ) -> Prediction:
-        """Return the answer for one picture without blocking the event loop; raises as `submit` and its future do.
+        """Return the answer for one image without blocking the event loop; raises as `submit` and its future do.
 
         Cancelling the task cancels the request where no worker took it yet.
         """
-        return await asyncio.wrap_future(self.submit(picture, top=top, color=color, timeout_s=timeout_s))
+        return await asyncio.wrap_future(self.submit(source, top=top, color=color, timeout_s=timeout_s))
 
     def swap(self, source: Source) -> None:
         """Let another model file answer from now on; requests that a worker has taken finish on the one before.
@@ -270,8 +270,8 @@ class Pool:
             for request in batch:
                 started = time.monotonic()
                 try:
-                    one = classifier.prepare(request.picture, color=request.color)
-                except BaseException as error:  # one bad picture is the matter of the one who sent it
+                    one = classifier.prepare(request.source, color=request.color)
+                except BaseException as error:  # one bad image is the matter of the one who sent it
                     finish(request.future, error=error)
                     continue
                 prepared.append((request, replace(one, waited_ms=(started - request.taken) * 1000)))
@@ -304,16 +304,16 @@ class Pool:
             seen = found
 
 
-def _own(picture: Picture) -> Picture:
-    """Return a picture that nobody else changes, or reads at the same time."""
-    if isinstance(picture, np.ndarray):
-        return picture.copy()  # cameras fill the same buffer again
-    if isinstance(picture, bytearray | memoryview):
-        return bytes(picture)
-    if isinstance(picture, Image.Image):
+def _own(source: ImageSource) -> ImageSource:
+    """Return an image that nobody else changes, or reads at the same time."""
+    if isinstance(source, np.ndarray):
+        return source.copy()  # cameras fill the same buffer again
+    if isinstance(source, bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, Image.Image):
         with contextlib.suppress(Exception):  # a damaged one is told of as any other, in its future
-            return picture.copy()
-    return picture
+            return source.copy()
+    return source
 
 
 def _served(source: Source) -> tuple[str | None, Signature | None]:

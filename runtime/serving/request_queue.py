@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from vit_edge.errors import Closed, DeadlineExceeded, Overloaded
-from vit_edge.image import Color, Picture
+from vit_edge.image import Color, ImageSource
 from vit_edge.runtime.classifier import Prediction
 
 __all__ = ["Request", "RequestQueue", "finish"]
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
-    """One picture, and the future that its answer goes to; times are those of time.monotonic."""
+    """One image, and the future that its answer goes to; times are those of time.monotonic."""
 
-    picture: Picture
+    source: ImageSource
     top: int
     color: Color
     taken: float

@@ -30,7 +30,7 @@ BRIEF = ("--rounds", "3", "--queries", "4")
 
 @dataclass(slots=True)
 class Inputs:
-    """A float file and its INT8 file, pictures that calibrate and pictures that judge."""
+    """A float file and its INT8 file, images that calibrate and images that judge."""
 
     folder: Path
 
@@ -89,7 +89,7 @@ def test_speed_is_told_for_every_file_beside_float_and_beside_the_peers(inputs: 
     assert result["calibration_images"] == 40
 
 
-def test_one_table_has_ours_and_the_peers_on_the_same_pictures(inputs: Inputs, judged: dict[str, Any]) -> None:
+def test_one_table_has_ours_and_the_peers_on_the_same_images(inputs: Inputs, judged: dict[str, Any]) -> None:
     rows = {(row["file"], row["setting"]): row for row in judged["rows"]}
     paths = find_images(inputs.folder / "evaluation")
     for setting, engine in (("ONNX Runtime", "onnxruntime"), ("OpenVINO, batch free", "openvino")):

@@ -29,7 +29,7 @@ def measured(folder: Path, script: str, *arguments: str | Path) -> Any:
 
 
 def test_overload_refuses_and_answers(workspace: Workspace, tmp_path: Path) -> None:
-    options = ("--pictures", workspace.test_pictures / "3", "--seconds", "1", "--queue-size", "4")
+    options = ("--images", workspace.test_images / "3", "--seconds", "1", "--queue-size", "4")
     for row in measured(tmp_path, "serving.py", workspace.int8_model, *options):
         assert row["refused"] > 0
         assert row["accepted"] > 0
@@ -38,7 +38,7 @@ def test_overload_refuses_and_answers(workspace: Workspace, tmp_path: Path) -> N
 
 
 def test_models_that_change_under_load_leave_no_answer_out(workspace: Workspace, tmp_path: Path) -> None:
-    options = ("--pictures", workspace.test_pictures / "3", "--seconds", "2", "--interval-ms", "50")
+    options = ("--images", workspace.test_images / "3", "--seconds", "2", "--interval-ms", "50")
     for row in measured(tmp_path, "swapping.py", workspace.float_model, workspace.int8_model, *options):
         assert (row["failed"], row["mixed"]) == (0, 0)
         assert row["of_one"] > 0
@@ -56,11 +56,11 @@ def test_answers_and_loads_leave_nothing(workspace: Workspace, tmp_path: Path) -
 def test_every_contestant_answers_from_a_file(small_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     shutil.copy(small_model / "m.onnx", tmp_path)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "pictures" / "p.jpg", quality=95)
+    Image.fromarray(pixels).save(tmp_path / "images" / "p.jpg", quality=95)
     brief = ("--rounds", "1", "--queries", "1", "--enlarged-side", "400")
-    options = ("--models", tmp_path / "m.onnx", "--pictures", tmp_path / "pictures", *brief)
+    options = ("--models", tmp_path / "m.onnx", "--images", tmp_path / "images", *brief)
     found = measured(tmp_path, "end_to_end.py", small_model / "c.safetensors", *options)
     for rows in found["timed"].values():
         assert len(rows) == 4

@@ -36,11 +36,11 @@ ELSEWHERE = {"convert", "bundle", "tune", "deploy", "report", "doctor", "seal"}
 
 @pytest.fixture
 def bench(workspace: Workspace, tmp_path: Path) -> Path:
-    """Return a folder with a model, a picture, and the bad inputs that people give."""
+    """Return a folder with a model, an image, and the bad inputs that people give."""
     shutil.copy(workspace.float_model, tmp_path / "model.onnx")
     shutil.copy(workspace.int8_model, tmp_path / "int8.onnx")
-    shutil.copy(workspace.folder / "picture.png", tmp_path / "picture.png")
-    shutil.copytree(workspace.test_pictures / "3", tmp_path / "pictures" / "3")
+    shutil.copy(workspace.folder / "image.png", tmp_path / "image.png")
+    shutil.copytree(workspace.test_images / "3", tmp_path / "images" / "3")
     shutil.copy(workspace.checkpoint, tmp_path / "checkpoint.safetensors")
     (tmp_path / "notanimage.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
@@ -57,42 +57,42 @@ def bench(workspace: Workspace, tmp_path: Path) -> Path:
 FAULTS = [
     ("export missing.safetensors -o new.onnx", 3, "missing.safetensors - there is no such file"),
     ("export pickle.pt -o new.onnx", 3, "pickle.pt - it needs unpickling of `open`"),
-    ("export picture.png -o new.onnx", 3, "it is a PNG picture"),
+    ("export image.png -o new.onnx", 3, "it is a PNG image"),
     ("export empty -o new.onnx", 3, "empty - it holds no file of weights"),
     ("export checkpoint.safetensors -o no/such/folder.onnx", 2, "does not exist"),
     ("export checkpoint.safetensors", 2, "model.onnx - the file exists"),
-    ("classify model.onnx notanimage.txt", 3, "notanimage.txt - it is not a picture"),
+    ("classify model.onnx notanimage.txt", 3, "notanimage.txt - it is not an image"),
     ("classify model.onnx gone.png", 3, "gone.png - there is no such file"),
-    ("classify missing.onnx picture.png", 3, "missing.onnx - there is no such file"),
-    ("classify zero.onnx picture.png", 3, "zero.onnx - it is empty"),
-    ("classify page.onnx picture.png", 3, "page.onnx - it is an HTML page"),
-    ("classify picture.png picture.png", 3, "it is a PNG picture"),
-    ("classify damaged.onnx picture.png", 4, "damaged.onnx - its bytes are not those that were sealed"),
-    ("classify model.onnx picture.png --engine tensorrt9", 7, "onnxruntime, openvino"),
-    ("classify model.onnx picture.png --device cuda", 7, "'cuda'"),
+    ("classify missing.onnx image.png", 3, "missing.onnx - there is no such file"),
+    ("classify zero.onnx image.png", 3, "zero.onnx - it is empty"),
+    ("classify page.onnx image.png", 3, "page.onnx - it is an HTML page"),
+    ("classify image.png image.png", 3, "it is a PNG image"),
+    ("classify damaged.onnx image.png", 4, "damaged.onnx - its bytes are not those that were sealed"),
+    ("classify model.onnx image.png --engine tensorrt9", 7, "onnxruntime, openvino"),
+    ("classify model.onnx image.png --device cuda", 7, "'cuda'"),
     ("classify model.onnx", 2, "Missing argument"),
-    ("quantize model.onnx --calibration empty", 3, "empty - it holds no picture"),
+    ("quantize model.onnx --calibration empty", 3, "empty - it holds no image"),
     ("quantize model.onnx --calibration gone", 3, "gone - there is no such folder"),
     ("quantize model.onnx --calibration model.onnx", 3, "it is not a folder"),
     ("quantize damaged.onnx --calibration empty", 4, "damaged.onnx"),
     ("quantize int8.onnx --calibration empty", 2, "float32"),
     ("quantize model.onnx --calibration empty --target abacus", 2, "abacus"),
-    ("verify int8.onnx --reference model.onnx --data empty", 3, "it holds no picture"),
+    ("verify int8.onnx --reference model.onnx --data empty", 3, "it holds no image"),
     ("verify int8.onnx --reference gone.onnx --data empty", 3, "gone.onnx - there is no such file"),
     ("bundle gone.onnx", 3, "gone.onnx - there is no such file"),
     ("bundle damaged.onnx", 4, "damaged.onnx - its bytes are not those that were sealed"),
-    ("bundle model.onnx --out picture.png", 2, "picture.png - the file exists"),
+    ("bundle model.onnx --out image.png", 2, "image.png - the file exists"),
     ("bundle model.onnx --out model.onnx --force", 2, "it is the input"),
     ("benchmark gone.onnx", 3, "gone.onnx"),
     ("benchmark model.onnx --batch-size 0", 2, "batch-size"),
     ("inspect damaged.onnx", 4, "damaged.onnx"),
     ("export checkpoint.safetensors -o checkpoint.safetensors --force", 2, "it is the input"),
-    ("quantize model.onnx --calibration pictures -o model.onnx --force", 2, "it is the input"),
-    ("verify model.onnx --reference int8.onnx --data pictures", 2, "a reference is float32"),
-    ("verify int8.onnx --reference model.onnx --data pictures --max-drop nan", 2, "max drop is nan"),
-    ("verify int8.onnx --reference model.onnx --data pictures --engine null", 7, "computes nothing"),
-    ("classify model.onnx picture.png --engine null", 7, "computes nothing"),
-    ("classify model.onnx picture.png --threads 100000", 2, "threads"),
+    ("quantize model.onnx --calibration images -o model.onnx --force", 2, "it is the input"),
+    ("verify model.onnx --reference int8.onnx --data images", 2, "a reference is float32"),
+    ("verify int8.onnx --reference model.onnx --data images --max-drop nan", 2, "max drop is nan"),
+    ("verify int8.onnx --reference model.onnx --data images --engine null", 7, "computes nothing"),
+    ("classify model.onnx image.png --engine null", 7, "computes nothing"),
+    ("classify model.onnx image.png --threads 100000", 2, "threads"),
     ("benchmark model.onnx --min-seconds inf", 2, "inf seconds"),
     ("benchmark model.onnx --batch-size 2 --scenario single-stream", 2, "one image a query"),
     ("benchmark model.onnx --scenario server", 2, "--latency-bound"),
@@ -104,9 +104,9 @@ FAULTS = [
     ("benchmark model.onnx --compare notanimage.txt", 3, "it holds no results"),
     ("benchmark model.onnx --save model.onnx", 2, "the file exists"),
     ("benchmark model.onnx --device abacus", 7, "abacus"),
-    ("benchmark model.onnx --images empty --min-seconds 0.01 --min-queries 1", 3, "it holds no picture"),
+    ("benchmark model.onnx --images empty --min-seconds 0.01 --min-queries 1", 3, "it holds no image"),
     ("seal notanimage.txt", 3, "it is not an ONNX model"),
-    ("train empty --out run", 3, "it holds no picture"),
+    ("train empty --out run", 3, "it holds no image"),
     ("train gone --out run", 3, "there is no such folder"),
     ("train empty --out run --epochs 0", 2, "epochs"),
     ("inspect model.onnx --config notanimage.txt", 2, "notanimage.txt"),
@@ -129,7 +129,7 @@ def test_a_bad_input_gets_one_sentence_and_its_exit_code(
 
 
 def test_json_says_errors_too(bench: Path) -> None:
-    done = vit_edge("classify", "missing.onnx", "picture.png", "--json", cwd=bench)
+    done = vit_edge("classify", "missing.onnx", "image.png", "--json", cwd=bench)
     assert done.returncode == 3
     printed = json.loads(done.stdout)
     assert (printed["schema"], printed["command"]) == (1, "classify")
@@ -138,8 +138,8 @@ def test_json_says_errors_too(bench: Path) -> None:
     assert printed["error"]["exit_code"] == 3
 
 
-def test_one_bad_picture_does_not_lose_the_others(bench: Path) -> None:
-    done = vit_edge("classify", "model.onnx", "picture.png", "notanimage.txt", "--json", cwd=bench)
+def test_one_bad_image_does_not_lose_the_others(bench: Path) -> None:
+    done = vit_edge("classify", "model.onnx", "image.png", "notanimage.txt", "--json", cwd=bench)
     assert done.returncode == 3
     printed = json.loads(done.stdout)
     assert [image["label"] for image in printed["images"]] == ["3"]
@@ -147,7 +147,7 @@ def test_one_bad_picture_does_not_lose_the_others(bench: Path) -> None:
 
 
 def test_a_result_is_on_stdout_and_stderr_is_quiet_without_a_terminal(bench: Path) -> None:
-    done = vit_edge("classify", "int8.onnx", "picture.png", cwd=bench)
+    done = vit_edge("classify", "int8.onnx", "image.png", cwd=bench)
     assert done.returncode == 0
     assert "3 " in done.stdout
     assert done.stderr == ""
@@ -184,7 +184,7 @@ def test_a_configuration_file_gives_options_and_unknown_ones_are_refused(
 ) -> None:
     monkeypatch.chdir(bench)
     Path("config.toml").write_text("[classify]\ntop = 1\nengine = 'openvino'\n")
-    assert main(["classify", "model.onnx", "picture.png", "--config", "config.toml", "--json"]) == 0
+    assert main(["classify", "model.onnx", "image.png", "--config", "config.toml", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["model"]["engine"] == "openvino"
     assert len(printed["images"][0]["answers"]) == 1
@@ -194,7 +194,7 @@ def test_a_configuration_file_gives_options_and_unknown_ones_are_refused(
         ("classify = 3", "'classify'"),
     ):
         Path("config.toml").write_text(text)
-        assert main(["classify", "model.onnx", "picture.png", "--config", "config.toml"]) == 2
+        assert main(["classify", "model.onnx", "image.png", "--config", "config.toml"]) == 2
         assert message in capsys.readouterr().err
     Path("config.toml").write_text("json = true\n[train]\nepochs = 3\n[verify]\nengine = ['openvino']\nmax-drop = 7.5")
     assert main(["inspect", "model.onnx", "--config", "config.toml"]) == 0
@@ -257,7 +257,7 @@ def test_inspect_tells_the_contract(workspace: Workspace) -> None:
     assert printed["manifest"]["precision"] == "int8"
     assert printed["size_bytes"] == workspace.int8_model.stat().st_size
     done = vit_edge("inspect", workspace.int8_model)
-    for text in ("int8", "portable", "1437", "averaged min-max", "checkpoint_sha256", "8 inputs, 2 pictures"):
+    for text in ("int8", "portable", "1437", "averaged min-max", "checkpoint_sha256", "8 inputs, 2 images"):
         assert text in done.stdout
 
 
@@ -276,4 +276,4 @@ def test_the_readme_names_every_command(workspace: Workspace) -> None:
 
 
 def test_nothing_is_left_beside_the_results(workspace: Workspace) -> None:
-    assert sorted(os.listdir(workspace.folder)) == ["model.int8.onnx", "model.onnx", "picture.png", "pictures", "run"]
+    assert sorted(os.listdir(workspace.folder)) == ["model.int8.onnx", "model.onnx", "image.png", "images", "run"]

@@ -77,7 +77,7 @@ def test_timm_tells_heads_activation_eps_and_preprocessing_by_name(tmp_path: Pat
     config = checkpoint.model.config
     assert (config.num_heads, config.activation, config.layer_norm_eps) == (12, "quick_gelu", 1e-5)
     assert checkpoint.preprocessing.mean[0] == pytest.approx(0.48145466)
-    assert checkpoint.preprocessing.resize == 64  # its crop is the whole picture
+    assert checkpoint.preprocessing.resize == 64  # its crop is the whole image
     assert same_logits(checkpoint.model, model, (64, 64)) < 1e-5
 
 
@@ -289,10 +289,10 @@ def test_labels_that_cannot_be_meant_are_refused(tmp_path: Path, text: str) -> N
 
 def test_class_folders_name_the_labels(tmp_path: Path) -> None:
     for name in ("owl", "cat", "dog"):
-        (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
-    assert read_labels(tmp_path / "pictures") == ("cat", "dog", "owl")
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    assert read_labels(tmp_path / "images") == ("cat", "dog", "owl")
     source = bare(tmp_path / "a.safetensors", state_of(timm_model()))
-    assert open_source(source, labels=tmp_path / "pictures").labels == ("cat", "dog", "owl")
+    assert open_source(source, labels=tmp_path / "images").labels == ("cat", "dog", "owl")
 
 
 def test_labels_of_another_number_are_refused(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.third_party_weights import labelled_pictures, random_images
+from tests.support.third_party_weights import labelled_images, random_images
 from vit_edge.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vit_edge.conversion.preprocessing.knowledge import HALF, IMAGENET
-from vit_edge.conversion.preprocessing.search import MOST_PICTURES, sample
+from vit_edge.conversion.preprocessing.search import MOST_IMAGES, sample
 from vit_edge.convert import Conversion, convert, read_source
 from vit_edge.errors import DataRejected
 from vit_edge.image import Preprocessing
@@ -25,8 +25,8 @@ NAMES = ("img1", "img2", "img10", "Img3")
 SIZE = 16
 
 
-def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Return pictures of 40x24 with large soft forms and noise, of every colour."""
+def images(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Return images of 40x24 with large soft forms and noise, of every colour."""
     random = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -36,8 +36,8 @@ def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
     return made
 
 
-def fed(preprocessing: Preprocessing, picture: np.ndarray, *, bgr: bool) -> torch.Tensor:
-    pixels = preprocessing.pixels(picture)[None]
+def fed(preprocessing: Preprocessing, image: np.ndarray, *, bgr: bool) -> torch.Tensor:
+    pixels = preprocessing.pixels(image)[None]
     return torch.from_numpy(preprocessing.normalise(pixels[..., ::-1] if bgr else pixels))
 
 
@@ -51,7 +51,7 @@ def network() -> VisionTransformer:
     model = VisionTransformer(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in ("pos_embed", "cls_token"):  # beside them, the size of what comes from the picture matters
+            if name in ("pos_embed", "cls_token"):  # beside them, the size of what comes from the image matters
                 nn.init.normal_(parameter, std=1.0)
             elif parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=(3.0 if name == "head.weight" else 1.5) * parameter[0].numel() ** -0.5)
@@ -68,14 +68,14 @@ def case(
     guess: Preprocessing | None = None,
     names: tuple[str, ...] = NAMES,
 ) -> tuple[Path, Path]:
-    """Save the network under a wrong guess, and pictures that it gets right only when it is fed as in `truth`.
+    """Save the network under a wrong guess, and images that it gets right only when it is fed as in `truth`.
 
     `names` are those of its outputs, in order.
     """
-    shown = pictures(60)
+    shown = images(60)
     with torch.no_grad():
-        answers = [int(network(fed(truth, picture, bgr=bgr)).argmax()) for picture in shown]
-    labelled_pictures(folder / "pictures", shown, [names[answer] for answer in answers])
+        answers = [int(network(fed(truth, image, bgr=bgr)).argmax()) for image in shown]
+    labelled_images(folder / "images", shown, [names[answer] for answer in answers])
     save_checkpoint(
         folder / "network",
         Checkpoint(
@@ -86,7 +86,7 @@ def case(
             assumed=assumed,
         ),
     )
-    return folder / "network", folder / "pictures"
+    return folder / "network", folder / "images"
 
 
 def candidate(made: Conversion) -> dict[str, str]:
@@ -120,7 +120,7 @@ def test_how_a_network_was_fed_is_found(
     assert {*made.report.found, *made.report.assumed} == set(UNTOLD)
     assert made.report.finding is not None
     assert made.report.finding.scores[0].top1 == 100.0
-    assert "found on 60 pictures" in " ".join(made.report.notes)
+    assert "found on 60 images" in " ".join(made.report.notes)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ def test_a_network_for_bgr_becomes_the_same_function_of_rgb(tmp_path: Path, netw
     convert(source, out=tmp_path / "out", data=data)
     made = load_checkpoint(tmp_path / "out")
     assert made.preprocessing.mean == IMAGENET[0][::-1]
-    for picture in pictures(5, seed=1):
+    for image in images(5, seed=1):
         with torch.no_grad():
-            expected = network(fed(truth, picture, bgr=True))
-            found = made.model(fed(made.preprocessing, picture, bgr=False))
+            expected = network(fed(truth, image, bgr=True))
+            found = made.model(fed(made.preprocessing, image, bgr=False))
         assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_what_was_told_is_kept_and_its_contradiction_is_said(
         made = read_source(source, data=data)
     assert made.checkpoint.preprocessing == told
     assert made.report.found == ()
-    assert "the pictures contradict what was told: with normalisation 0.5 instead of ImageNet" in caplog.text
+    assert "the images contradict what was told: with normalisation 0.5 instead of ImageNet" in caplog.text
 
 
 def test_what_was_told_and_is_right_is_not_contradicted(
@@ -181,15 +181,15 @@ def test_what_was_told_and_is_right_is_not_contradicted(
     assert made.report.finding.proposed.top1 == 100.0
 
 
-def test_candidates_that_pictures_cannot_tell_apart_stay_assumed(tmp_path: Path, network: VisionTransformer) -> None:
+def test_candidates_that_images_cannot_tell_apart_stay_assumed(tmp_path: Path, network: VisionTransformer) -> None:
     truth = Preprocessing(resize=SIZE, crop=(SIZE, SIZE))
     source, _ = case(tmp_path, network, truth)
     # Squares of one colour look the same however they are resized and cropped.
     plain = [np.full((32, 32, 3), colour, np.uint8) for colour in np.random.default_rng(0).integers(0, 256, (40, 3))]
     with torch.no_grad():
-        names = [sorted(NAMES)[int(network(fed(truth, picture, bgr=False)).argmax())] for picture in plain]
-    data = labelled_pictures(tmp_path / "plain", plain, names)
-    for name in NAMES:  # every class has a picture, or its place among the labels would not be known
+        names = [sorted(NAMES)[int(network(fed(truth, image, bgr=False)).argmax())] for image in plain]
+    data = labelled_images(tmp_path / "plain", plain, names)
+    for name in NAMES:  # every class has an image, or its place among the labels would not be known
         (data / name).mkdir(exist_ok=True)
     made = read_source(source, data=data) if len(set(names)) == len(NAMES) else read_labelled_by(source, data, tmp_path)
     assert {"preprocessing.resize", "preprocessing.interpolation"} <= set(made.report.assumed)
@@ -206,7 +206,7 @@ def test_nothing_is_found_where_no_way_beats_chance(
 ) -> None:
     source, _ = case(tmp_path, network, Preprocessing(resize=SIZE, crop=(SIZE, SIZE)))
     drawn = np.random.default_rng(3).integers(0, 4, 60)
-    data = labelled_pictures(tmp_path / "other", pictures(60, seed=9), [NAMES[label] for label in drawn])
+    data = labelled_images(tmp_path / "other", images(60, seed=9), [NAMES[label] for label in drawn])
     with caplog.at_level(logging.WARNING, logger="vit_edge"):
         made = read_source(source, data=data)
     assert made.report.found == ()
@@ -216,7 +216,7 @@ def test_nothing_is_found_where_no_way_beats_chance(
 
 def test_classes_that_cannot_be_matched_are_refused(tmp_path: Path, network: VisionTransformer) -> None:
     source, _ = case(tmp_path, network, Preprocessing(resize=SIZE, crop=(SIZE, SIZE)))
-    data = labelled_pictures(tmp_path / "other", pictures(4), ["a", "b", "a", "b"])
+    data = labelled_images(tmp_path / "other", images(4), ["a", "b", "a", "b"])
     with pytest.raises(DataRejected, match=r"its 2 classes cannot be matched.*--labels"):
         read_source(source, data=data)
 
@@ -232,7 +232,7 @@ def test_labels_that_are_numbers_are_indices(tmp_path: Path, network: VisionTran
 def test_the_sample_is_seeded_and_has_every_class() -> None:
     labels = [0] * 500 + [1] * 20 + [2] * 3
     drawn = sample(labels)
-    assert len(drawn) == MOST_PICTURES
+    assert len(drawn) == MOST_IMAGES
     assert drawn == sample(labels) != sample(labels, seed=1)
     assert sorted({labels[position] for position in drawn}) == [0, 1, 2]
     assert sum(labels[position] == 2 for position in drawn) == 3

@@ -1,4 +1,4 @@
-"""The pictures that ship are those the script makes, and none of them judges."""
+"""The images that ship are those the script makes, and none of them judges."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_script_reproduces_what_ships_byte_for_byte(tmp_path: Path) -> None:
     assert _files(tmp_path) == _files(SHIPPED)
 
 
-def test_the_manifest_lists_every_picture_and_classes_are_balanced() -> None:
+def test_the_manifest_lists_every_image_and_classes_are_balanced() -> None:
     entries = json.loads((SHIPPED / "manifest.json").read_text())["images"]
     assert len(entries) == 128
     assert {entry["file"]: entry["sha256"] for entry in entries} == {
@@ -33,7 +33,7 @@ def test_the_manifest_lists_every_picture_and_classes_are_balanced() -> None:
     assert set(Counter(entry["class"] for entry in entries).values()) == {12, 13}
 
 
-def test_no_test_picture_is_among_them(digits: Path) -> None:
+def test_no_test_image_is_among_them(digits: Path) -> None:
     test, training = _files(digits / "test"), _files(digits / "train")
     assert (len(test), len(training)) == (360, 1437)
     assert not set(test.values()) & set(training.values())

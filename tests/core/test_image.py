@@ -1,4 +1,4 @@
-"""Pictures become the same pixels everywhere, and what is no usable picture is refused."""
+"""Images become the same pixels everywhere, and what is no usable image is refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_settings_that_disagree_are_refused(fields: dict[str, object], message: 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     upright = noise(16, 24)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL.Image.Transpose that turns the upright picture as stored
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL.Image.Transpose that turns the upright image as stored
     stored = Image.fromarray(upright)
     if orientation in undo:
         stored = stored.transpose(Image.Transpose(undo[orientation]))
@@ -142,7 +142,7 @@ def _png_that_claims(width: int, height: int) -> bytes:
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"not a picture at all", "not a picture"),
+        (b"not an image at all", "not an image"),
         (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
         (b"<!DOCTYPE html><html>", "HTML"),
         (encoded(Image.fromarray(noise(64, 64)))[:300], "damaged"),
@@ -151,12 +151,12 @@ def _png_that_claims(width: int, height: int) -> bytes:
         (_png_that_claims(60000, 1), "60000 x 1"),
         (encoded(Image.new("RGB", (1, 1))), "1 x 1"),
         (encoded(Image.new("RGB", (900, 10))), "900 x 10"),
-        (encoded(Image.new("RGB", (16, 16)), "GIF"), "not a picture"),
-        (encoded(Image.new("RGB", (16, 16)), "EPS"), "not a picture"),
+        (encoded(Image.new("RGB", (16, 16)), "GIF"), "not an image"),
+        (encoded(Image.new("RGB", (16, 16)), "EPS"), "not an image"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_usable_picture_is_refused(data: bytes, message: str) -> None:
+def test_what_is_no_usable_image_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(ImageRejected, match=message):
         decode(data)
 
@@ -172,7 +172,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(side: int) -> N
 @given(
     position=st.integers(0, 10_000), value=st.integers(0, 255), kind=st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF"])
 )
-def test_a_damaged_picture_decodes_or_is_refused_and_nothing_else(position: int, value: int, kind: str) -> None:
+def test_a_damaged_image_decodes_or_is_refused_and_nothing_else(position: int, value: int, kind: str) -> None:
     data = bytearray(encoded(Image.fromarray(noise(32, 32)), kind))
     data[position % len(data)] = value
     try:
@@ -203,12 +203,12 @@ def test_a_name_that_is_not_utf8_works_and_prints_escaped(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "wrong", [None, 3, [1, 2], np.zeros((4, 4)), np.zeros((16, 16, 4), np.uint8), io.StringIO("x")]
 )
-def test_what_is_no_picture_by_type_is_a_type_error(wrong: object) -> None:
-    with pytest.raises(TypeError, match="picture is"):
+def test_what_is_no_image_by_type_is_a_type_error(wrong: object) -> None:
+    with pytest.raises(TypeError, match="image is"):
         decode(wrong)  # type: ignore[arg-type]
 
 
-def test_every_kind_of_picture_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_every_kind_of_image_gives_the_same_pixels(tmp_path: Path) -> None:
     pixels = noise(20, 20)
     path = tmp_path / "a.png"
     Image.fromarray(pixels).save(path)

@@ -1,4 +1,4 @@
-"""A picture encoded again is known, and other pictures are not taken for it."""
+"""An image encoded again is known, and other images are not taken for it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 
-def _prints(pictures: list[Pixels]) -> list[str]:
-    return [fingerprint(pixels) for pixels in pictures]
+def _prints(images: list[Pixels]) -> list[str]:
+    return [fingerprint(pixels) for pixels in images]
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -65,7 +65,7 @@ def test_digits_are_not_taken_for_each_other_and_their_copies_are_found(digits: 
     assert near_duplicates(prints, copies) == [(i, i) for i in range(len(prints))]
 
 
-def test_pictures_of_one_colour_are_no_copies_of_each_other() -> None:
+def test_images_of_one_colour_are_no_copies_of_each_other() -> None:
     prints = _prints([np.full((32, 32, 3), grey, dtype=np.uint8) for grey in (0, 1, 1, 255)])
     assert near_duplicates(prints, prints) == []
     assert near_duplicates([], prints) == near_duplicates(prints, []) == []

@@ -252,7 +252,7 @@ def test_other_answers_on_another_cpu_are_blamed_on_the_target(tiny: bytes, monk
     wrong = expectation(
         np.array([[1, 2]], np.float32), engines=["onnxruntime"], tolerance=Tolerance(absolute=0.1, relative=0.0)
     )
-    golden = {"generator": GENERATOR, "seeds": [0], "pictures": [], "expected": [wrong]}
+    golden = {"generator": GENERATOR, "seeds": [0], "images": [], "expected": [wrong]}
     manifest = replace(model.manifest, quantization={"target": "x86-vnni"}, golden=golden)
     for instruction, remedy in (("avx2", "quantize with --target portable"), ("avx512_vnni", "the file was edited")):
         pretend(monkeypatch, "x86_64", instruction)

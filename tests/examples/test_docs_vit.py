@@ -28,7 +28,7 @@ SYMBOL = re.compile(r"\[`([\w.]+)`\]\(\.\./vit_edge/(\w+)\.py\)")
 LINK = re.compile(r"\[[^\]]*\]\((?!https://)([^)#]+)\)")
 
 
-_spec = importlib.util.spec_from_file_location("make_pictures", DOCS / "make_pictures.py")
+_spec = importlib.util.spec_from_file_location("make_images", DOCS / "make_images.py")
 assert _spec is not None
 assert _spec.loader is not None
 SCRIPT = importlib.util.module_from_spec(_spec)
@@ -136,17 +136,17 @@ def test_the_shapes_of_figure_1_are_those_of_the_network() -> None:
     ]
 
 
-def test_the_committed_pictures_are_small_and_all_shown() -> None:
-    pictures = sorted((DOCS / "pictures").glob("*.png"))
+def test_the_committed_images_are_small_and_all_shown() -> None:
+    images = sorted((DOCS / "images").glob("*.png"))
     pages = TEXTS["en"] + (DOCS / "results.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", pages)
-    assert [f"pictures/{path.name}" for path in pictures] == sorted(shown)
-    for path in pictures:
+    assert [f"images/{path.name}" for path in images] == sorted(shown)
+    for path in images:
         assert path.stat().st_size <= 150_000
-        with Image.open(path) as picture:
-            assert picture.width <= 1000
-            assert picture.info.keys() <= {"dpi"}  # no date, no program
-            assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+        with Image.open(path) as image:
+            assert image.width <= 1000
+            assert image.info.keys() <= {"dpi"}  # no date, no program
+            assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_position_similarity_quoted_is_that_of_the_start() -> None:
@@ -155,12 +155,12 @@ def test_the_position_similarity_quoted_is_that_of_the_start() -> None:
 
 
 @pytest.mark.parametrize("with_class_token", [True, False])
-def test_anyone_can_make_the_pictures_of_their_network(tmp_path: Path, with_class_token: bool) -> None:
-    path, picture = small_checkpoint(tmp_path, with_class_token=with_class_token), tmp_path / "picture.png"
-    Image.linear_gradient("L").convert("RGB").save(picture)
+def test_anyone_can_make_the_images_of_their_network(tmp_path: Path, with_class_token: bool) -> None:
+    path, image = small_checkpoint(tmp_path, with_class_token=with_class_token), tmp_path / "image.png"
+    Image.linear_gradient("L").convert("RGB").save(image)
     made = {}
-    for out, given in (("without", None), ("with", picture), ("again", picture)):
-        paths = SCRIPT.make_pictures(path, given, out=tmp_path / out)
+    for out, given in (("without", None), ("with", image), ("again", image)):
+        paths = SCRIPT.make_images(path, given, out=tmp_path / out)
         assert sorted(p.name for p in paths) == ["attention.png", "patches.png", "positions.png"]
         made[out] = {p.name: p.read_bytes() for p in paths}
     assert made["with"] == made["again"]
@@ -173,7 +173,7 @@ def test_the_script_runs_as_the_page_says(tmp_path: Path) -> None:
     small_checkpoint(tmp_path, with_class_token=True)
     done = run_script("c.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+    assert len(list((tmp_path / "images").glob("*.png"))) == 3
     done = run_script("nothing.safetensors", cwd=tmp_path)
     assert done.returncode == 3
     assert done.stderr == "cannot read the checkpoint - nothing.safetensors - there is no such file - check the path\n"
@@ -198,5 +198,5 @@ def small_checkpoint(folder: Path, *, with_class_token: bool) -> Path:
 
 
 def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", DOCS / "make_pictures.py", *arguments]
+    command = [sys.executable, "-W", "error", DOCS / "make_images.py", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)

@@ -14,17 +14,17 @@ FOODS = ("apple_pie", "pizza", "steak", "sushi")
 
 
 def make_food101(root: Path) -> None:
-    """Lay out a Food-101 as torchvision leaves it: 40 training and 20 test pictures of each of four foods."""
+    """Lay out a Food-101 as torchvision leaves it: 40 training and 20 test images of each of four foods."""
     meta, images = root / "food-101" / "meta", root / "food-101" / "images"
     meta.mkdir(parents=True)
-    picture = next((ROOT / "calibration_data").rglob("*.png")).read_bytes()
+    image = next((ROOT / "calibration_data").rglob("*.png")).read_bytes()
     for split, numbers in (("train", range(40)), ("test", range(40, 60))):
         names = {food: [f"{food}/{1000 + number}" for number in numbers] for food in FOODS}
         (meta / f"{split}.json").write_text(json.dumps(names))
         (meta / f"{split}.txt").write_text("".join(f"{name}\n" for food in FOODS for name in names[food]))
         for name in (name for food in FOODS for name in names[food]):
             (images / name).parent.mkdir(parents=True, exist_ok=True)
-            (images / f"{name}.jpg").write_bytes(picture)
+            (images / f"{name}.jpg").write_bytes(image)
 
 
 def test_pizza_steak_and_sushi_are_drawn_as_the_tutorials_draw_them(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_pizza_steak_and_sushi_are_drawn_as_the_tutorials_draw_them(tmp_path: Pa
     for name in ("a", "b"):
         command = [sys.executable, script, "--root", tmp_path / "root", "--out", tmp_path / name, "--percent", "10"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        assert done.stdout.splitlines() == ["train: 12 pictures", "test: 6 pictures"]
+        assert done.stdout.splitlines() == ["train: 12 images", "test: 6 images"]
     files = [
         sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*.jpg")) for name in "ab"
     ]

@@ -91,18 +91,18 @@ def test_raw_pixels_get_the_label_and_logits_that_python_gives(
 ) -> None:
     model = workspace.int8_model if precision == "int8" else workspace.float_model
     with load(model, engine="onnxruntime", threads=1) as classifier:
-        pixels = classifier.prepare(workspace.folder / "picture.png").pixels
+        pixels = classifier.prepare(workspace.folder / "image.png").pixels
         expected = classifier.logits(pixels[None])[0]
-        prediction = classifier(workspace.folder / "picture.png", top=3)
-    pixels.tofile(tmp_path / "picture.rgb")
-    found = answered(example, model, "--raw", "32x32", tmp_path / "picture.rgb")["image"]
+        prediction = classifier(workspace.folder / "image.png", top=3)
+    pixels.tofile(tmp_path / "image.rgb")
+    found = answered(example, model, "--raw", "32x32", tmp_path / "image.rgb")["image"]
     assert found["label"] == prediction.label == "3"
     assert found["probability"] == pytest.approx(prediction.probability, abs=0.05 if precision == "int8" else 1e-4)
     assert len(found["answers"]) == 3
     # Releases of ONNX Runtime may round another way where integers are made of floats.
     np.testing.assert_allclose(found["logits"], expected, atol=0.3 if precision == "int8" else 1e-4)
-    done = node(example, model, "--raw", "32x32", tmp_path / "picture.rgb", "--top", "1")
-    assert done.stdout.startswith(f"{tmp_path / 'picture.rgb'}: 3 ")
+    done = node(example, model, "--raw", "32x32", tmp_path / "image.rgb", "--top", "1")
+    assert done.stdout.startswith(f"{tmp_path / 'image.rgb'}: 3 ")
 
 
 def test_one_changed_bit_is_refused(example: Path, workspace: Workspace, tmp_path: Path) -> None:

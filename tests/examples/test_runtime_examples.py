@@ -1,4 +1,4 @@
-"""The examples for whoever embeds the runtime run, on real pictures, frames and requests."""
+"""The examples for whoever embeds the runtime run, on real images, frames and requests."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def lines_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def pictures_of(workspace: Workspace, digit: str) -> list[Path]:
-    return sorted((workspace.test_pictures / digit).iterdir())
+def images_of(workspace: Workspace, digit: str) -> list[Path]:
+    return sorted((workspace.test_images / digit).iterdir())
 
 
 @pytest.mark.parametrize("name", ["folder_watcher.py", "camera.py", "service/app.py"])
@@ -101,15 +101,13 @@ def write_slowly(path: Path, data: bytes, *, seconds: float) -> None:
         time.sleep(seconds / pieces)
 
 
-def test_the_watcher_names_every_picture_and_a_broken_file_does_not_stop_it(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_the_watcher_names_every_image_and_a_broken_file_does_not_stop_it(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "incoming"
     folder.mkdir()
-    there, slow, later = (pictures_of(workspace, digit)[0].read_bytes() for digit in "375")
+    there, slow, later = (images_of(workspace, digit)[0].read_bytes() for digit in "375")
     (folder / "there.png").write_bytes(there)
     (folder / "broken.png").write_bytes(there[: len(there) // 2])
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     (folder / ".part.png").write_bytes(there[:100])
     (folder / "empty.png").touch()
     (folder / "subfolder").mkdir()
@@ -137,7 +135,7 @@ def test_the_watcher_names_every_picture_and_a_broken_file_does_not_stop_it(
 
 def test_a_file_is_handed_out_when_it_stopped_changing_and_again_when_it_is_another(tmp_path: Path) -> None:
     watcher = example("folder_watcher").Watcher(tmp_path)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.touch()
     looks = [list(watcher.look()) for _ in range(3)]  # empty: somebody has just opened it
     for part in (b"a", b"ab", b"abc"):
@@ -158,7 +156,7 @@ def test_once_classifies_what_is_there_and_a_memory_keeps_that_over_a_restart(
     folder = tmp_path / "incoming"
     folder.mkdir()
     for digit in "37":
-        shutil.copy(pictures_of(workspace, digit)[0], folder / f"{digit}.png")
+        shutil.copy(images_of(workspace, digit)[0], folder / f"{digit}.png")
     (folder / "half.png").touch()
     options = ["--once", "--interval", "0.05", "--seen", tmp_path / "seen.json"]
     command = [EXAMPLES / "folder_watcher.py", workspace.int8_model, folder, *options]
@@ -167,7 +165,7 @@ def test_once_classifies_what_is_there_and_a_memory_keeps_that_over_a_restart(
     assert [line["label"] for line in lines_of(first.stdout)] == ["3", "7"]
     assert "half.png" in first.stderr
     assert "still being written" in first.stderr
-    shutil.copy(pictures_of(workspace, "3")[1], folder / "7.png")
+    shutil.copy(images_of(workspace, "3")[1], folder / "7.png")
     second = run(*command)
     assert [line["file"] for line in lines_of(second.stdout)] == [str(folder / "7.png")]
     (tmp_path / "seen.json").write_text("[1]")
@@ -200,7 +198,7 @@ def test_what_the_watcher_cannot_do_it_says_in_one_line(
 
 def colourful(workspace: Workspace, digit: str, *, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return a digit as RGB pixels with another tint in each channel: BGR taken for RGB gives another answer."""
-    with Image.open(pictures_of(workspace, digit)[number]) as image:
+    with Image.open(images_of(workspace, digit)[number]) as image:
         rgb = np.asarray(image.convert("RGB"), dtype=np.float64)
     return (rgb * [1.0, 0.6, 0.2]).astype(np.uint8)
 
@@ -273,7 +271,7 @@ def test_a_film_is_classified_frame_by_frame(workspace: Workspace, tmp_path: Pat
     cv2 = pytest.importorskip("cv2", reason="OpenCV is no dependency: install opencv-python-headless to run this")
     film = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (160, 160))
-    with Image.open(pictures_of(workspace, "3")[0]) as image:
+    with Image.open(images_of(workspace, "3")[0]) as image:
         rgb = np.asarray(image.convert("RGB").resize((160, 160)))
     for _ in range(7):
         writer.write(np.ascontiguousarray(rgb[..., ::-1]))
@@ -308,7 +306,7 @@ class Picamera2:
         if not self.left:
             raise RuntimeError("Camera frontend has timed out!")
         self.left -= 1
-        return np.asarray(Image.open("picture.png").convert("RGB").resize(self.size))[..., ::-1]
+        return np.asarray(Image.open("image.png").convert("RGB").resize(self.size))[..., ::-1]
 """
 
 
@@ -317,7 +315,7 @@ def test_the_camera_of_a_raspberry_pi_is_read_and_let_go_when_it_fails(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picamera2.py").write_text(PICAMERA2)
-    shutil.copy(pictures_of(workspace, "3")[0], tmp_path / "picture.png")
+    shutil.copy(images_of(workspace, "3")[0], tmp_path / "image.png")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = run(EXAMPLES / "camera.py", workspace.int8_model, "--picamera2", environment={"PYTHONPATH": path})
     answers = [line for line in done.stdout.splitlines() if line != "closed"]

@@ -106,14 +106,14 @@ def service(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> I
         running.end()
 
 
-def picture_of(workspace: Workspace, digit: str) -> Path:
-    return sorted((workspace.test_pictures / digit).iterdir())[0]
+def image_of(workspace: Workspace, digit: str) -> Path:
+    return sorted((workspace.test_images / digit).iterdir())[0]
 
 
-def test_a_picture_gets_the_answer_of_the_classifier(workspace: Workspace, service: Service) -> None:
+def test_a_image_gets_the_answer_of_the_classifier(workspace: Workspace, service: Service) -> None:
     with load(workspace.int8_model, threads=1) as classifier:
         for digit in "037":
-            path = picture_of(workspace, digit)
+            path = image_of(workspace, digit)
             status, answer, _ = service.ask("/classify?top=2", path.read_bytes(), **{"Content-Type": "image/png"})
             expected = classifier(path, top=2)
             assert (status, answer["label"], answer["probability"]) == (200, digit, expected.probability)
@@ -134,14 +134,14 @@ def test_health_names_what_really_runs(workspace: Workspace, service: Service) -
 @pytest.mark.parametrize(
     ("body", "path", "headers", "status", "told"),
     [
-        (b"no picture at all", "/classify", {}, 422, "it is not a picture that can be read"),
+        (b"no image at all", "/classify", {}, 422, "it is not an image that can be read"),
         (b"", "/classify", {}, 422, "the bytes given"),
         (bytes(MAX_BYTES + 1), "/classify", {}, 413, "more than 1,000,000 bytes"),
         (bytes(30 * MAX_BYTES), "/classify", {}, 413, "more than 1,000,000 bytes"),
         (b"--x--", "/classify", {"Content-Type": "multipart/form-data; boundary=x"}, 415, "the body is a form"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_the_reason(
+def test_what_is_no_image_is_refused_with_the_reason(
     service: Service, body: bytes, path: str, headers: dict[str, str], status: int, told: str
 ) -> None:
     found, answer, _ = service.ask(path, body, **headers)
@@ -149,8 +149,8 @@ def test_what_is_no_picture_is_refused_with_the_reason(
     assert told in answer["message"]
 
 
-def test_half_a_picture_is_refused_and_the_service_goes_on(workspace: Workspace, service: Service) -> None:
-    data = picture_of(workspace, "3").read_bytes()
+def test_half_a_image_is_refused_and_the_service_goes_on(workspace: Workspace, service: Service) -> None:
+    data = image_of(workspace, "3").read_bytes()
     status, answer, _ = service.ask("/classify", data[: len(data) // 2])
     assert (status, answer["error"]) == (422, "ImageRejected")
     assert service.ask("/classify", data)[1]["label"] == "3"
@@ -158,7 +158,7 @@ def test_half_a_picture_is_refused_and_the_service_goes_on(workspace: Workspace,
 
 
 def test_a_small_file_with_very_many_pixels_is_refused(workspace: Workspace, service: Service) -> None:
-    data = large_picture(picture_of(workspace, "3"))
+    data = large_image(image_of(workspace, "3"))
     assert len(data) < MAX_BYTES
     status, answer, _ = service.ask("/classify", data)
     assert (status, answer["error"]) == (413, "Refused")
@@ -172,11 +172,11 @@ def test_a_client_that_stalls_or_goes_away_holds_nothing_up(workspace: Workspace
         stalling.sendall(head)
         with socket.create_connection(("127.0.0.1", service.port)) as leaving:
             leaving.sendall(head)
-        assert service.ask("/classify", picture_of(workspace, "3").read_bytes())[1]["label"] == "3"
+        assert service.ask("/classify", image_of(workspace, "3").read_bytes())[1]["label"] == "3"
         assert b" 408 " in stalling.recv(1000)
 
 
-def test_the_length_of_a_picture_is_counted_where_it_is_not_told_and_believed_where_the_client_asks(
+def test_the_length_of_a_image_is_counted_where_it_is_not_told_and_believed_where_the_client_asks(
     service: Service,
 ) -> None:
     with socket.create_connection(("127.0.0.1", service.port)) as chunked:
@@ -193,8 +193,8 @@ def test_the_length_of_a_picture_is_counted_where_it_is_not_told_and_believed_wh
         assert asking.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
-def large_picture(path: Path) -> bytes:
-    """Return a picture of 49 million pixels in a small file: work for a worker, none for the network card."""
+def large_image(path: Path) -> bytes:
+    """Return an image of 49 million pixels in a small file: work for a worker, none for the network card."""
     with Image.open(path) as image:
         large = image.convert("L").resize((7000, 7000), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
@@ -203,7 +203,7 @@ def large_picture(path: Path) -> bytes:
 
 
 def test_a_full_queue_refuses_at_once_and_what_was_taken_is_answered(workspace: Workspace, tmp_path: Path) -> None:
-    data = large_picture(picture_of(workspace, "3"))
+    data = large_image(image_of(workspace, "3"))
     settings = {"VIT_EDGE_QUEUE": "1", **LARGE}
     with serving(workspace.int8_model, tmp_path / "log.txt", **settings) as service:
         service.wait_until_ready()
@@ -227,16 +227,16 @@ def test_a_full_queue_refuses_at_once_and_what_was_taken_is_answered(workspace: 
         service.end()
 
 
-def test_a_picture_whose_time_is_over_is_not_answered(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_image_whose_time_is_over_is_not_answered(workspace: Workspace, tmp_path: Path) -> None:
     with serving(workspace.int8_model, tmp_path / "log.txt", VIT_EDGE_DEADLINE_MS="0.000001") as service:
         service.wait_until_ready()
-        status, answer, _ = service.ask("/classify", picture_of(workspace, "3").read_bytes())
+        status, answer, _ = service.ask("/classify", image_of(workspace, "3").read_bytes())
         assert (status, answer["error"]) == (504, "DeadlineExceeded")
         service.end()
 
 
-def test_pictures_that_were_taken_are_answered_before_the_end(workspace: Workspace, tmp_path: Path) -> None:
-    data = large_picture(picture_of(workspace, "3"))
+def test_images_that_were_taken_are_answered_before_the_end(workspace: Workspace, tmp_path: Path) -> None:
+    data = large_image(image_of(workspace, "3"))
     with serving(workspace.int8_model, tmp_path / "log.txt", **LARGE) as service:
         service.wait_until_ready()
         with ThreadPoolExecutor(2) as clients:
@@ -259,7 +259,7 @@ def test_another_model_in_its_place_serves_when_it_was_checked(workspace: Worksp
         while service.ask("/healthz")[1]["precision"] != "float32":
             assert time.monotonic() < end, service.log.read_text()
             time.sleep(0.1)
-        assert service.ask("/classify", picture_of(workspace, "3").read_bytes())[1]["label"] == "3"
+        assert service.ask("/classify", image_of(workspace, "3").read_bytes())[1]["label"] == "3"
         service.end()
 
 
@@ -280,7 +280,7 @@ def test_what_it_cannot_start_with_it_says(
         assert told in service.log.read_text()
 
 
-def test_systemd_hears_when_it_is_ready_and_as_long_as_pictures_are_answered(
+def test_systemd_hears_when_it_is_ready_and_as_long_as_images_are_answered(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     with (
@@ -300,15 +300,15 @@ def test_systemd_hears_when_it_is_ready_and_as_long_as_pictures_are_answered(
             assert set(heard[:-1]) <= {b"WATCHDOG=1"}
 
 
-def test_systemd_hears_nothing_while_no_picture_is_answered(workspace: Workspace, tmp_path: Path) -> None:
-    data = large_picture(picture_of(workspace, "3"))
+def test_systemd_hears_nothing_while_no_image_is_answered(workspace: Workspace, tmp_path: Path) -> None:
+    data = large_image(image_of(workspace, "3"))
     with (
         tempfile.TemporaryDirectory(prefix="vit-edge.") as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
     ):
         manager.bind(f"{folder}/notify")
         manager.settimeout(PATIENCE_S)
-        # A picture has to be answered within 25 ms; one of 49 million pixels takes the only worker for longer.
+        # An image has to be answered within 25 ms; one of 49 million pixels takes the only worker for longer.
         told = {"NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "100000", **LARGE}
         log = tmp_path / "log.txt"
         with serving(workspace.int8_model, log, **told) as service, ThreadPoolExecutor(1) as client:

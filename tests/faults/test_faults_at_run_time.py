@@ -77,7 +77,7 @@ _LAYOUTS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
     "backwards": lambda x: x[:, ::-1].copy()[:, ::-1],
     "read-only": _frozen,
     "channels first in memory": lambda x: np.ascontiguousarray(x.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1),
-    "one picture, repeated without a copy": lambda x: np.broadcast_to(x[:1], x.shape),
+    "one image, repeated without a copy": lambda x: np.broadcast_to(x[:1], x.shape),
 }
 
 
@@ -116,10 +116,8 @@ def test_fault_48_an_answer_that_is_not_finite_is_an_error_with_its_row(workspac
 @pytest.mark.parametrize(
     "wrong", [None, [1, 2], {"a": 1}, 3, object(), (IMAGES,)], ids=lambda value: type(value).__name__
 )
-def test_fault_49_what_is_no_picture_is_a_type_error_that_names_the_argument(
-    classifier: Classifier, wrong: Any
-) -> None:
-    with pytest.raises(TypeError, match="picture is"):
+def test_fault_49_what_is_no_image_is_a_type_error_that_names_the_argument(classifier: Classifier, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="image is"):
         classifier(wrong)
     with pytest.raises(TypeError, match="images_NHWC is"):
         classifier.logits(wrong)
@@ -127,9 +125,9 @@ def test_fault_49_what_is_no_picture_is_a_type_error_that_names_the_argument(
         load(wrong)
 
 
-@pytest.mark.parametrize("wrong", ["picture.png", b"bytes", Path("picture.png"), None, 3])
-def test_fault_49_one_picture_is_no_batch(classifier: Classifier, wrong: Any) -> None:
-    with pytest.raises(TypeError, match="pictures is"):
+@pytest.mark.parametrize("wrong", ["image.png", b"bytes", Path("image.png"), None, 3])
+def test_fault_49_one_image_is_no_batch(classifier: Classifier, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="images is"):
         classifier.classify_batch(wrong)
 
 

@@ -212,7 +212,7 @@ def test_faults_9_12_and_13_a_stopped_run_is_whole_and_only_itself_goes_on(
     assert "in use by" in capsys.readouterr().err
     next((stopped / "data" / "train" / "3").iterdir()).unlink()
     assert main(resume) == 2
-    assert "training_pictures was" in capsys.readouterr().err
+    assert "training_images was" in capsys.readouterr().err
     assert (stopped / "run" / "state.safetensors").read_bytes() == before
     assert main([*resume, "--allow-drift"]) == 0
 

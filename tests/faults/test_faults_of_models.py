@@ -39,7 +39,7 @@ FILES: dict[str, tuple[Callable[[Path, bytes], object], type[VitEdgeError], str]
     "14 random": (lambda p, _: p.write_bytes(np.random.default_rng(0).bytes(5000)), ModelRejected, "not an ONNX model"),
     "14 truncated": (lambda p, data: p.write_bytes(data[:-1000]), NotTrusted, "its seal is missing: it was cut short"),
     "14 empty": (lambda p, _: p.touch(), ModelRejected, "it is empty"),
-    "14 PNG": (lambda p, _: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), ModelRejected, "it is a PNG picture"),
+    "14 PNG": (lambda p, _: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), ModelRejected, "it is a PNG image"),
     "14 HTML": (lambda p, _: p.write_bytes(b"<!DOCTYPE html><html>"), ModelRejected, "it is an HTML page"),
     "14 folder": (lambda p, _: p.mkdir(), ModelRejected, "it is a folder"),
     "14 missing": (lambda _p, _: None, ModelRejected, "there is no such file"),

@@ -55,7 +55,7 @@ def _environment(folder: Path, *packages: str) -> Path:
 def test_the_oldest_packages_pass_the_golden_vectors(wheel: Path, workspace: Workspace, tmp_path: Path) -> None:
     python = _environment(tmp_path / "venv", str(wheel), *OLDEST)
     for model in (workspace.float_model, workspace.int8_model):
-        done = vit_edge("classify", model, workspace.folder / "picture.png", "--json", cwd=tmp_path, python=python)
+        done = vit_edge("classify", model, workspace.folder / "image.png", "--json", cwd=tmp_path, python=python)
         assert done.returncode == 0, done.stderr
         printed = json.loads(done.stdout)
         assert printed["images"][0]["label"] == "3"
@@ -80,7 +80,7 @@ assert time.process_time() - started < 0.3
 def test_a_device_without_torch_classifies(wheel: Path, workspace: Workspace, tmp_path: Path) -> None:
     python = _environment(tmp_path / "venv", f"{wheel}[onnxruntime]")
     done = vit_edge(
-        "classify", workspace.int8_model, workspace.folder / "picture.png", "--json", cwd=tmp_path, python=python
+        "classify", workspace.int8_model, workspace.folder / "image.png", "--json", cwd=tmp_path, python=python
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"][0]["label"] == "3"

@@ -23,14 +23,14 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> AdbDevices:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, deployment: Path) -> Path:
-    """Return a folder with a deployment in `out`, and the pictures it was judged by in `data`."""
+    """Return a folder with a deployment in `out`, and the images it was judged by in `data`."""
     return shutil.copytree(deployment, tmp_path_factory.mktemp("deployment"), dirs_exist_ok=True)
 
 
 def test_a_device_classifies_as_this_machine_does(devices: AdbDevices, folder: Path) -> None:
-    model, picture = folder / "out" / "model.int8.onnx", folder / "calibration" / "0.png"
-    here = json.loads(vit_edge("classify", model, picture, "--json").stdout)
-    done = devices.vit_edge("classify", model, picture, "--on", "adb://phone", "--json")
+    model, image = folder / "out" / "model.int8.onnx", folder / "calibration" / "0.png"
+    here = json.loads(vit_edge("classify", model, image, "--json").stdout)
+    done = devices.vit_edge("classify", model, image, "--on", "adb://phone", "--json")
     assert done.returncode == 0, done.stderr
     there = json.loads(done.stdout)
     assert there["images"][0]["answers"] == here["images"][0]["answers"]
@@ -111,9 +111,9 @@ def test_one_file_is_made_for_each_distinct_target_of_the_devices(
             for name, target in named
         )
     )
-    pictures = ("--calibration", "calibration", "--data", "data", "--max-drop", "40", "--effort", "fast")
+    images = ("--calibration", "calibration", "--data", "data", "--max-drop", "40", "--effort", "fast")
     given = ("-o", "made", "--devices", "devices.toml", "--json")
-    done = devices.vit_edge("deploy", "c.safetensors", *pictures, *given, cwd=tmp_path)
+    done = devices.vit_edge("deploy", "c.safetensors", *images, *given, cwd=tmp_path)
     assert done.returncode == 7, done.stderr  # one of the devices is not there
     printed = json.loads(done.stdout)
     first, second = printed["deployments"]

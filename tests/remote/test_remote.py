@@ -74,13 +74,13 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *texts: str, code: i
 
 
 def test_a_device_classifies_as_this_machine_does(device: SshDevice, workspace: Workspace) -> None:
-    picture = workspace.folder / "picture.png"
-    here = json.loads(vit_edge("classify", workspace.int8_model, picture, "--json").stdout)
-    done = device.vit_edge("classify", workspace.int8_model, picture, "--json")
+    image = workspace.folder / "image.png"
+    here = json.loads(vit_edge("classify", workspace.int8_model, image, "--json").stdout)
+    done = device.vit_edge("classify", workspace.int8_model, image, "--json")
     assert done.returncode == 0, done.stderr
     there = json.loads(done.stdout)
     assert there["images"][0]["answers"] == here["images"][0]["answers"]
-    assert there["images"][0]["file"] == str(picture)
+    assert there["images"][0]["file"] == str(image)
     assert there["model"]["sha256"] == here["model"]["sha256"]
     assert there["model"]["verified"] == "full"  # the golden vectors ran on the device
     assert there["devices"][0]["on"] == device.address
@@ -93,22 +93,22 @@ def test_file_names_that_a_shell_would_take_for_more_arrive(
 ) -> None:
     folder = tmp_path / 'it\'s; touch $(echo pwned) `x` "q" & *'
     folder.mkdir()
-    model, picture = folder / "my model's.onnx", folder / "-pic ture\u00e9.png"
+    model, image = folder / "my model's.onnx", folder / "-pic ture\u00e9.png"
     shutil.copy(workspace.int8_model, model)
-    shutil.copy(workspace.folder / "picture.png", picture)
-    done = device.vit_edge("classify", model, picture, "--json")
+    shutil.copy(workspace.folder / "image.png", image)
+    done = device.vit_edge("classify", model, image, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["images"][0]["file"] == str(picture)
+    assert json.loads(done.stdout)["images"][0]["file"] == str(image)
     assert not list(tmp_path.rglob("pwned"))
     assert device.left_behind() == []
 
 
-def test_a_picture_that_cannot_be_used_is_named_as_it_is_here(
+def test_a_image_that_cannot_be_used_is_named_as_it_is_here(
     device: SshDevice, workspace: Workspace, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     done = device.vit_edge(
-        "classify", workspace.int8_model, workspace.folder / "picture.png", tmp_path / "broken.png", "--json"
+        "classify", workspace.int8_model, workspace.folder / "image.png", tmp_path / "broken.png", "--json"
     )
     assert_one_line(done, str(tmp_path / "broken.png"), code=3)
     printed = json.loads(done.stdout)
@@ -202,7 +202,7 @@ def test_a_folder_of_a_run_whose_device_lost_power_is_removed_by_the_next(device
 
 
 def test_a_device_that_cannot_be_reached_is_one_line(device: SshDevice, workspace: Workspace) -> None:
-    common = ("classify", workspace.int8_model, workspace.folder / "picture.png")
+    common = ("classify", workspace.int8_model, workspace.folder / "image.png")
     assert_one_line(device.vit_edge(*common, config="config_wrong"), "Host key verification failed", "ssh-keygen")
     refused = ("--on", "ssh://127.0.0.1:1")
     assert_one_line(device.vit_edge(*common, *refused, on=False), "Connection refused", "ssh://127.0.0.1:1")
@@ -213,7 +213,7 @@ def test_a_device_that_cannot_be_reached_is_one_line(device: SshDevice, workspac
 def test_a_device_without_python_or_engine_is_one_line(
     device: SshDevice, workspace: Workspace, bare_python: Path, tmp_path: Path
 ) -> None:
-    common = ("classify", workspace.int8_model, workspace.folder / "picture.png")
+    common = ("classify", workspace.int8_model, workspace.folder / "image.png")
     assert_one_line(device.vit_edge(*common, python="no-such-python"), "there is no no-such-python there")
     assert_one_line(device.vit_edge(*common, python=bare_python), "numpy", "onnxruntime or openvino", "--install")
     old = tmp_path / "python3"
@@ -285,8 +285,8 @@ def test_an_engine_is_installed_there_from_wheels_without_a_network(
     more = ["tomli>=2", "typing_extensions"] if sys.version_info < (3, 11) else []
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", "--dest", str(wheels)]
     subprocess.run([*download, *wanted, *more], check=True, capture_output=True, timeout=600)
-    picture = workspace.folder / "picture.png"
-    common = ("classify", workspace.int8_model, picture, "--json", "--wheels", wheels)
+    image = workspace.folder / "image.png"
+    common = ("classify", workspace.int8_model, image, "--json", "--wheels", wheels)
     done = device.vit_edge(*common, python=bare_python)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"][0]["label"] == "3"

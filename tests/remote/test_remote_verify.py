@@ -26,7 +26,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshDevice]:
 
 def arguments(workspace: Workspace, *more: str | Path) -> tuple[str | Path, ...]:
     """Return the README's verification."""
-    common = ("verify", workspace.int8_model, "--reference", workspace.float_model, "--data", workspace.test_pictures)
+    common = ("verify", workspace.int8_model, "--reference", workspace.float_model, "--data", workspace.test_images)
     return (*common, *more)
 
 
@@ -71,7 +71,7 @@ def test_a_file_whose_golden_vectors_do_not_pass_there_is_refused(
     golden["expected"] = [{**entry, "logits": negated(entry["logits"])} for entry in golden["expected"]]
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(model.with_manifest(replace(model.manifest, golden=golden)))
-    common = ("verify", bad, "--reference", workspace.float_model, "--data", workspace.test_pictures)
+    common = ("verify", bad, "--reference", workspace.float_model, "--data", workspace.test_images)
     done = device.vit_edge(*common, "--engine", "onnxruntime", "--max-drop", "4")
     assert done.returncode == 6
     assert "golden" in done.stderr

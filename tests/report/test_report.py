@@ -35,11 +35,11 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """What is in a page: its text, pictures and links; raises where tags are not closed in order."""
+    """What is in a page: its text, images and links; raises where tags are not closed in order."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.open, self.texts, self.pictures, self.links = list[str](), list[str](), list[bytes](), list[str]()
+        self.open, self.texts, self.images, self.links = list[str](), list[str](), list[bytes](), list[str]()
         self.feed(path.read_text(encoding="utf-8"))
         assert not self.open
 
@@ -51,7 +51,7 @@ class Page(HTMLParser):
             kind, data = str(values["src"]).split(",", 1)
             assert re.fullmatch(r"data:image/(png|jpeg);base64", kind)
             assert values["alt"]
-            self.pictures.append(base64.b64decode(data))
+            self.images.append(base64.b64decode(data))
         self.links += [str(values[name]) for name in ("href", "src", "srcset") if name in values and tag != "img"]
 
     def handle_endtag(self, tag: str) -> None:
@@ -76,8 +76,8 @@ def results(deployed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("results")
     for name in ("model.onnx", "model.int8.onnx"):
         shutil.copy(deployed / "out" / name, folder / name)
-    pictures = ("--data", deployed / "data")
-    asked = ("--reference", "model.onnx", *pictures, "--max-drop", "40", "--json")
+    images = ("--data", deployed / "data")
+    asked = ("--reference", "model.onnx", *images, "--max-drop", "40", "--json")
     runs = {
         "verified": ("verify", "model.int8.onnx", *asked),
         "speed": ("benchmark", "model.onnx", "model.int8.onnx", "--min-seconds", "0.1", "--min-queries", "5",
@@ -98,7 +98,7 @@ def everything(results: Path) -> list[Path]:
     ]
 
 
-def test_one_page_has_tables_pictures_flips_and_manifests(results: Path, tmp_path: Path) -> None:
+def test_one_page_has_tables_images_flips_and_manifests(results: Path, tmp_path: Path) -> None:
     page = Page(write_report(everything(results), out=tmp_path / "report.html", title="<b>Ours & theirs</b>"))
     assert "<b>Ours & theirs</b>" in page.text  # as text, not as a tag
     judged = json.loads((results / "verified.json").read_text())
@@ -110,8 +110,8 @@ def test_one_page_has_tables_pictures_flips_and_manifests(results: Path, tmp_pat
         assert open_model(results / model).sha256 in page.text
     assert page.text.count("looks here") == 2 * len(changed)
     assert page.text.count("attention overlaps by") == len(changed)
-    assert len(page.pictures) == 3 * len(changed) + 1  # and the latencies
-    for data in page.pictures:
+    assert len(page.images) == 3 * len(changed) + 1  # and the latencies
+    for data in page.images:
         Image.open(io.BytesIO(data)).load()
     for change in changed.values():
         assert f"label {change['label']}" in page.text
@@ -138,7 +138,7 @@ def test_a_deployment_reports_itself(deployed: Path, tmp_path: Path) -> None:
     assert "not shown" not in page.text
 
 
-def test_pictures_that_moved_are_found_and_others_are_not_taken_for_them(
+def test_images_that_moved_are_found_and_others_are_not_taken_for_them(
     results: Path, deployed: Path, tmp_path: Path
 ) -> None:
     values = json.loads((results / "verified.json").read_text())
@@ -155,19 +155,19 @@ def test_pictures_that_moved_are_found_and_others_are_not_taken_for_them(
     assert {flip.missing for flip in flips(None)} == {
         f"there is no such file: /nowhere/data/{f.path}" for f in flips(None)
     }
-    assert all(flip.picture and flip.attention for flip in flips(deployed / "data"))
+    assert all(flip.image and flip.attention for flip in flips(deployed / "data"))
     shutil.copytree(deployed / "data", tmp_path / "others")
     for path in (tmp_path / "others").rglob("*.png"):
         Image.new("RGB", SIZE[::-1]).save(path)
-    assert all("another picture" in flip.missing and not flip.picture for flip in flips(tmp_path / "others"))
+    assert all("another image" in flip.missing and not flip.image for flip in flips(tmp_path / "others"))
 
 
-def test_without_its_models_a_verification_shows_the_pictures_alone(results: Path, tmp_path: Path) -> None:
+def test_without_its_models_a_verification_shows_the_images_alone(results: Path, tmp_path: Path) -> None:
     page = Page(write_report([results / "verified.json"], out=tmp_path / "r.html", most_flips=1))
-    assert len(page.pictures) == 1
+    assert len(page.images) == 1
     assert "Give both model files too" in page.text
     none = Page(write_report([results / "verified.json"], out=tmp_path / "n.html", most_flips=0))
-    assert not none.pictures
+    assert not none.images
 
 
 def test_accuracy_of_a_verification_is_drawn_beside_the_speed(results: Path) -> None:
@@ -312,7 +312,7 @@ def test_chromium_shows_it_on_a_phone_and_on_a_desk(width: int, results: Path, t
     seen = json.loads(title[1])
     assert seen["width"] <= seen["clientWidth"] <= width  # nothing sticks out: no scrolling sideways
     assert seen["broken"] == 0
-    assert seen["images"] == len(Page(tmp_path / "report.html").pictures)
+    assert seen["images"] == len(Page(tmp_path / "report.html").images)
     assert seen["sections"] >= 6
     assert seen["small"] == 0
     assert seen["tallest"] <= width

@@ -33,10 +33,10 @@ ENGINES = ("onnxruntime", "openvino")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_picture_is_named_and_described(workspace: Workspace, engine: str) -> None:
-    path = workspace.test_pictures / "3"
+def test_a_image_is_named_and_described(workspace: Workspace, engine: str) -> None:
+    path = workspace.test_images / "3"
     with load(workspace.int8_model, engine=engine, threads=1) as classifier:  # type: ignore[arg-type]
-        answers = [classifier(picture) for picture in sorted(path.iterdir())[:10]]
+        answers = [classifier(image) for image in sorted(path.iterdir())[:10]]
         assert sum(answer.label == "3" for answer in answers) >= 9
         first = answers[0]
         assert sum(answer.probability for answer in classifier(sorted(path.iterdir())[0], top=10).answers) == (
@@ -151,7 +151,7 @@ def test_odd_paths_work(workspace: Workspace, tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(workspace.int8_model.read_bytes())
         with load(tmp_path / name) as classifier:
-            assert classifier(workspace.folder / "picture.png").label == "3"
+            assert classifier(workspace.folder / "image.png").label == "3"
 
 
 def test_the_null_engine_computes_nothing(workspace: Workspace) -> None:
@@ -238,7 +238,7 @@ def test_a_file_without_or_with_broken_golden_vectors_is_not_loaded_as_checked(w
         load(model.with_manifest(replace(model.manifest, golden=only_openvino)), engine="onnxruntime")
 
 
-def test_other_preprocessing_fails_the_pictures_in_the_file(workspace: Workspace) -> None:
+def test_other_preprocessing_fails_the_images_in_the_file(workspace: Workspace) -> None:
     model = open_model(workspace.float_model)
     other = replace(model.manifest.preprocessing, interpolation="nearest")
     with pytest.raises(GoldenMismatch, match="prepared differently"):
@@ -246,7 +246,7 @@ def test_other_preprocessing_fails_the_pictures_in_the_file(workspace: Workspace
 
 
 def test_golden_images_are_those_of_the_document() -> None:
-    """SplitMix64 seeded with 0 gives 0xe220a8397b1dcdaf first; the picture follows docs/model-file.md."""
+    """SplitMix64 seeded with 0 gives 0xe220a8397b1dcdaf first; the image follows docs/model-file.md."""
     from vit_edge.runtime.checks.golden import _bytes
 
     assert _bytes(0, 3).tolist() == [0xE2, 0x6E, 0x06]
@@ -272,7 +272,7 @@ def test_golden_images_are_those_of_the_document() -> None:
     assert golden_images([seed], height=height, width=width).reshape(-1).tolist() == expected
 
 
-def test_rejected_pictures_name_the_file(workspace: Workspace, tmp_path: Path) -> None:
+def test_rejected_images_name_the_file(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "notanimage.txt").write_text("hello")
     with load(workspace.int8_model) as classifier, pytest.raises(ImageRejected, match=r"notanimage\.txt"):
         classifier(tmp_path / "notanimage.txt")
@@ -314,8 +314,8 @@ def test_a_signal_after_two_models_were_closed_does_not_end_the_process(workspac
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_real_pictures_are_answered_alike_by_both_engines(workspace: Workspace) -> None:
-    paths = find_images(workspace.test_pictures)[::6]
+def test_real_images_are_answered_alike_by_both_engines(workspace: Workspace) -> None:
+    paths = find_images(workspace.test_images)[::6]
     with (
         load(workspace.int8_model, engine="onnxruntime") as one,
         load(workspace.int8_model, engine="openvino") as two,

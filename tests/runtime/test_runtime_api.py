@@ -1,4 +1,4 @@
-"""What an application calls: pictures of every kind, colours, stages, devices, precisions, files of every kind."""
+"""What an application calls: images of every kind, colours, stages, devices, precisions, files of every kind."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray[Any, Any]:
+def photo() -> np.ndarray[Any, Any]:
     return golden_images([3], height=50, width=70)[0]
 
 
-def test_every_way_to_give_a_picture_gives_the_same_answer(
-    workspace: Workspace, tmp_path: Path, picture: np.ndarray[Any, Any]
+def test_every_way_to_give_a_image_gives_the_same_answer(
+    workspace: Workspace, tmp_path: Path, photo: np.ndarray[Any, Any]
 ) -> None:
-    image = Image.fromarray(picture)
+    image = Image.fromarray(photo)
     image.save(tmp_path / "p.png")
     data = (tmp_path / "p.png").read_bytes()
-    opaque = np.concatenate([picture, np.full((50, 70, 1), 255, np.uint8)], axis=2)
+    opaque = np.concatenate([photo, np.full((50, 70, 1), 255, np.uint8)], axis=2)
     with load(workspace.int8_model) as classifier:
-        expected = classifier(picture).answers
+        expected = classifier(photo).answers
         for given in (tmp_path / "p.png", str(tmp_path / "p.png"), data, io.BytesIO(data), image):
             assert classifier(given).answers == expected
         for array, color in (
-            (picture[..., ::-1], "bgr"),
+            (photo[..., ::-1], "bgr"),
             (opaque, "rgba"),
             (opaque[..., [2, 1, 0, 3]], "bgra"),
         ):
             before = array.copy()
             assert classifier(array, color=color).answers == expected  # type: ignore[arg-type]
             np.testing.assert_array_equal(array, before)
-        assert classifier(picture[..., ::-1]).answers != expected
+        assert classifier(photo[..., ::-1]).answers != expected
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_every_way_to_give_a_picture_gives_the_same_answer(
     [
         (4, "rgb", r"give uint8 \[height, width, 3\] for color='rgb', or say its color: rgba or bgra"),
         (3, "bgra", r"give uint8 \[height, width, 4\] for color='bgra', or say its color: rgb or bgr"),
-        (1, "rgb", r"picture is uint8 \[50, 70, 1\]"),
+        (1, "rgb", r"image is uint8 \[50, 70, 1\]"),
         (3, "hsv", "choose one of rgb, bgr, rgba, bgra"),
     ],
 )
@@ -80,13 +80,13 @@ def test_the_channels_of_an_array_are_checked(workspace: Workspace, channels: in
 
 
 def test_a_color_is_for_arrays_only(workspace: Workspace) -> None:
-    with load(workspace.int8_model) as classifier, pytest.raises(TypeError, match="the picture is no array"):
-        classifier(workspace.folder / "picture.png", color="bgr")
+    with load(workspace.int8_model) as classifier, pytest.raises(TypeError, match="the image is no array"):
+        classifier(workspace.folder / "image.png", color="bgr")
 
 
 def test_a_prediction_is_ready_for_json_with_the_time_of_every_stage(workspace: Workspace) -> None:
     with load(workspace.int8_model) as classifier:
-        prediction = classifier(workspace.folder / "picture.png", top=2)
+        prediction = classifier(workspace.folder / "image.png", top=2)
     read = json.loads(json.dumps(prediction.to_dict()))
     assert read["label"] == prediction.label == "3"
     assert read["answers"][0]["probability"] == read["probability"] == prediction.probability
@@ -96,7 +96,7 @@ def test_a_prediction_is_ready_for_json_with_the_time_of_every_stage(workspace: 
     assert all(read["timings"][name] > 0 for name in stages[:4])
 
 
-def test_a_batch_is_answered_as_its_pictures_alone(workspace: Workspace) -> None:
+def test_a_batch_is_answered_as_its_images_alone(workspace: Workspace) -> None:
     with load(workspace.int8_model) as classifier:
         together = classifier.classify_batch(list(DIGITS), top=3)
         assert [each.answers for each in together] == [classifier(image, top=3).answers for image in DIGITS]
@@ -160,22 +160,22 @@ def test_a_precision_that_the_engine_has_not_is_refused(workspace: Workspace) ->
 def test_a_device_that_is_not_here_is_an_error_or_with_permission_a_fallback_that_is_told(
     workspace: Workspace, caplog: pytest.LogCaptureFixture, device: str
 ) -> None:
-    picture = workspace.folder / "picture.png"
-    refused = vit_edge("classify", workspace.int8_model, picture, "--device", device, "--json")
+    photo = workspace.folder / "image.png"
+    refused = vit_edge("classify", workspace.int8_model, photo, "--device", device, "--json")
     assert refused.returncode == 7
     error = json.loads(refused.stdout)["error"]
     assert f"'{device}'" in error["reason"]
     assert "cpu" in error["reason"]
     with caplog.at_level(logging.WARNING), load(workspace.int8_model, device=device, allow_fallback=True) as classifier:
         described = classifier.describe()
-        assert classifier(picture).label == "3"
+        assert classifier(photo).label == "3"
     assert described["device"] == "cpu"
     assert f"'{device}'" in described["fallback"]
     assert described["fallback"] in caplog.text
 
 
 def test_a_fallback_is_in_the_result_of_the_command(workspace: Workspace) -> None:
-    arguments = ("classify", workspace.int8_model, workspace.folder / "picture.png", "--device", "cuda")
+    arguments = ("classify", workspace.int8_model, workspace.folder / "image.png", "--device", "cuda")
     done = vit_edge(*arguments, "--allow-fallback", "--json")
     assert done.returncode == 0
     assert "'cuda' is not here" in json.loads(done.stdout)["model"]["fallback"]
@@ -286,11 +286,11 @@ def test_what_is_told_of_a_file_made_elsewhere_has_to_fit(workspace: Workspace, 
         load(path, preprocessing={"crop": [16, 16]}, labels=NAMES)
     with pytest.raises(UsageError, match="says its preprocessing and labels itself"):
         load(workspace.int8_model, preprocessing=THEIRS, labels=NAMES)
-    picture = workspace.folder / "picture.png"
+    photo = workspace.folder / "image.png"
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     (tmp_path / "p.json").write_text(json.dumps(THEIRS.to_dict()))
     told = ("--labels", tmp_path / "names.txt", "--preprocessing", tmp_path / "p.json")
-    done = vit_edge("classify", path, picture, *told, "--json")
+    done = vit_edge("classify", path, photo, *told, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"][0]["label"] in NAMES
 

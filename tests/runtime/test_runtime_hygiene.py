@@ -22,7 +22,7 @@ _GUEST = """
 import locale, logging, os, random, signal, sys, threading, time, warnings
 import numpy as np
 from PIL import Image, ImageFile
-engine, model, picture = sys.argv[1:]
+engine, model, image = sys.argv[1:]
 __import__(engine)
 
 def state():
@@ -46,11 +46,11 @@ def state():
 def use():
     from vit_edge.runtime import Pool, load
     with load(model, engine=engine, threads=2) as classifier:
-        classifier(picture)
+        classifier(image)
     with Pool(model, engine=engine, workers=2) as pool:
-        pool.submit(picture).result()
+        pool.submit(image).result()
         pool.swap(model)
-        pool.submit(picture).result()
+        pool.submit(image).result()
 
 def settled():
     # Threads that end are gone after a while: the system takes its time.
@@ -82,7 +82,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("engine", installed_engines())
 def test_a_process_is_left_as_it_was_found(workspace: Workspace, engine: str) -> None:
-    done = run(_GUEST, engine, workspace.int8_model, workspace.folder / "picture.png")
+    done = run(_GUEST, engine, workspace.int8_model, workspace.folder / "image.png")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -17,7 +17,7 @@ from vit_edge.runtime.checks.golden import golden_images
 
 IMAGES = list(golden_images(range(21), height=SIZE[0], width=SIZE[1]))
 
-# Calibrates on `count` pictures in a process of its own; says its ranges, or kills itself before picture `stop`.
+# Calibrates on `count` images in a process of its own; says its ranges, or kills itself before image `stop`.
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path

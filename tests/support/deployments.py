@@ -1,4 +1,4 @@
-"""A small network, its pictures, and a deployment of it: shared by the tests of deployments and reports."""
+"""A small network, its images, and a deployment of it: shared by the tests of deployments and reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASKED = QuantizationOptions(effort="fast", max_drop_points=40.0, use_cache=False
 
 
 def make_deployment(folder: Path) -> Path:
-    """Fill a folder with a checkpoint, pictures of two kinds, and in `out` what a deployment made of them."""
+    """Fill a folder with a checkpoint, images of two kinds, and in `out` what a deployment made of them."""
     random = np.random.default_rng(0)
     answers = reference_logits(random_network(small_config()), PREPROCESSING)
     for number in range(110):
@@ -33,5 +33,5 @@ def make_deployment(folder: Path) -> Path:
 
 def run(folder: Path, quantization: QuantizationOptions = ASKED) -> Any:
     options = DeploymentOptions(quantization=quantization)
-    pictures = {"calibration": folder / "calibration", "data": folder / "data"}
-    return deploy(folder / "c.safetensors", **pictures, out=folder / "out", options=options)
+    images = {"calibration": folder / "calibration", "data": folder / "data"}
+    return deploy(folder / "c.safetensors", **images, out=folder / "out", options=options)

@@ -56,9 +56,9 @@ def same_logits(model: nn.Module, other: Any, size: tuple[int, int]) -> float:
     return float((found - getattr(expected, "logits", expected)).abs().max() / found.abs().max())
 
 
-def labelled_pictures(folder: Path, pictures: list[np.ndarray], names: list[str]) -> Path:
-    """Write pictures into class folders."""
-    for number, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+def labelled_images(folder: Path, images: list[np.ndarray], names: list[str]) -> Path:
+    """Write images into class folders."""
+    for number, (image, name) in enumerate(zip(images, names, strict=True)):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / name / f"{number:03}.png")
+        Image.fromarray(image).save(folder / name / f"{number:03}.png")
     return folder

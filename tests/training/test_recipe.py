@@ -1,4 +1,4 @@
-"""A recipe is validated, printed and read back; and what it says about rates, decay and pictures is what happens."""
+"""A recipe is validated, printed and read back; and what it says about rates, decay and images is what happens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vit_edge.data import LabelledImages
 from vit_edge.errors import UsageError
 from vit_edge.image import Preprocessing
 from vit_edge.progress import silent
-from vit_edge.training.batches import TrainingBatches, load_pictures, seed_of
+from vit_edge.training.batches import TrainingBatches, load_split, seed_of
 from vit_edge.training.optimisation import MovingAverage, learning_rate, make_optimiser, training_loss
 from vit_edge.training.recipe import RECIPES, Recipe, load_recipe
 
@@ -131,7 +131,7 @@ def test_the_moving_average_forgets_its_start() -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> LabelledImages:
+def split_images(tmp_path: Path) -> LabelledImages:
     paths = []
     for number in range(11):
         pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
@@ -142,11 +142,11 @@ def pictures(tmp_path: Path) -> LabelledImages:
 
 @pytest.mark.parametrize("name", ["finetune", "deit", "scratch-small"])
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_many_processes_see_what_one_sees(pictures: LabelledImages, name: str, world_size: int) -> None:
+def test_many_processes_see_what_one_sees(split_images: LabelledImages, name: str, world_size: int) -> None:
     recipe = replace(RECIPES[name], batch_size=7, epochs=2)
     preprocessing = Preprocessing(resize=16, crop=(16, 16))
     cropped = recipe.crop_area is None
-    loaded = load_pictures(pictures, preprocessing, cropped=cropped, stage="", progress=silent)
+    loaded = load_split(split_images, preprocessing, cropped=cropped, stage="", progress=silent)
     alone = TrainingBatches(loaded, recipe, num_classes=3)
     many = [
         TrainingBatches(loaded, recipe, num_classes=3, rank=rank, world_size=world_size) for rank in range(world_size)
@@ -159,10 +159,10 @@ def test_many_processes_see_what_one_sees(pictures: LabelledImages, name: str, w
         assert torch.equal(torch.cat([part[1] for part in parts if len(part[1])]), targets)
 
 
-def test_every_picture_is_seen_once_an_epoch_in_another_order(pictures: LabelledImages) -> None:
+def test_every_image_is_seen_once_an_epoch_in_another_order(split_images: LabelledImages) -> None:
     recipe = Recipe(batch_size=4, epochs=2)
-    loaded = load_pictures(
-        pictures, Preprocessing(resize=16, crop=(16, 16)), cropped=True, stage="", progress=silent
+    loaded = load_split(
+        split_images, Preprocessing(resize=16, crop=(16, 16)), cropped=True, stage="", progress=silent
     )  # fmt: skip
     batches = TrainingBatches(loaded, recipe, num_classes=3)
     all_pixels = {tuple(loaded.pixels(i).flatten().tolist()) for i in range(11)}
@@ -175,10 +175,10 @@ def test_every_picture_is_seen_once_an_epoch_in_another_order(pictures: Labelled
     assert epochs[0] != epochs[1]
 
 
-def test_mixed_targets_still_sum_to_one_picture(pictures: LabelledImages) -> None:
+def test_mixed_targets_still_sum_to_one_image(split_images: LabelledImages) -> None:
     recipe = Recipe(batch_size=11, mixup_alpha=0.8, cutmix_alpha=1.0)
-    loaded = load_pictures(
-        pictures, Preprocessing(resize=16, crop=(16, 16)), cropped=True, stage="", progress=silent
+    loaded = load_split(
+        split_images, Preprocessing(resize=16, crop=(16, 16)), cropped=True, stage="", progress=silent
     )  # fmt: skip
     images, targets = TrainingBatches(loaded, recipe, num_classes=3)[0]
     assert images.dtype == torch.float32
@@ -187,13 +187,13 @@ def test_mixed_targets_still_sum_to_one_picture(pictures: LabelledImages) -> Non
     assert sorted(targets[-1].tolist()) == [0.0, 0.0, 1.0]  # the odd one is left as it is
 
 
-def test_pictures_that_do_not_fit_into_memory_are_read_again(
-    pictures: LabelledImages, monkeypatch: pytest.MonkeyPatch
+def test_images_that_do_not_fit_into_memory_are_read_again(
+    split_images: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preprocessing = Preprocessing(resize=16, crop=(16, 16))
-    whole = load_pictures(pictures, preprocessing, cropped=True, stage="", progress=silent)
+    whole = load_split(split_images, preprocessing, cropped=True, stage="", progress=silent)
     monkeypatch.setattr("vit_edge.training.batches._KEPT_BYTES", 2000)
-    some = load_pictures(pictures, preprocessing, cropped=True, stage="", progress=silent)
+    some = load_split(split_images, preprocessing, cropped=True, stage="", progress=silent)
     assert [kept is None for kept in some.kept] == [False] * 2 + [True] * 9
     assert all(torch.equal(whole.pixels(i), some.pixels(i)) for i in range(11))
 

@@ -56,7 +56,7 @@ def small(classes: int = 10, **changes: object) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def few(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return 40 training and 10 test pictures."""
+    """Return 40 training and 10 test images."""
     folder = tmp_path_factory.mktemp("few")
     for split, count in (("train", 4), ("test", 1)):
         for name in map(str, range(10)):
@@ -105,7 +105,7 @@ def test_a_run_leaves_everything_that_a_person_looks_for(few: Path, start: Path,
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     described = json.loads((tmp_path / "run" / "preprocessing.json").read_text())
     assert Preprocessing.from_dict(described) == load_checkpoint(result.checkpoint).preprocessing
-    assert len(losses(tmp_path / "run")) == 8  # 30 pictures in batches of 8, twice
+    assert len(losses(tmp_path / "run")) == 8  # 30 images in batches of 8, twice
     assert result.split == "test"
     assert result.num_images == 10
     for name in ("curves.png", "confusion.png"):
@@ -282,7 +282,7 @@ def test_progress_has_loss_accuracy_rate_speed_and_time_left(few: Path, start: P
     assert all(at.loss > 0 and at.images_per_s > 0 and at.learning_rate >= 0 for at in seen)
 
 
-def test_a_test_picture_among_the_training_pictures_is_refused(few: Path, start: Path, tmp_path: Path) -> None:
+def test_a_test_image_among_the_training_images_is_refused(few: Path, start: Path, tmp_path: Path) -> None:
     shutil.copytree(few, tmp_path / "data")
     leaked = next((few / "test" / "3").iterdir())
     shutil.copy(leaked, tmp_path / "data" / "train" / "3" / "other-name.png")
@@ -291,7 +291,7 @@ def test_a_test_picture_among_the_training_pictures_is_refused(few: Path, start:
         train(tmp_path / "data", out=tmp_path / "run", recipe=recipe, options=options(start))
 
 
-def test_a_picture_that_is_there_twice_is_not_learned_and_chosen_by(
+def test_a_image_that_is_there_twice_is_not_learned_and_chosen_by(
     few: Path, start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for path in (few / "train").rglob("*.png"):
@@ -302,7 +302,7 @@ def test_a_picture_that_is_there_twice_is_not_learned_and_chosen_by(
     result = train(tmp_path / "data", out=tmp_path / "run", recipe=QUICK, options=options(start))
     assert (result.split, result.num_images) == ("validation", 10)
     assert result.num_training_images == 60
-    assert "10 training pictures are also validation pictures" in caplog.text
+    assert "10 training images are also validation images" in caplog.text
 
 
 def test_an_undivided_folder_holds_out_and_without_any_the_last_epoch_is_kept(
@@ -316,7 +316,7 @@ def test_an_undivided_folder_holds_out_and_without_any_the_last_epoch_is_kept(
         assert torch.equal(tensor, last.model.state_dict()[name])
 
 
-def test_corrupt_pictures_are_counted_and_named_and_over_1_percent_refused(
+def test_corrupt_images_are_counted_and_named_and_over_1_percent_refused(
     few: Path, start: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(few, tmp_path / "data")
@@ -352,13 +352,13 @@ def test_a_checkpoint_is_fine_tuned_at_another_resolution(few: Path, start: Path
     assert checkpoint.preprocessing.crop == (24, 32)
 
 
-def test_a_network_from_scratch_may_see_pictures_that_are_not_square(few: Path, tmp_path: Path) -> None:
+def test_a_network_from_scratch_may_see_images_that_are_not_square(few: Path, tmp_path: Path) -> None:
     chosen = TrainOptions(arch="vit_digits_patch8_32", image_size=(24, 32), threads=1, device="cpu")
     result = train(few, out=tmp_path / "run", recipe=replace(QUICK, epochs=1), options=chosen)
     assert load_checkpoint(result.checkpoint).preprocessing.crop == (24, 32)
 
 
-def test_one_picture_of_each_class_is_trained_on_and_none_held_out(few: Path, start: Path, tmp_path: Path) -> None:
+def test_one_image_of_each_class_is_trained_on_and_none_held_out(few: Path, start: Path, tmp_path: Path) -> None:
     for folder in (few / "train").iterdir():
         (tmp_path / "one" / folder.name).mkdir(parents=True)
         shutil.copy(sorted(folder.iterdir())[0], tmp_path / "one" / folder.name)
@@ -366,7 +366,7 @@ def test_one_picture_of_each_class_is_trained_on_and_none_held_out(few: Path, st
     assert (result.num_training_images, result.split) == (10, None)
 
 
-def test_a_picture_of_another_class_or_name_is_another_run(few: Path, start: Path, tmp_path: Path) -> None:
+def test_a_image_of_another_class_or_name_is_another_run(few: Path, start: Path, tmp_path: Path) -> None:
     def stop(at: TrainProgress) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -376,7 +376,7 @@ def test_a_picture_of_another_class_or_name_is_another_run(few: Path, start: Pat
         train(tmp_path / "data", out=tmp_path / "run", recipe=whole, options=options(start), on_progress=stop)
     moved = sorted((tmp_path / "data" / "3").iterdir())[0]
     moved.rename(tmp_path / "data" / "4" / "moved.png")
-    with pytest.raises(UsageError, match="training_pictures was"):
+    with pytest.raises(UsageError, match="training_images was"):
         train(tmp_path / "data", out=tmp_path / "run", recipe=whole, options=options(start, resume=True))
 
 
@@ -461,7 +461,7 @@ def test_accumulation_is_the_same_step_in_parts(few: Path, start: Path, tmp_path
 def test_two_processes_take_the_same_steps_as_one(few: Path, start: Path, tmp_path: Path) -> None:
     recipe = replace(
         BUSY, epochs=4, dropout=0.0, stochastic_depth=0.0, batch_size=7
-    )  # 7 pictures are 4 pairs: the processes get 4 and 3
+    )  # 7 images are 4 pairs: the processes get 4 and 3
     alone = train(few, out=tmp_path / "one", recipe=recipe, options=options(start))
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -529,7 +529,7 @@ def test_the_best_epoch_is_the_one_that_validation_chose(few: Path, start: Path,
     assert load_checkpoint(result.checkpoint).training["step"] == best["step"]
 
 
-def test_evaluation_counts_what_a_loop_over_pictures_counts(few: Path, start: Path, tmp_path: Path) -> None:
+def test_evaluation_counts_what_a_loop_over_images_counts(few: Path, start: Path, tmp_path: Path) -> None:
     result = train(few, out=tmp_path / "run", recipe=QUICK, options=options(start))
     checkpoint = load_checkpoint(result.checkpoint)
     right = 0

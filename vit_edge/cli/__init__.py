@@ -54,11 +54,11 @@ def cli() -> None:
 
     \b
     A typical way through:
-      vit-edge train pictures/ --out run/
+      vit-edge train images/ --out run/
       vit-edge export run/best.safetensors -o model.onnx
-      vit-edge quantize model.onnx --calibration pictures/train -o model.int8.onnx
-      vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test
-      vit-edge classify model.int8.onnx picture.jpg
+      vit-edge quantize model.onnx --calibration images/train -o model.int8.onnx
+      vit-edge verify model.int8.onnx --reference model.onnx --data images/test
+      vit-edge classify model.int8.onnx image.jpg
 
     `vit-edge COMMAND -h` explains each.
     """

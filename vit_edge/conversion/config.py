@@ -50,7 +50,7 @@ def facts_beside(folder: Path) -> tuple[Facts, ...]:
             found.append(_facts_of_transformers(values, origin))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise unusable(origin, f"it cannot be used ({error})", "download it again, or put it aside") from error
-    # Only DINOv2 takes pictures of another size than its positions were made for.
+    # Only DINOv2 takes images of another size than its positions were made for.
     if not str(values.get("model_type")).startswith("dinov2"):
         found = [dataclasses.replace(facts, input_size=None) for facts in found]
     # The file names in what is said are short: a folder's name is the machine's business.

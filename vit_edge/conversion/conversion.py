@@ -27,7 +27,7 @@ class ConversionReport:
     """Every tensor from where to where, what was left out and why, and who told what.
 
     `known` has a field's value and its teller; `assumed` are the fields that nobody told; `found` those that the
-    pictures settled. `new` are tensors that the file does not have, such as a head that was asked for.
+    images settled. `new` are tensors that the file does not have, such as a head that was asked for.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""A model on a device as something that gives logits here: pictures go there prepared, statistics are made here."""
+"""A model on a device as something that gives logits here: images go there prepared, statistics are made here."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RemoteModel:
                 raise self._session.lost("the connection was lost") from None
             found = self._answer()[1]
         if found is None or len(found) != len(images_NHWC) or not np.isfinite(found).all():
-            reason = "its answer is not one for each picture"
+            reason = "its answer is not one for each image"
             raise EngineUnavailable(f"{self._session.device.name}: cannot use it", reason=reason, remedy="run it again")
         return np.asarray(found, dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""Run as a process of its own, on a device: the logits of the pictures that come in on stdin go out on stdout.
+"""Run as a process of its own, on a device: the logits of the images that come in on stdin go out on stdout.
 
 Messages both ways are a JSON header and a payload, each behind its length in 8 bytes: arrays as `.npy`. The first goes
 out behind a line that marks it, for login shells print too; it tells what runs. It ends where stdin does.
@@ -59,7 +59,7 @@ def _part(stream: IO[bytes]) -> bytes | None:
 
 
 def main(path: str, engine: str, threads: str) -> None:
-    """Answer batches of uint8 pictures [batch, height, width, 3] with float32 logits [batch, classes]."""
+    """Answer batches of uint8 images [batch, height, width, 3] with float32 logits [batch, classes]."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # engines and drivers print on stdout too
     answers.write(READY)

@@ -123,7 +123,7 @@ def _metrics(entry: Mapping[str, Any], verified: Verified) -> Iterator[dict[str,
     files = (("float32", entry["reference_top1"]), (verified.title, entry["candidate_top1"]))
     for name, top1 in files:
         if top1 is not None and math.isfinite(top1):
-            told = f"top-1 of {entry['images']} pictures, {name}, {entry['engine']}"
+            told = f"top-1 of {entry['images']} images, {name}, {entry['engine']}"
             yield {"type": "accuracy", "value": round(top1 / 100, 6), "name": told}
 
 

@@ -1,4 +1,4 @@
-"""The pictures whose answer changed: as the model sees them, with where float and the other look, side by side."""
+"""The images whose answer changed: as the model sees them, with where float and the other look, side by side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vit_edge.report.sources import Verified
 
 __all__ = ["Flip", "data_uri", "flips_of"]
 
-# Small pictures stay sharp; large ones are shown no larger than this, in pixels of their longer side.
+# Small images stay sharp; large ones are shown no larger than this, in pixels of their longer side.
 _SMALL, _LARGE = 96, 320
 # A patch that gets nothing is not black: one has to see what it is that the network does not look at.
 _DARKEST = 0.15
@@ -41,10 +41,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flip:
-    """A picture whose answer changed, in the engines named; pictures are data URIs.
+    """An image whose answer changed, in the engines named; images are data URIs.
 
-    `attention` has the picture under the attention of float and of the other file, `overlap` what share of it they have
-    in common, in per cent. `missing` says why there is no picture.
+    `attention` has the image under the attention of float and of the other file, `overlap` what share of it they have
+    in common, in per cent. `missing` says why there is no image.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Flip:
     label: str | None
     effect: str
     engines: tuple[str, ...]
-    picture: str | None = None
+    image: str | None = None
     attention: tuple[str, str] | None = None
     overlap: float | None = None
     missing: str = ""
@@ -68,17 +68,17 @@ def flips_of(
     folder: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> tuple[list[Flip], int]:
-    """Return pictures whose answer changed, at most so many, those that lost a right answer first; and their number.
+    """Return images whose answer changed, at most so many, those that lost a right answer first; and their number.
 
-    `pair` are candidate and reference, for what they see and where they look; `folder` is where the pictures lie now.
+    `pair` are candidate and reference, for what they see and where they look; `folder` is where the images lie now.
     """
-    changed = _by_picture(verified.engines)
+    changed = _by_image(verified.engines)
     order = sorted(changed, key=lambda each: (_ORDER.index(each[0]["effect"]), each[0]["path"]))
     found = []
     for number, (entry, engines) in enumerate(order[:most]):
-        progress("pictures whose answer changed", number, min(most, len(order)))
+        progress("images whose answer changed", number, min(most, len(order)))
         found.append(_flip(entry, engines, was=verified.folder, now=folder, pair=pair))
-    progress("pictures whose answer changed", len(found), len(found))
+    progress("images whose answer changed", len(found), len(found))
     return found, len(order)
 
 
@@ -87,8 +87,8 @@ def data_uri(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _by_picture(engines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
-    """Return each picture once, as the first engine in which it changed tells of it, and all the engines."""
+def _by_image(engines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
+    """Return each image once, as the first engine in which it changed tells of it, and all the engines."""
     found: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for engine in engines:
         for change in engine["changed"]:
@@ -113,13 +113,13 @@ def _flip(
     try:
         pixels = _pixels(path, pair[0].manifest.preprocessing if pair else None)
         if pair and pixel_hash(pixels) != entry["pixels_sha256"]:
-            shown["missing"] = f"another picture lies at {path} now"
+            shown["missing"] = f"another image lies at {path} now"
         else:
-            shown = {"picture": _encoded(pixels), **(_attention(pair, pixels) if pair else {})}
+            shown = {"image": _encoded(pixels), **(_attention(pair, pixels) if pair else {})}
     except ImageRejected as error:
         shown["missing"] = f"{error.reason}: {path}"
     if shown.get("missing"):
-        _log.warning("a picture whose answer changed is not shown: %s", shown["missing"])
+        _log.warning("an image whose answer changed is not shown: %s", shown["missing"])
     return Flip(
         path=_shown(entry["path"], was),
         reference=entry["reference"],
@@ -133,12 +133,12 @@ def _flip(
 
 
 def _pixels(path: Path, preprocessing: Preprocessing | None) -> Pixels:
-    """Return what the model sees of a picture, or the picture where no model tells."""
+    """Return what the model sees of an image, or the image where no model tells."""
     return np.asarray(decode(path)) if preprocessing is None else preprocessing.pixels(path)
 
 
 def _attention(pair: tuple[ModelFile, ModelFile], pixels: Pixels) -> dict[str, Any]:
-    """Return the pictures under both attentions on one scale, and their overlap; nothing where there is none."""
+    """Return the images under both attentions on one scale, and their overlap; nothing where there is none."""
     from vit_edge.export.explanation.attention_maps import attention_maps
 
     try:
@@ -158,7 +158,7 @@ def _attention(pair: tuple[ModelFile, ModelFile], pixels: Pixels) -> dict[str, A
 
 
 def _under(pixels: Pixels, attention: Floats) -> Pixels:
-    """Return the picture, dark where little attention goes."""
+    """Return the image, dark where little attention goes."""
     height, width = pixels.shape[:2]
     mask = np.asarray(Image.fromarray(attention).resize((width, height), Image.Resampling.BILINEAR))
     bright = _DARKEST + (1 - _DARKEST) * np.sqrt(np.clip(mask, 0, 1))

@@ -1,4 +1,4 @@
-"""One page that holds everything: tables, pictures, changed answers, manifests. It needs no network and no script."""
+"""One page that holds everything: tables, images, changed answers, manifests. It needs no network and no script."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vit_edge.errors import require
 from vit_edge.files import write_atomic
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
-from vit_edge.report.benchmark_picture import draw_benchmark
+from vit_edge.report.benchmark_plot import draw_benchmark
 from vit_edge.report.flipped import Flip, data_uri, flips_of
 from vit_edge.report.sources import Given, Sources, Verified, read_sources, refusing_others, target_of
 from vit_edge.report.tables import (
@@ -35,26 +35,26 @@ __all__ = ["MOST_FLIPS", "render", "write_report"]
 MOST_FLIPS = 24
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-# Longer lists of a manifest are counted, not shown: a thousand labels, hashes of pictures, golden logits.
+# Longer lists of a manifest are counted, not shown: a thousand labels, hashes of images, golden logits.
 _MOST_ENTRIES = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Picture:
+class _Image:
     title: str
     uri: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Section:
-    """What stands under one heading: claims in words, tables, pictures, changed answers, text to fold out."""
+    """What stands under one heading: claims in words, tables, images, changed answers, text to fold out."""
 
     title: str
     verdict: str = ""
     said: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     folded: tuple[Table, ...] = ()
-    pictures: tuple[_Picture, ...] = ()
+    images: tuple[_Image, ...] = ()
     flips: tuple[Flip, ...] = ()
     candidate: str = "this"
     text: str = ""
@@ -73,8 +73,8 @@ def write_report(
     """Write one self-contained HTML page of what commands found, and return its path.
 
     `results` are files of `vit-edge verify`, `benchmark`, `quantize` and `deploy --json`, records or folders of
-    deployments, model files and pictures. With both models of a verification among them its changed answers show where
-    each looks. `data` is where its pictures lie now. Raises InputError, UsageError, and what `open_model` raises.
+    deployments, model files and images. With both models of a verification among them its changed answers show where
+    each looks. `data` is where its images lie now. Raises InputError, UsageError, and what `open_model` raises.
     """
     target = target_of(out, results, force=force)
     sources = read_sources(results)
@@ -185,13 +185,13 @@ def _accuracy_said(verified: Verified) -> Iterator[str]:
     same = f"{worst['agreement']:.2f} % of the answers are the same"
     yield f"It loses {lost}, {bound}; {same} (in {worst['engine']}, where it loses most)."
     if verified.labels != "all":
-        kind = "changed answers were labelled" if verified.labels == "flips" else "pictures have no labels"
+        kind = "changed answers were labelled" if verified.labels == "flips" else "images have no labels"
         yield f"Only the {kind}." if verified.labels == "flips" else f"The {kind}: changed answers count as lost."
 
 
 def _flips_said(shown: str, flips: Sequence[Flip], *, has_models: bool) -> Iterator[str]:
     if flips:
-        yield f"{shown} pictures, those first that lost a right answer."
+        yield f"{shown} images, those first that lost a right answer."
     if any(flip.attention for flip in flips):
         yield (
             "Each as the network sees it, then under the attention of its last block, both files on one scale: the "
@@ -204,7 +204,7 @@ def _flips_said(shown: str, flips: Sequence[Flip], *, has_models: bool) -> Itera
 def _quantizations(quantized: Sequence[Given]) -> Iterator[_Section]:
     for given in quantized:
         values = given.values
-        said = [f"target {values['target']}, recipe {values['recipe']}, {values['num_calibration_images']} pictures"]
+        said = [f"target {values['target']}, recipe {values['recipe']}, {values['num_calibration_images']} images"]
         if values["float_products"]:
             said.append(f"left float: {', '.join(values['float_products'])}")
         tables = [*([coverage_table(given)] if values["coverage"] else [])]
@@ -220,19 +220,19 @@ def _benchmarks(sources: Sources) -> Iterator[_Section]:
             {**entry, "top1": accuracies.get((entry["sha256"], entry["engine"]), entry["top1"])}
             for entry in given.values["results"]
         ]
-        picture = draw_benchmark(results, invalid)
+        image = draw_benchmark(results, invalid)
         yield _Section(
             title="Speed",
             verdict="invalid" if invalid else "",
             said=invalid,
             tables=(benchmark_table(results),),
-            pictures=(_Picture(title=given.file, uri=data_uri(picture, "image/png")),),
+            images=(_Image(title=given.file, uri=data_uri(image, "image/png")),),
         )
 
 
 def _explanations(sources: Sources) -> Iterator[_Section]:
     explained = [(verified.title, verified.explain) for verified in sources.verified if verified.explain]
-    pictures = tuple(_Picture(title=name, uri=data_uri(data, kind)) for name, kind, data in sources.pictures)
+    images = tuple(_Image(title=name, uri=data_uri(data, kind)) for name, kind, data in sources.images)
     for title, explain in explained:
         yield _Section(
             title=f"Where the error comes in: {title}",
@@ -240,8 +240,8 @@ def _explanations(sources: Sources) -> Iterator[_Section]:
             tables=(stages_table(explain),),
             folded=(layers_table(explain),),
         )
-    if pictures:
-        yield _Section(title="Pictures", pictures=pictures)
+    if images:
+        yield _Section(title="SplitImages", images=images)
 
 
 def _manifests(models: Sequence[ModelFile]) -> Iterator[_Section]:

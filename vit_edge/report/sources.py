@@ -1,4 +1,4 @@
-"""The files that a report is made of: what commands printed with `--json`, records of deployments, models, pictures."""
+"""The files that a report is made of: what commands printed with `--json`, records of deployments, models, images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEMA = 1
 RECORD = "record.json"
 _MOST_BYTES = 200_000_000
 _COMMANDS = ("verify", "benchmark", "quantize", "deploy")
-_PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+_IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _REMEDY = f"give what `vit-edge {' or '.join(_COMMANDS)} --json` printed, {RECORD} of a deployment, or model files"
 
 
@@ -38,7 +38,7 @@ class Verified:
     """One verification, from `vit-edge verify`, on a device or here, or from a deployment.
 
     `engines` has one entry for each, with `reference_top1`, `candidate_top1`, `changed` and more; `folder` is where the
-    pictures lay, `models_sha256` tells which two files were compared.
+    images lay, `models_sha256` tells which two files were compared.
     """
 
     file: str
@@ -67,7 +67,7 @@ class Sources:
     quantized: list[Given] = field(default_factory=list)
     deployed: list[Given] = field(default_factory=list)
     models: list[ModelFile] = field(default_factory=list)
-    pictures: list[tuple[str, str, bytes]] = field(default_factory=list)  # name, media type, bytes
+    images: list[tuple[str, str, bytes]] = field(default_factory=list)  # name, media type, bytes
 
     def pair_of(self, verified: Verified) -> tuple[ModelFile, ModelFile] | None:
         """Return the candidate and its reference among the models given, by their hashes; None where one lacks."""
@@ -118,9 +118,9 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
             _add_folder(found, path)
         elif suffix == ".onnx":
             found.models.append(open_model(path, warn=False))
-        elif suffix in _PICTURES:
-            data = read_file(path, what="picture", max_bytes=_MOST_BYTES)
-            found.pictures.append((printable(path.name), _PICTURES[suffix], data))
+        elif suffix in _IMAGES:
+            data = read_file(path, what="image", max_bytes=_MOST_BYTES)
+            found.images.append((printable(path.name), _IMAGES[suffix], data))
         else:
             _add_json(found, path)
     by_hash = {model.sha256: model for model in found.models}

@@ -61,7 +61,7 @@ def accuracy_table(verified: Verified) -> Table:
         )
         for entry in verified.engines
     )
-    columns = ("engine", "pictures", "top-1, float", "top-1, this", "drop, points", "bound, 95 %", "worse / better")
+    columns = ("engine", "images", "top-1, float", "top-1, this", "drop, points", "bound, 95 %", "worse / better")
     return Table(
         title=verified.title,
         columns=(*columns, "McNemar p", "agreement (95 %)", "SQNR, dB", "verdict"),
@@ -77,7 +77,7 @@ def classes_table(verified: Verified) -> Table | None:
     names = ("label", "lost", "images", "reference_right", "candidate_right")
     rows = tuple(tuple(_plain(entry[name]) for name in names) for entry in worst["worst_classes"])
     title = f"Classes that lost most, in {worst['engine']}"
-    return Table(title=title, columns=("class", "lost", "pictures", "right, float", "right, this"), rows=rows)
+    return Table(title=title, columns=("class", "lost", "images", "right, float", "right, this"), rows=rows)
 
 
 def changes_table(verified: Verified) -> Table:
@@ -96,7 +96,7 @@ def changes_table(verified: Verified) -> Table:
         for entry in verified.engines
         for each in entry["changed"]
     )
-    columns = ("engine", "picture", "float says", "this says", "margin, float", "margin, this", "label", "effect")
+    columns = ("engine", "image", "float says", "this says", "margin, float", "margin, this", "label", "effect")
     return Table(title=f"All {len(rows)} changed answers, engine by engine", columns=columns, rows=rows)
 
 
@@ -167,7 +167,7 @@ def stages_table(explain: Mapping[str, Any]) -> Table:
         for stage in explain["stages"]
     )
     columns = ("stage", "in", "SQNR, dB", "against the one before", "agreement", "what changed")
-    return Table(title=f"Where the error comes in, on {explain['images']} pictures", columns=columns, rows=rows)
+    return Table(title=f"Where the error comes in, on {explain['images']} images", columns=columns, rows=rows)
 
 
 def layers_table(explain: Mapping[str, Any]) -> Table:

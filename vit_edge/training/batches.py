@@ -1,8 +1,8 @@
 """Batches for training and evaluation, each a pure function of the seed and its number.
 
-Every random choice is drawn from a seed made of the run's seed, what is chosen, the epoch and the picture's place in
-it. So a run can stop at any batch and go on as if it had not, and one process sees the same pictures as many.
-Pictures are uint8 [3, height, width], or float32 of the same range where pairs were mixed.
+Every random choice is drawn from a seed made of the run's seed, what is chosen, the epoch and the image's place in
+it. So a run can stop at any batch and go on as if it had not, and one process sees the same images as many.
+Images are uint8 [3, height, width], or float32 of the same range where pairs were mixed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vit_edge.machine.cpu import usable_threads
 from vit_edge.progress import Progress
 from vit_edge.training.recipe import Recipe
 
-__all__ = ["Augmentation", "Pictures", "TrainingBatches", "evaluation_batches", "load_pictures", "seed_of"]
+__all__ = ["Augmentation", "SplitImages", "TrainingBatches", "evaluation_batches", "load_split", "seed_of"]
 
-# Decoded pictures are kept in memory while they fit into this; after that each is decoded whenever it is needed.
+# Decoded images are kept in memory while they fit into this; after that each is decoded whenever it is needed.
 _KEPT_BYTES = 2 * 2**30
-_ORDER, _PICTURE, _PAIR = 0, 1, 2
+_ORDER, _IMAGE, _PAIR = 0, 1, 2
 EVALUATION_BATCH = 64
 
 
@@ -40,31 +40,31 @@ def seed_of(*parts: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """The usable pictures of a split: hashes of what evaluation sees of them, and their pixels while they fit."""
+class SplitImages:
+    """The usable images of a split: hashes of what evaluation sees of them, and their pixels while they fit."""
 
     images: LabelledImages
     preprocessing: Preprocessing
-    cropped: bool  # whether `pixels` are those of evaluation, or the whole picture
+    cropped: bool  # whether `pixels` are those of evaluation, or the whole image
     hashes: tuple[str, ...]
     kept: tuple[Pixels | None, ...]
 
     def pixels(self, position: int) -> Tensor:
-        """Return uint8 [3, height, width] of one picture."""
+        """Return uint8 [3, height, width] of one image."""
         kept = self.kept[position]
         if kept is None:
             kept = _read(self.images.paths[position], self.preprocessing, cropped=self.cropped)[1]
         return torch.from_numpy(kept).permute(2, 0, 1)
 
     def by_hash(self) -> dict[str, Path]:
-        """Return the path of each picture by its hash."""
+        """Return the path of each image by its hash."""
         return dict(zip(self.hashes, self.images.paths, strict=True))
 
-    def without(self, hashes: Sequence[str]) -> Pictures:
-        """Return the pictures whose hash is not among these."""
+    def without(self, hashes: Sequence[str]) -> SplitImages:
+        """Return the images whose hash is not among these."""
         left_out = set(hashes)
         places = [i for i, digest in enumerate(self.hashes) if digest not in left_out]
-        return Pictures(
+        return SplitImages(
             images=self.images.take(places),
             preprocessing=self.preprocessing,
             cropped=self.cropped,
@@ -73,7 +73,7 @@ class Pictures:
         )
 
 
-def load_pictures(
+def load_split(
     images: LabelledImages,
     preprocessing: Preprocessing,
     *,
@@ -81,8 +81,8 @@ def load_pictures(
     stage: str,
     progress: Progress,
     rejections: Rejections | None = None,
-) -> Pictures:
-    """Decode every picture once; unusable ones are named and left out, raises DataRejected where they are over 1 %."""
+) -> SplitImages:
+    """Decode every image once; unusable ones are named and left out, raises DataRejected where they are over 1 %."""
     places, hashes, kept, size_bytes = list[int](), list[str](), list[Pixels | None](), 0
     reading = stream(
         images.paths,
@@ -96,7 +96,7 @@ def load_pictures(
         hashes.append(digest)
         kept.append(pixels if size_bytes <= _KEPT_BYTES else None)
         progress(stage, position + 1, images.num_images)
-    return Pictures(images.take(places), preprocessing, cropped, tuple(hashes), tuple(kept))
+    return SplitImages(images.take(places), preprocessing, cropped, tuple(hashes), tuple(kept))
 
 
 def _read(path: Path, preprocessing: Preprocessing, *, cropped: bool) -> tuple[str, Pixels]:
@@ -106,7 +106,7 @@ def _read(path: Path, preprocessing: Preprocessing, *, cropped: bool) -> tuple[s
 
 
 class Augmentation:
-    """A random change of one picture, by the recipe; the same seed gives the same change."""
+    """A random change of one image, by the recipe; the same seed gives the same change."""
 
     def __init__(self, recipe: Recipe, preprocessing: Preprocessing) -> None:
         self._transform = v2.Compose([*_transforms(recipe, preprocessing), v2.Identity()])
@@ -139,30 +139,30 @@ def _transforms(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[Any]:
 
 
 class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Item `step` is what one process trains on in that step: pictures, and labels [b] or mixed targets [b, classes].
+    """Item `step` is what one process trains on in that step: images, and labels [b] or mixed targets [b, classes].
 
-    The pictures of a batch are cut into `world_size` runs of whole pairs, so that mixed pairs are the same ones however
+    The images of a batch are cut into `world_size` runs of whole pairs, so that mixed pairs are the same ones however
     many processes there are; a process may get none of a short last batch.
     """
 
     def __init__(
-        self, pictures: Pictures, recipe: Recipe, *, num_classes: int, rank: int = 0, world_size: int = 1
+        self, split_images: SplitImages, recipe: Recipe, *, num_classes: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.pictures, self.recipe, self.num_classes = pictures, recipe, num_classes
+        self.split_images, self.recipe, self.num_classes = split_images, recipe, num_classes
         self.rank, self.world_size = rank, world_size
-        self._augment = Augmentation(recipe, pictures.preprocessing)
+        self._augment = Augmentation(recipe, split_images.preprocessing)
         mixers = [(v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha)]
         self._mixers = [kind(alpha=alpha, num_classes=max(2, num_classes)) for kind, alpha in mixers if alpha]
         self._ordered: tuple[int, list[int]] = (-1, [])
-        self.steps_per_epoch = math.ceil(pictures.images.num_images / recipe.batch_size)
+        self.steps_per_epoch = math.ceil(split_images.images.num_images / recipe.batch_size)
 
     def __len__(self) -> int:
         return self.recipe.epochs * self.steps_per_epoch
 
     def size(self, step: int) -> int:
-        """Return how many pictures the whole batch of a step has, over all processes."""
+        """Return how many images the whole batch of a step has, over all processes."""
         first = step % self.steps_per_epoch * self.recipe.batch_size
-        return min(self.recipe.batch_size, self.pictures.images.num_images - first)
+        return min(self.recipe.batch_size, self.split_images.images.num_images - first)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, number = divmod(step, self.steps_per_epoch)
@@ -171,20 +171,20 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         offset = number * self.recipe.batch_size
         places = range(offset + first, offset + min(last, self.size(step)))
         positions = self._order(epoch)[places.start : places.stop]
-        labels = torch.tensor([self.pictures.images.labels[i] for i in positions], dtype=torch.int64)
+        labels = torch.tensor([self.split_images.images.labels[i] for i in positions], dtype=torch.int64)
         images = [
-            self._augment(self.pictures.pixels(i), seed=seed_of(self.recipe.seed, _PICTURE, epoch, place))
+            self._augment(self.split_images.pixels(i), seed=seed_of(self.recipe.seed, _IMAGE, epoch, place))
             for i, place in zip(positions, places, strict=True)
         ]
         if not images:
-            return torch.zeros(0, 3, *self.pictures.preprocessing.crop), labels
+            return torch.zeros(0, 3, *self.split_images.preprocessing.crop), labels
         batch = torch.stack(images)
         return self._mixed(batch, labels, epoch, places) if self._mixers else (batch, labels)
 
     def _order(self, epoch: int) -> list[int]:
         if self._ordered[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, _ORDER, epoch))
-            order = torch.randperm(self.pictures.images.num_images, generator=generator)
+            order = torch.randperm(self.split_images.images.num_images, generator=generator)
             self._ordered = (epoch, order.tolist())
         return self._ordered[1]
 
@@ -199,7 +199,7 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def from_step(self, step: int, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of every step from `step` on, made ahead by `workers` processes."""
-        # Seeds belong to the pictures, not to the loader: what it draws for its workers is never used.
+        # Seeds belong to the images, not to the loader: what it draws for its workers is never used.
         loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             self, batch_size=None, sampler=range(step, len(self)), num_workers=workers, worker_init_fn=_leave_signals
         )
@@ -212,10 +212,12 @@ def _leave_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def evaluation_batches(pictures: Pictures, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield uint8 pictures [b, 3, height, width] and labels [b] of every `world_size`-th picture, from `rank` on."""
-    mine = range(rank, pictures.images.num_images, world_size)
+def evaluation_batches(
+    split_images: SplitImages, *, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield uint8 images [b, 3, height, width] and labels [b] of every `world_size`-th image, from `rank` on."""
+    mine = range(rank, split_images.images.num_images, world_size)
     for first in range(0, len(mine), EVALUATION_BATCH):
         positions = mine[first : first + EVALUATION_BATCH]
-        labels = torch.tensor([pictures.images.labels[i] for i in positions])
-        yield torch.stack([pictures.pixels(i) for i in positions]), labels
+        labels = torch.tensor([split_images.images.labels[i] for i in positions])
+        yield torch.stack([split_images.pixels(i) for i in positions]), labels

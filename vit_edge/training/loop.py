@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from vit_edge.image import Preprocessing
-from vit_edge.training.batches import Pictures, TrainingBatches, evaluation_batches, seed_of
+from vit_edge.training.batches import SplitImages, TrainingBatches, evaluation_batches, seed_of
 from vit_edge.training.optimisation import (
     MovingAverage,
     Teacher,
@@ -32,14 +32,14 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Answers on a split: `confusion[true class, answer]` counts pictures, `loss` is the mean cross-entropy."""
+    """Answers on a split: `confusion[true class, answer]` counts images, `loss` is the mean cross-entropy."""
 
     confusion: Tensor
     loss: float
 
     @property
     def num_images(self) -> int:
-        """Return how many pictures were judged."""
+        """Return how many images were judged."""
         return int(self.confusion.sum())
 
     @property
@@ -87,7 +87,7 @@ class Loop:
         if self.processes.world_size > 1:
             heads = DistributedDataParallel(heads)
         self._heads: Any = torch.compile(heads) if self.recipe.compile else heads
-        self._mean, self._std = _normalisation(batches.pictures.preprocessing, device)
+        self._mean, self._std = _normalisation(batches.split_images.preprocessing, device)
 
     @property
     def num_steps(self) -> int:
@@ -123,15 +123,15 @@ class Loop:
         return float(self.processes.sum(total)) / batch_size
 
     @torch.no_grad()
-    def evaluate(self, pictures: Pictures, *, model: nn.Module | None = None) -> Evaluation:
+    def evaluate(self, split_images: SplitImages, *, model: nn.Module | None = None) -> Evaluation:
         """Return how `model`, or what a checkpoint would hold now, answers on a split; float32, over all processes."""
         model = (model or self.averaged()).eval()
-        num_classes = len(pictures.images.class_names)
+        num_classes = len(split_images.images.class_names)
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=self._sums, device=self.device)
-        mean, std = _normalisation(pictures.preprocessing, self.device)
+        mean, std = _normalisation(split_images.preprocessing, self.device)
         rank, world_size = self.processes.rank, self.processes.world_size
-        for batch in evaluation_batches(pictures, rank=rank, world_size=world_size):
+        for batch in evaluation_batches(split_images, rank=rank, world_size=world_size):
             images, labels = (tensor.to(self.device) for tensor in batch)
             logits = model((images.float() / 255 - mean) / std)
             loss += functional.cross_entropy(logits, labels, reduction="sum").to(self._sums)

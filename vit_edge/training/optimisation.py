@@ -98,7 +98,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images_BCYX: Tensor) -> Tensor:
-        """Return logits [B, K] for pictures in [0, 255], resized to the teacher's input where it differs."""
+        """Return logits [B, K] for images in [0, 255], resized to the teacher's input where it differs."""
         images_BCYX = (images_BCYX.float() / 255 - self.mean) / self.std
         if images_BCYX.shape[2:] != self.size:
             images_BCYX = functional.interpolate(images_BCYX, self.size, mode="bicubic", antialias=True)
@@ -107,7 +107,7 @@ class Teacher:
 
 
 def training_loss(heads: tuple[Tensor, ...], targets: Tensor, taught: Tensor | None, recipe: Recipe) -> Tensor:
-    """Return the sum over the pictures of the loss: labels for the first head, the teacher for the last.
+    """Return the sum over the images of the loss: labels for the first head, the teacher for the last.
 
     Hard distillation takes the teacher's answer as a label, soft distillation the Kullback-Leibler divergence at a
     temperature, times its square (arXiv:2012.12877, equations 2 and 3). Without a second head both meet in the first.

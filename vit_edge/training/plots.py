@@ -1,4 +1,4 @@
-"""Pictures of a training run: its curves, and which class was taken for which."""
+"""Images of a training run: its curves, and which class was taken for which."""
 
 from __future__ import annotations
 

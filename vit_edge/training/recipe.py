@@ -64,14 +64,14 @@ _SWITCHES = {"freeze_backbone", "compile"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What one run does to its pictures and weights; raises ValueError on values that make no sense.
+    """What one run does to its images and weights; raises ValueError on values that make no sense.
 
     `batch_size` is of one optimiser step over all devices, made in `accumulation_steps` parts on each. AdamW, with a
     linear warm-up over `warmup_fraction` of the steps and a cosine to zero. `layer_decay` multiplies the learning rate
-    once for every block away from the head. `crop_area` is the smallest share of the picture that RandomResizedCrop
-    takes; without it the picture is cropped as in evaluation. `mixup_alpha` and `cutmix_alpha` are Beta parameters, 0
-    for none; a pair of pictures is mixed one way or the other. `ema_decay` makes the checkpoint an exponential moving
-    average of the weights. `validation_fraction` is held out of the training pictures where no validation split is
+    once for every block away from the head. `crop_area` is the smallest share of the image that RandomResizedCrop
+    takes; without it the image is cropped as in evaluation. `mixup_alpha` and `cutmix_alpha` are Beta parameters, 0
+    for none; a pair of images is mixed one way or the other. `ema_decay` makes the checkpoint an exponential moving
+    average of the weights. `validation_fraction` is held out of the training images where no validation split is
     given, and chooses the best epoch.
     """
 
@@ -141,13 +141,13 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    # For a small network on a small set, pictures turned and moved a little, never mirrored: a digit has a handedness.
+    # For a small network on a small set, images turned and moved a little, never mirrored: a digit has a handedness.
     # vit_digits_patch8_32 on a held-out quarter of the 1,437 digits (two seeds, mean of the last 8 epochs): 99.0 %, in
     # 30 epochs at 1e-3 97.7 %, at 2e-3 91 %.
     "scratch-small": Recipe(
         epochs=36, learning_rate=6e-4, adam_beta2=0.98, rotate_degrees=10.0, shift_fraction=0.08, scale_fraction=0.1
     ),
-    # For pretrained weights on a set of hundreds or thousands of pictures. DeiT-tiny on 301 pictures of pizza, steak
+    # For pretrained weights on a set of hundreds or thousands of images. DeiT-tiny on 301 images of pizza, steak
     # and sushi, judged on 149 others: 91 % at this rate, as at half of it; 5e-4 forgets more than it learns.
     "finetune": Recipe(
         epochs=8, batch_size=16, learning_rate=2e-4, layer_decay=0.75, crop_area=0.35, flip_probability=0.5

@@ -1,4 +1,4 @@
-"""One training run: its pictures, its loop, and what it leaves in its folder."""
+"""One training run: its images, its loop, and what it leaves in its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vit_edge.data import LabelledImages, Rejections, read_splits, refuse_overla
 from vit_edge.errors import UsageError
 from vit_edge.files import sha256_hex, write_atomic
 from vit_edge.progress import Progress
-from vit_edge.training.batches import Pictures, TrainingBatches, load_pictures
+from vit_edge.training.batches import SplitImages, TrainingBatches, load_split
 from vit_edge.training.loop import Evaluation, Loop
 from vit_edge.training.plots import draw_confusion, draw_curves
 from vit_edge.training.processes import Processes
@@ -93,7 +93,7 @@ class TrainResult:
 
 
 class Run:
-    """One run: its pictures, its loop, and what it writes."""
+    """One run: its images, its loop, and what it writes."""
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class Run:
         self.seconds, self.images_done = 0.0, 0
 
     def prepare(self, progress: Progress) -> None:
-        """Decode the pictures, put the loop together, and go to where a stopped run was."""
-        self._load_pictures(progress)
+        """Decode the images, put the loop together, and go to where a stopped run was."""
+        self._load_images(progress)
         batches = TrainingBatches(
             self.training,
             self.recipe,
@@ -172,11 +172,11 @@ class Run:
     def finish(self) -> TrainResult:
         """Judge the best checkpoint once, on the test split where there is one, and write what remains."""
         best = load_checkpoint(self.folder.best)
-        split, pictures = ("test", self.test) if self.test else ("validation", self.validation)
-        judged = self.loop.evaluate(pictures, model=best.model.to(self.device)) if pictures else None
+        split, split_images = ("test", self.test) if self.test else ("validation", self.validation)
+        judged = self.loop.evaluate(split_images, model=best.model.to(self.device)) if split_images else None
         self.processes.wait()
-        if judged and pictures and self.processes.is_writer:
-            evaluation = self._evaluation(split, pictures, judged)
+        if judged and split_images and self.processes.is_writer:
+            evaluation = self._evaluation(split, split_images, judged)
             save_checkpoint(self.folder.best, replace(best, evaluation=evaluation))
             title = f"{split}: {judged.top1:.1f} % of {judged.num_images}"
             draw_confusion(self.folder.confusion, judged.confusion, self.class_names, title=title)
@@ -198,18 +198,18 @@ class Run:
             images_per_s=self.images_done / max(self.seconds, 1e-9),
         )
 
-    def _load_pictures(self, progress: Progress) -> None:
+    def _load_images(self, progress: Progress) -> None:
         splits = (self.splits.train, self.splits.validation, self.splits.test)
         rejections = Rejections(sum(images.num_images for images in splits if images))
 
-        def load(name: str, images: LabelledImages | None, *, cropped: bool = True) -> Pictures | None:
+        def load(name: str, images: LabelledImages | None, *, cropped: bool = True) -> SplitImages | None:
             if images is None:
                 return None
-            return load_pictures(
+            return load_split(
                 images,
                 self.start.preprocessing,
                 cropped=cropped,
-                stage=f"reading {name} pictures",
+                stage=f"reading {name} images",
                 progress=progress,
                 rejections=rejections,
             )
@@ -220,11 +220,11 @@ class Run:
         self.test = load("test", self.splits.test)
         rejections.conclude()
         if self.validation:
-            # A picture that is there twice must not be learned from and chosen by.
+            # An image that is there twice must not be learned from and chosen by.
             apart = training.without(self.validation.hashes)
             if len(apart.hashes) < len(training.hashes):
                 shared = len(training.hashes) - len(apart.hashes)
-                _log.warning("%d training pictures are also validation pictures; they are not trained on", shared)
+                _log.warning("%d training images are also validation images; they are not trained on", shared)
             training = apart
         if self.test:
             learned = [*training.hashes, *(self.validation.hashes if self.validation else ())]
@@ -298,10 +298,10 @@ class Run:
             assumed=tuple(a for a in source.assumed if a != "labels" or not self.head_replaced) if source else (),
         )
 
-    def _evaluation(self, split: str, pictures: Pictures, judged: Evaluation) -> dict[str, Any]:
+    def _evaluation(self, split: str, split_images: SplitImages, judged: Evaluation) -> dict[str, Any]:
         return {
             "split": split,
-            "data_sha256": set_hash(pictures.hashes),
+            "data_sha256": set_hash(split_images.hashes),
             "num_images": judged.num_images,
             "top1": judged.top1,
             "engine": "torch",
@@ -316,8 +316,8 @@ class Run:
             "preprocessing": self.start.preprocessing.to_dict(),
             "classes": list(self.class_names),
             "teacher_sha256": self.teacher.sha256 if self.teacher else None,
-            "training_pictures": _in_order(self.training),
-            "validation_pictures": _in_order(self.validation) if self.validation else None,
+            "training_images": _in_order(self.training),
+            "validation_images": _in_order(self.validation) if self.validation else None,
             "processes": self.processes.world_size,
             "device": self.device.type,
             "torch": torch.__version__,
@@ -365,9 +365,9 @@ class Run:
             board.close()
 
 
-def _in_order(pictures: Pictures) -> str:
-    """Return a hash of the pictures with their labels, in order: another order gives other batches."""
-    lines = (f"{digest} {label}" for digest, label in zip(pictures.hashes, pictures.images.labels, strict=True))
+def _in_order(split_images: SplitImages) -> str:
+    """Return a hash of the images with their labels, in order: another order gives other batches."""
+    lines = (f"{digest} {label}" for digest, label in zip(split_images.hashes, split_images.images.labels, strict=True))
     return sha256_hex("\n".join(lines).encode())
 
 

@@ -1,7 +1,7 @@
 """The range of one tensor, searched by what rounding over it does to the output of the block that it is in.
 
 Clipping a ViT's outliers ruins it, and so does a range that is too wide: the tensor alone does not tell. The averaged
-min-max is too narrow where a picture has a single token left (the last block of a classifier on the class token: DeiT-
+min-max is too narrow where an image has a single token left (the last block of a classifier on the class token: DeiT-
 tiny lost 26.5 dB at its fc2 alone, 33.1 dB over the overall extremes), and elsewhere often too wide.
 """
 

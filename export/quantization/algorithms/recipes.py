@@ -40,7 +40,7 @@ RECIPES: dict[Recipe, tuple[Algorithm, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effort:
-    """What an optimiser may do: pictures that it looks at, steps of a range, sweeps over the weights."""
+    """What an optimiser may do: images that it looks at, steps of a range, sweeps over the weights."""
 
     num_images: int
     range_steps: int

@@ -1,8 +1,8 @@
-"""What calibration pictures say about ranges, weights and biases, found out one segment of the graph after another.
+"""What calibration images say about ranges, weights and biases, found out one segment of the graph after another.
 
 Each segment is fitted to what the quantized segments before it really give, so that it makes up for their errors as far
 as it can; what it aims at is what the float network has at the segment's end (block reconstruction, as in BRECQ,
-arXiv:2102.05426). Pictures and steps are fixed numbers: the same inputs give the same result.
+arXiv:2102.05426). Images and steps are fixed numbers: the same inputs give the same result.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def reconstruct(
 
     `ranges` are where the search starts and `limits` the overall extremes, beyond which no range needs to go; a tensor
     without them has the range of another, and keeps it.
-    `products` are those that take integers, `images` what the graph takes for one picture each. Memory holds what
+    `products` are those that take integers, `images` what the graph takes for one image each. Memory holds what
     passes between two segments for all images, of the float network and of the quantized one.
     """
     found = Reconstruction(model=onnx.ModelProto(), ranges=dict(ranges))

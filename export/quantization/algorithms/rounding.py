@@ -1,4 +1,4 @@
-"""Which way each weight is rounded: so that the product's outputs on calibration pictures stay nearest.
+"""Which way each weight is rounded: so that the product's outputs on calibration images stay nearest.
 
 Rounding each weight to the nearest step minimises the error of the weights; what counts is the error of the outputs,
 the quadratic form of the inputs' second moments. GPTQ (Frantar et al., arXiv:2210.17323, algorithm 1) rounds one input

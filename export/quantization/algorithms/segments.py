@@ -1,7 +1,7 @@
 """A graph divided where all that it computes passes through one tensor, and its parts run on their own.
 
 In a Transformer these are the residual sums: one segment is attention with its norm, the next the MLP with its own. An
-algorithm that works on one segment at a time looks at each picture's tensors there, and never runs the whole network.
+algorithm that works on one segment at a time looks at each image's tensors there, and never runs the whole network.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Mixing:
 def find_mixings(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> list[Mixing]:
     """Return every attention whose values come from a constant product and go to one.
 
-    `shapes` are those of the tensors for one picture. Left alone are those whose constants are shared, whose weights do
+    `shapes` are those of the tensors for one image. Left alone are those whose constants are shared, whose weights do
     not come from a softmax over the last axis, or whose channels are not each one column of the value product.
     """
     graph = _Graph(model)

@@ -1,6 +1,6 @@
 """Statistics of a calibration kept on disk: one that was stopped goes on from where it was, a whole one is read back.
 
-An entry is what was gathered over the first pictures, and a chained hash of these: it counts only while the pictures
+An entry is what was gathered over the first images, and a chained hash of these: it counts only while the images
 that come are those. Whatever is damaged, edited or not ours is deleted and made again.
 """
 
@@ -29,7 +29,7 @@ from vit_edge.files import read_file, sha256_hex, write_atomic
 from vit_edge.image import Preprocessing
 from vit_edge.machine.cpu import cpu_name, instruction_set
 
-__all__ = ["CacheEntry", "CalibrationCache", "PictureChain", "Saved", "calibration_key", "default_folder"]
+__all__ = ["CacheEntry", "CalibrationCache", "ImageChain", "Saved", "calibration_key", "default_folder"]
 
 State: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -50,7 +50,7 @@ def default_folder() -> Path:
 def calibration_key(
     model: onnx.ModelProto, tensors: tuple[str, ...], *, statistic: str, preprocessing: Preprocessing | None
 ) -> str:
-    """Return the hash of all that decides statistics but the pictures: graph, tensors, preprocessing, engine, CPU."""
+    """Return the hash of all that decides statistics but the images: graph, tensors, preprocessing, engine, CPU."""
     parts = {
         "version": _VERSION,
         "vit_edge": vit_edge.__version__,
@@ -64,15 +64,15 @@ def calibration_key(
     return sha256_hex(json.dumps(parts, sort_keys=True).encode())
 
 
-class PictureChain:
-    """A running hash over pictures in their order, equal only where all of them were equal."""
+class ImageChain:
+    """A running hash over images in their order, equal only where all of them were equal."""
 
     def __init__(self) -> None:
         self.num_images = 0
         self.digest = ""
 
     def add(self, image: npt.NDArray[Any]) -> None:
-        """Count one more picture, as the graph takes it."""
+        """Count one more image, as the graph takes it."""
         head = f"{self.digest}{image.dtype}{image.shape}".encode()
         self.digest = hashlib.sha256(head + hashlib.sha256(np.ascontiguousarray(image).data).digest()).hexdigest()
         self.num_images += 1
@@ -80,7 +80,7 @@ class PictureChain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """Statistics over the first `num_images` pictures, whose chain ends in `digest`."""
+    """Statistics over the first `num_images` images, whose chain ends in `digest`."""
 
     num_images: int
     digest: str
@@ -89,7 +89,7 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationCache:
-    """Where statistics are kept between runs; `preprocessing` is what made the pictures.
+    """Where statistics are kept between runs; `preprocessing` is what made the images.
 
     The newest 32 entries stay. A folder that cannot be written is warned of, and calibration goes on without it. A
     snapshot is taken every `snapshot_s` seconds, which decides how much is lost and never what comes out.
@@ -100,7 +100,7 @@ class CalibrationCache:
     snapshot_s: float = _SNAPSHOT_S
 
     def entry(self, key: str, first_digest: str) -> CacheEntry:
-        """Return the entry of a calibration by its key and its first picture: others are told apart by the chain."""
+        """Return the entry of a calibration by its key and its first image: others are told apart by the chain."""
         name = sha256_hex(f"{key} {first_digest}".encode())
         return CacheEntry(self.folder / f"{name}{_SUFFIX}", name=name, snapshot_s=self.snapshot_s)
 

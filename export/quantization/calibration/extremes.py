@@ -1,4 +1,4 @@
-"""Smallest and largest values of a tensor, or of its channels, over pictures: overall, and averaged."""
+"""Smallest and largest values of a tensor, or of its channels, over images: overall, and averaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 
 class Extremes:
-    """Smallest and largest values along an axis, of all pictures together and as sums over pictures, in float64."""
+    """Smallest and largest values along an axis, of all images together and as sums over images, in float64."""
 
     def __init__(self, *, axis: int | None) -> None:
         self._axis = axis
@@ -22,7 +22,7 @@ class Extremes:
         self._ends: list[Array] = []  # low and high of all, sums of low and high
 
     def add(self, values: npt.NDArray[Any]) -> None:
-        """Take in the values of one picture."""
+        """Take in the values of one image."""
         if self._axis is None:
             rows = values.reshape(-1, 1)
         else:
@@ -40,7 +40,7 @@ class Extremes:
         self._count += 1
 
     def ends(self, *, averaged: bool) -> tuple[Array, Array]:
-        """Return the low and the high end, each over all pictures or as the mean of the pictures' own."""
+        """Return the low and the high end, each over all images or as the mean of the images' own."""
         lowest, highest, low_sum, high_sum = self._ends
         return (low_sum / self._count, high_sum / self._count) if averaged else (lowest, highest)
 

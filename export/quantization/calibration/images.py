@@ -1,4 +1,4 @@
-"""The pictures of a calibration as a graph takes them, decoded anew at each pass: none of them is kept."""
+"""The images of a calibration as a graph takes them, decoded anew at each pass: none of them is kept."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engines.protocol import Array
 from vit_edge.similarity import fingerprint
 
-__all__ = ["CalibrationPictures"]
+__all__ = ["CalibrationImages"]
 
 
-class CalibrationPictures:
-    """What the graph takes for each picture of `paths`, in order.
+class CalibrationImages:
+    """What the graph takes for each image of `paths`, in order.
 
     `hashes` and `fingerprints` are those of the last pass: of the pixels, and what `near_duplicates` compares.
 
-    Pictures that cannot be used are skipped and named in the log; a pass raises DataRejected when they are over 1 %,
-    or where a picture is among `judging`, the pixel hashes of those that will judge.
+    Images that cannot be used are skipped and named in the log; a pass raises DataRejected when they are over 1 %,
+    or where an image is among `judging`, the pixel hashes of those that will judge.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CalibrationPictures:
             self._has_told = True
 
     def sample(self, num_images: int) -> list[Array]:
-        """Return what the graph takes for so many of the pictures, evenly spaced, less those that cannot be used."""
+        """Return what the graph takes for so many of the images, evenly spaced, less those that cannot be used."""
         number = min(num_images, len(self._paths))
         paths = [self._paths[position * len(self._paths) // number] for position in range(number)]
         pixels = stream_pixels(paths, self._manifest.preprocessing, rejections=Rejections(len(self._paths)))

@@ -1,6 +1,6 @@
-"""Ranges of activations from calibration pictures: streamed, in memory that does not grow with their number.
+"""Ranges of activations from calibration images: streamed, in memory that does not grow with their number.
 
-Every statistic is taken picture by picture, so a batch changes no bit of it, and can be kept on disk meanwhile, so a
+Every statistic is taken image by image, so a batch changes no bit of it, and can be kept on disk meanwhile, so a
 calibration that was stopped goes on with the same result.
 """
 
@@ -20,7 +20,7 @@ from vit_edge.export.graph.intermediate_tensors import Activations
 from vit_edge.export.quantization.calibration.cache import (
     CacheEntry,
     CalibrationCache,
-    PictureChain,
+    ImageChain,
     Saved,
     calibration_key,
 )
@@ -70,7 +70,7 @@ class ChannelRange:
 
     @property
     def varies(self) -> bool:
-        """Return whether any channel varies within a picture: in a tensor of one token none does."""
+        """Return whether any channel varies within an image: in a tensor of one token none does."""
         size = float(np.maximum(np.abs(self.low_D), np.abs(self.high_D)).max())
         return float((self.high_D - self.low_D).max()) > 1e-6 * size
 
@@ -88,12 +88,12 @@ def observe_ranges(
 ) -> Mapping[str, Range]:
     """Return the range of each tensor over `images`, each as the graph takes it and without a batch axis.
 
-    "averaged min-max" are the means over pictures of their smallest and largest value: one odd picture does not widen
+    "averaged min-max" are the means over images of their smallest and largest value: one odd image does not widen
     the range for all (DeiT-tiny: 20.2 dB against 19.5 dB for "min-max"). The others come from histograms: "percentile"
     leaves out what lies beyond `percentile` % (it ruins a ViT, whose outliers carry information), "entropy" and "mse"
-    choose the ends that lose least in `levels` steps. Memory holds the tensors of one picture, or 16 MB of a batch's.
+    choose the ends that lose least in `levels` steps. Memory holds the tensors of one image, or 16 MB of a batch's.
 
-    With a `cache`, `images` have to be iterable more than once. Raises DataRejected where there is no picture,
+    With a `cache`, `images` have to be iterable more than once. Raises DataRejected where there is no image,
     ModelRejected where the graph does not run or gives values that are not finite, UsageError.
     """
     _check(method, METHODS, batch_size=batch_size, percentile=percentile, levels=levels)
@@ -140,7 +140,7 @@ def observe_channels(
     batch_size: int = 1,
     cache: CalibrationCache | None = None,
 ) -> Mapping[str, ChannelRange]:
-    """Return the min-max, overall or averaged over pictures, of each channel of each tensor along `axis`.
+    """Return the min-max, overall or averaged over images, of each channel of each tensor along `axis`.
 
     The last axis holds the channels of a Transformer's tokens, axis 1 those of a convolution. The rest is as for
     `observe_ranges`.
@@ -175,7 +175,7 @@ def observe_histograms(
 def range_of(
     histogram: Histogram, method: Method, *, percentile: float = _PERCENTILE, levels: int = _UINT8_LEVELS
 ) -> Range:
-    """Return the range that `method` chooses from a histogram; averages over pictures are not in it: UsageError."""
+    """Return the range that `method` chooses from a histogram; averages over images are not in it: UsageError."""
     _check(method, [name for name in METHODS if name != "averaged min-max"], percentile=percentile, levels=levels)
     if method == "percentile":
         return _with_zero(*percentile_range(histogram, percentile))
@@ -193,26 +193,26 @@ class _Statistic(Protocol):
 
 
 class _Gathering(Generic[S]):
-    """The statistics of all tensors over the pictures so far; `is_whole` but while a picture is taken in."""
+    """The statistics of all tensors over the images so far; `is_whole` but while an image is taken in."""
 
     def __init__(self, tensors: Sequence[str], make: Callable[[], S]) -> None:
         self.statistics = {name: make() for name in tensors}
-        self.pictures = PictureChain()
+        self.seen = ImageChain()
         self.is_whole = True
 
     def add(self, image: Image, values: Sequence[npt.NDArray[Any]]) -> None:
-        """Take in one picture."""
+        """Take in one image."""
         self.is_whole = False  # Ctrl-C in here would leave a part of it
         for (name, statistic), value in zip(self.statistics.items(), values, strict=True):
             self._add(name, statistic, value if value.dtype in (np.float32, np.float64) else value.astype(np.float32))
-        self.pictures.add(image)
+        self.seen.add(image)
         self.is_whole = True
 
     def _add(self, name: str, statistic: S, value: npt.NDArray[Any]) -> None:
         try:
             statistic.add(value)
         except ValueError as error:
-            reason = f"at picture {self.pictures.num_images + 1} the tensor {name!r} {error}"
+            reason = f"at image {self.seen.num_images + 1} the tensor {name!r} {error}"
             remedy = "the network overflows, or a weight of it is broken: export it again"
             raise ModelRejected("cannot calibrate", reason=reason, remedy=remedy) from error
 
@@ -220,16 +220,16 @@ class _Gathering(Generic[S]):
         """Return what the cache keeps."""
         names = enumerate(self.statistics.values())
         state = {f"{number} {key}": value for number, s in names for key, value in s.state().items()}
-        return Saved(num_images=self.pictures.num_images, digest=self.pictures.digest, state=state)
+        return Saved(num_images=self.seen.num_images, digest=self.seen.digest, state=state)
 
-    def restore(self, saved: Saved, pictures: PictureChain) -> None:
+    def restore(self, saved: Saved, seen: ImageChain) -> None:
         """Take up what was saved; raises ValueError, KeyError or IndexError where it is something else."""
         parts: list[dict[str, npt.NDArray[Any]]] = [{} for _ in self.statistics]
         for name, value in saved.state.items():
             number, _, key = name.partition(" ")
             parts[int(number)][key] = value
         restored = [s.restored(part) for s, part in zip(self.statistics.values(), parts, strict=True)]
-        self.statistics, self.pictures = dict(zip(self.statistics, restored, strict=True)), pictures
+        self.statistics, self.seen = dict(zip(self.statistics, restored, strict=True)), seen
 
 
 def _observe(
@@ -242,7 +242,7 @@ def _observe(
     batch_size: int,
     cache: CalibrationCache | None,
 ) -> Mapping[str, S]:
-    """Return the statistics of each tensor over all pictures, those of the cache included."""
+    """Return the statistics of each tensor over all images, those of the cache included."""
     names = tuple(dict.fromkeys(tensors))
     gathering = _Gathering(names, make)
     stream, entry = iter(images), None
@@ -251,7 +251,7 @@ def _observe(
             raise TypeError("with a cache, images have to be iterable more than once; give a list, or no cache")
         key = calibration_key(model, names, statistic=statistic, preprocessing=cache.preprocessing)
         stream, entry = _resumed(gathering, images, cache, key)
-    known = gathering.pictures.num_images
+    known = gathering.seen.num_images
     activations: Activations | None = None
     try:
         while batch := list(islice(stream, batch_size)):
@@ -261,34 +261,34 @@ def _observe(
             if entry is not None:
                 entry.save_sometimes(gathering.saved)
     finally:  # whatever ends it: what is there is kept
-        if entry is not None and gathering.is_whole and gathering.pictures.num_images > known:
+        if entry is not None and gathering.is_whole and gathering.seen.num_images > known:
             entry.save(gathering.saved())
-    if not gathering.pictures.num_images:
-        reason = "there is no picture to calibrate with"
-        raise DataRejected("cannot calibrate", reason=reason, remedy="give pictures like those in use")
+    if not gathering.seen.num_images:
+        reason = "there is no image to calibrate with"
+        raise DataRejected("cannot calibrate", reason=reason, remedy="give images like those in use")
     return gathering.statistics
 
 
 def _resumed(
     gathering: _Gathering[S], images: Iterable[Image], cache: CalibrationCache, key: str
 ) -> tuple[Iterator[Image], CacheEntry | None]:
-    """Fill `gathering` from the cache; return the pictures that are left to run, and the entry to keep them in."""
+    """Fill `gathering` from the cache; return the images that are left to run, and the entry to keep them in."""
     stream = iter(images)
     first = next(stream, None)
     if first is None:
         return stream, None
-    pictures = PictureChain()
-    pictures.add(first)
-    entry = cache.entry(key, pictures.digest)
+    seen = ImageChain()
+    seen.add(first)
+    entry = cache.entry(key, seen.digest)
     saved = entry.read()
     if saved is None or saved.num_images < 1:
         return chain([first], stream), entry
     for image in islice(stream, saved.num_images - 1):
-        pictures.add(image)
-    if (pictures.num_images, pictures.digest) != (saved.num_images, saved.digest):
-        return iter(images), entry  # other pictures after the first: from the beginning
+        seen.add(image)
+    if (seen.num_images, seen.digest) != (saved.num_images, saved.digest):
+        return iter(images), entry  # other images after the first: from the beginning
     try:
-        gathering.restore(saved, pictures)
+        gathering.restore(saved, seen)
     except (IndexError, KeyError, TypeError, ValueError) as error:
         entry.discard(f"its statistics are not those of these tensors: {error}")
         return iter(images), entry

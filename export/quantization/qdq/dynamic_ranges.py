@@ -1,7 +1,7 @@
-"""INT8 with ranges found at run time: each product's input is measured for each picture; calibration is optional.
+"""INT8 with ranges found at run time: each product's input is measured for each image; calibration is optional.
 
-One range goes over a whole tensor, so the pictures of a batch would share it, and no answer may depend on what else is
-in its batch: the batch is fixed at 1 in the file, and the runtime gives it picture after picture. A range for each row
+One range goes over a whole tensor, so the images of a batch would share it, and no answer may depend on what else is
+in its batch: the batch is fixed at 1 in the file, and the runtime gives it image after image. A range for each row
 would need no such thing, but no engine has that in its fast kernels (DeiT-tiny in ONNX Runtime: 22.7 ms with it at fc2
 alone, 13.3 ms in float). ONNX Runtime makes one kernel of what stands here for each product (7.2 ms, 7.4 ms with static
 ranges); OpenVINO has none and multiplies in float (17.8 ms, 12.6 ms in float).
@@ -34,7 +34,7 @@ def dynamic_products(model: onnx.ModelProto) -> list[Product]:
     products = [product for product in find_products(model) if product.operator != "Conv"]
     if not products:
         reason = "the graph has no matrix product with constant float32 weights, and convolutions stay float"
-        raise UsageError("cannot quantize", reason=reason, remedy="take --precision int8, with calibration pictures")
+        raise UsageError("cannot quantize", reason=reason, remedy="take --precision int8, with calibration images")
     return products
 
 

@@ -28,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, deployment: Path) -> Path:
 def test_the_speed_is_that_of_the_device(device: SshDevice, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "f")
     where = tmp_path / "f"
-    pictures = ("--calibration", where / "calibration", "--data", where / "data", "--max-drop", "40")
+    images = ("--calibration", where / "calibration", "--data", where / "data", "--max-drop", "40")
     done = device.vit_edge(
-        "deploy", where / "c.safetensors", *pictures, "--effort", "fast", "-o", where / "out", "--json"
+        "deploy", where / "c.safetensors", *images, "--effort", "fast", "-o", where / "out", "--json"
     )
     assert done.returncode in (0, 6), done.stderr  # a network this small may be no faster in INT8
     printed = json.loads(done.stdout)
@@ -52,9 +52,9 @@ def test_a_device_that_is_not_there_is_told_and_what_was_made_is_kept(folder: Pa
 
     shutil.copytree(folder, tmp_path / "f")
     where = tmp_path / "f"
-    pictures = ("--calibration", where / "calibration", "--data", where / "data", "--max-drop", "40")
+    images = ("--calibration", where / "calibration", "--data", where / "data", "--max-drop", "40")
     options = ("--effort", "fast", "-o", where / "out", "--on", "ssh://127.0.0.1:1", "--json")
-    done = vit_edge("deploy", where / "c.safetensors", *pictures, *options)
+    done = vit_edge("deploy", where / "c.safetensors", *images, *options)
     assert done.returncode == 7
     record = read_record(where / "out" / "record.json")
     assert record["verdict"] == "fail"

@@ -20,7 +20,7 @@ from vit_edge.model_file.artifact import open_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, deployment: Path) -> Path:
-    """Return a folder with a checkpoint, pictures of two kinds, and what a deployment made of them."""
+    """Return a folder with a checkpoint, images of two kinds, and what a deployment made of them."""
     return shutil.copytree(deployment, tmp_path_factory.mktemp("deployment"), dirs_exist_ok=True)
 
 
@@ -53,7 +53,7 @@ def test_what_did_not_change_is_not_done_again(folder: Path, tmp_path: Path) -> 
     assert len(run(tmp_path / "f").ran) == 3
 
 
-def test_a_record_is_held_against_files_and_pictures(folder: Path, tmp_path: Path) -> None:
+def test_a_record_is_held_against_files_and_images(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "f")
     out, record = tmp_path / "f" / "out", tmp_path / "f" / "out" / "record.json"
     again = check_record(record, data=tmp_path / "f" / "data")
@@ -66,9 +66,9 @@ def test_a_record_is_held_against_files_and_pictures(folder: Path, tmp_path: Pat
     with pytest.raises(NotTrusted, match="it was changed"):
         check_record(record)
     (out / "model.int8.onnx").write_bytes(data)
-    picture = next((tmp_path / "f" / "data").rglob("*.png"))
-    picture.unlink()
-    with pytest.raises(NotTrusted, match="not the pictures that judged"):
+    image = next((tmp_path / "f" / "data").rglob("*.png"))
+    image.unlink()
+    with pytest.raises(NotTrusted, match="not the images that judged"):
         check_record(record, data=tmp_path / "f" / "data")
 
 
@@ -93,7 +93,7 @@ def test_the_verdict_needs_the_accuracy_and_the_speed(verdict: str, low: float, 
     timed = [{"engine": "onnxruntime", "ratio": 1.5, "ratio_interval": [low, 2.2]}]
     found, (accuracy, speed) = conclude(judged, timed)
     assert found == expected
-    assert accuracy.startswith(f"accuracy, {verdict}: on 550 pictures INT8 loses 0.00 points, no more than 0.50")
+    assert accuracy.startswith(f"accuracy, {verdict}: on 550 images INT8 loses 0.00 points, no more than 0.50")
     assert f"1.50 times as fast as float32 in onnxruntime ({low:.2f} to 2.20" in speed
 
 
@@ -113,7 +113,7 @@ def test_the_command_ends_with_the_verdict(folder: Path, tmp_path: Path) -> None
     shutil.copytree(folder, tmp_path / "f")
     arguments = ("c.safetensors", "--calibration", "calibration", "--data", "data", "--max-drop", "0.1")
     done = vit_edge("deploy", *arguments, "--effort", "fast", "-o", "out", "--json", cwd=tmp_path / "f")
-    assert done.returncode == 6  # seventy pictures certify no tenth of a point
+    assert done.returncode == 6  # seventy images certify no tenth of a point
     printed = json.loads(done.stdout)
     assert printed["verdict"] in ("inconclusive", "fail")
     assert printed["skipped"] == ["export"]

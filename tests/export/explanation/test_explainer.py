@@ -39,7 +39,7 @@ ENGINES = ("onnxruntime", "openvino")
 
 @dataclass(frozen=True)
 class Made:
-    """A network's files and folders of pictures; `explained` with all that there is."""
+    """A network's files and folders of images; `explained` with all that there is."""
 
     checkpoint: Path
     reference: Path
@@ -56,7 +56,7 @@ class Made:
         return {"reference": self.reference, "data": self.data}
 
 
-def pictures(folder: Path, *, count: int, seed: int, size: Sequence[int] = SIZE) -> Path:
+def images(folder: Path, *, count: int, seed: int, size: Sequence[int] = SIZE) -> Path:
     """Write blurred noise, which networks take for different things, and return the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
@@ -73,7 +73,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     checkpoint, reference, model = (folder / name for name in ("small.safetensors", "model.onnx", "int8.onnx"))
     write_checkpoint(checkpoint)
     export_onnx(checkpoint, out=reference)
-    calibration, data = pictures(folder / "cal", count=12, seed=0), pictures(folder / "data", count=9, seed=1)
+    calibration, data = images(folder / "cal", count=12, seed=0), images(folder / "data", count=9, seed=1)
     every = ("repq", "value-scaling", "range-search", "rounding", "bias-correction", "mixed-precision")
     options = QuantizationOptions(algorithms=every, effort="fast", measure_speed=False, use_cache=False)
     quantize(reference, calibration=calibration, out=model, options=options)
@@ -183,8 +183,8 @@ def test_channels_at_another_scale_are_no_error_of_their_layer() -> None:
     assert {node for node, level in plain.items() if level < 60} == set(columns)
 
 
-def test_other_calibration_pictures_are_refused_before_the_work(made: Made) -> None:
-    with pytest.raises(DataRejected, match=r"12 of the 12 pictures .* are not there, and 9 others are"):
+def test_other_calibration_images_are_refused_before_the_work(made: Made) -> None:
+    with pytest.raises(DataRejected, match=r"12 of the 12 images .* are not there, and 9 others are"):
         prepare_explanation(made.model, **made.about, options=ExplainOptions(calibration=made.data))
     with pytest.raises(UsageError, match="does not say how it was quantized"):
         prepare_explanation(made.reference, **made.about, options=ExplainOptions(calibration=made.calibration))
@@ -248,7 +248,7 @@ def test_a_network_made_elsewhere_is_explained(tmp_path: Path) -> None:
     path = save(tmp_path / "theirs.onnx", network(*CONV, *HEAD, **WEIGHTS))
     adopted = adopt(path, preprocessing=FOREIGN, labels=LABELS)
     (tmp_path / "model.onnx").write_bytes(adopted.model.data)
-    folders = {name: pictures(tmp_path / name, count=8, seed=seed, size=FOREIGN.crop) for seed, name in enumerate("cd")}
+    folders = {name: images(tmp_path / name, count=8, seed=seed, size=FOREIGN.crop) for seed, name in enumerate("cd")}
     options = QuantizationOptions(effort="fast", measure_speed=False, use_cache=False)
     quantize(tmp_path / "model.onnx", calibration=folders["c"], out=tmp_path / "int8.onnx", options=options)
     asked = ExplainOptions(calibration=folders["c"], engines=("onnxruntime",))
@@ -259,7 +259,7 @@ def test_a_network_made_elsewhere_is_explained(tmp_path: Path) -> None:
     assert len(found.layers) == 2
 
 
-def test_the_command_adds_tables_json_and_a_picture(
+def test_the_command_adds_tables_json_and_a_image(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -274,10 +274,10 @@ def test_the_command_adds_tables_json_and_a_picture(
     entry = found["engines"][0]
     whole = sum(time["candidate_ms"] for time in times) + sum(rest["candidate_ms"] or 0 for rest in entry["rest"])
     assert whole == pytest.approx(entry["candidate_ms"])
-    assert found["picture"] == "layers.png"
-    with Image.open("layers.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 900
+    assert found["image"] == "layers.png"
+    with Image.open("layers.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 900
     first = Path("layers.png").read_bytes()
     assert main([*command, "--explain"]) == 2
     assert "layers.png" in capsys.readouterr().err
@@ -285,7 +285,7 @@ def test_the_command_adds_tables_json_and_a_picture(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*command, "--explain"]) == 0
     printed = capsys.readouterr().out
-    assert "Where the error comes in, on 9 pictures, against deploy form" in printed
+    assert "Where the error comes in, on 9 images, against deploy form" in printed
     assert "the whole network" in printed
     assert 'layers.png is not drawn: the package matplotlib is not installed; pip install "vit-edge[train]"' in printed
     assert printed.rstrip().endswith("verdict: pass")

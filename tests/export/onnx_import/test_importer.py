@@ -256,7 +256,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     ),
     "damaged weights": (_short, "a part of it cannot be read"),
     "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "has no 3 channels"),
-    "no pictures": (lambda: network(*HEAD[1:], node("Relu", ["x"], ["f"]), shape=["n", 4], **WEIGHTS), "2 axes"),
+    "no images": (lambda: network(*HEAD[1:], node("Relu", ["x"], ["f"]), shape=["n", 4], **WEIGHTS), "2 axes"),
     "it does not run": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "w": WEIGHTS["w"][:, :3]}), "cannot run"),
 }  # fmt: skip
 

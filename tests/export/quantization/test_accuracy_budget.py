@@ -1,4 +1,4 @@
-"""A budget is certified by pictures that judge, in an order that they did not choose; what ruins INT8 stays float."""
+"""A budget is certified by images that judge, in an order that they did not choose; what ruins INT8 stays float."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _QUICK = {"effort": "fast", "measure_speed": False}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, workspace: Workspace) -> Path:
-    """The digits' network with one product that INT8 ruins, and links to the pictures."""
+    """The digits' network with one product that INT8 ruins, and links to the images."""
     folder = tmp_path_factory.mktemp("budget")
     checkpoint = load_checkpoint(workspace.checkpoint)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, workspace: Workspace) -> Pa
     save_checkpoint(folder / "c.safetensors", checkpoint)
     export_onnx(folder / "c.safetensors", out=folder / "m.onnx")
     (folder / "calibration").symlink_to(CALIBRATION)
-    (folder / "judging").symlink_to(workspace.test_pictures)
+    (folder / "judging").symlink_to(workspace.test_images)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_without_a_budget_the_same_network_is_ruined(folder: Path, tmp_path: Pat
     assert done.returncode == 6
 
 
-def test_too_few_pictures_are_said_first_and_the_file_holds_its_verdict(folder: Path, tmp_path: Path) -> None:
+def test_too_few_images_are_said_first_and_the_file_holds_its_verdict(folder: Path, tmp_path: Path) -> None:
     for path in sorted((folder / "judging").resolve().rglob("*.png"))[::9]:
         target = tmp_path / "few" / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def test_the_last_rungs_differ_by_one_and_the_noisiest_come_last() -> None:
     assert order_of(noise, {"a": 10, "b": 10, "c": 1000}) == ["b", "c", "a"]
 
 
-def test_a_budget_needs_pictures_that_judge(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="pictures to judge by"):
+def test_a_budget_needs_images_that_judge(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="images to judge by"):
         quantized(folder, tmp_path / "q.onnx", QuantizationOptions(max_drop_points=1.0))
     assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ from vit_edge.export.quantization.calibration.histograms import (
     mse_range,
     percentile_range,
 )
-from vit_edge.export.quantization.calibration.images import CalibrationPictures
+from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import (
     METHODS,
     Range,
@@ -66,7 +66,7 @@ def saved_graph(graph: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
 
 
 def values_of(graph: onnx.ModelProto, names: Sequence[str], image: np.ndarray) -> list[np.ndarray]:
-    """Return the tensors of one picture, asked of the engine itself."""
+    """Return the tensors of one image, asked of the engine itself."""
     asked = onnx.ModelProto.FromString(graph.SerializeToString())
     asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = onnxruntime.InferenceSession(asked.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -87,7 +87,7 @@ def classifier(
     )
 
 
-def pictures(count: int, *shape: int) -> list[np.ndarray]:
+def random_images(count: int, *shape: int) -> list[np.ndarray]:
     return list(np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32))
 
 
@@ -102,7 +102,7 @@ def test_a_batch_changes_no_bit_of_the_ranges(
         assert observe_ranges(graph, tensors, iter(IMAGES), method=method, batch_size=batch_size) == alone
 
 
-def test_sixteen_pictures_do_run_at_once(graph: onnx.ModelProto, tensors: list[str]) -> None:
+def test_sixteen_images_do_run_at_once(graph: onnx.ModelProto, tensors: list[str]) -> None:
     activations = Activations(graph, tensors)
     found = [list(values) for start in (0, 16) for values in activations.of(IMAGES[start : start + 16])]
     assert activations.num_at_once == 16
@@ -111,9 +111,7 @@ def test_sixteen_pictures_do_run_at_once(graph: onnx.ModelProto, tensors: list[s
         assert all(np.array_equal(a, b) for a, b in zip(expected, values, strict=True))
 
 
-def test_ranges_are_the_mean_or_the_overall_extremes_of_the_pictures(
-    graph: onnx.ModelProto, tensors: list[str]
-) -> None:
+def test_ranges_are_the_mean_or_the_overall_extremes_of_the_images(graph: onnx.ModelProto, tensors: list[str]) -> None:
     values = [values_of(graph, tensors, image) for image in IMAGES]
     averaged, overall = (observe_ranges(graph, tensors, IMAGES, method=m) for m in ("averaged min-max", "min-max"))  # type: ignore[arg-type]
     for position, name in enumerate(tensors):
@@ -138,28 +136,28 @@ def test_channels_have_ranges_of_their_own_along_any_axis(graph: onnx.ModelProto
 
 def test_what_the_graph_takes_itself_has_a_range_too() -> None:
     model = classifier([helper.make_node("Relu", ["x"], ["y"], name="relu")], shape=["batch", 3, 4, 4])
-    images = pictures(20, 3, 4, 4)
+    images = random_images(20, 3, 4, 4)
     ranges = observe_ranges(model, ["x", "y"], images, method="min-max", batch_size=16)
     assert ranges["x"] == Range(low=float(np.min(images)), high=float(np.max(images)))
     assert ranges["y"] == Range(low=0.0, high=float(np.max(images)))
 
 
-def test_a_graph_that_mixes_the_pictures_of_a_batch_is_calibrated_one_by_one() -> None:
+def test_a_graph_that_mixes_the_images_of_a_batch_is_calibrated_one_by_one() -> None:
     mean = helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1)
     nodes = [mean, helper.make_node("Sub", ["x", "m"], ["d"]), helper.make_node("Add", ["d", "x"], ["y"])]
-    model, images = classifier(nodes, shape=["batch", 6]), pictures(40, 6)
+    model, images = classifier(nodes, shape=["batch", 6]), random_images(40, 6)
     alone = observe_ranges(model, ["d", "y"], images)
     assert alone["d"] == Range(low=0.0, high=0.0)
     assert observe_ranges(model, ["d", "y"], images, batch_size=16) == alone
 
 
 @pytest.mark.parametrize("num_tokens", [5, 16, 32])
-def test_tensors_whose_first_axis_is_not_the_batch_are_divided_by_picture(num_tokens: int) -> None:
+def test_tensors_whose_first_axis_is_not_the_batch_are_divided_by_image(num_tokens: int) -> None:
     turned = helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2])  # [tokens, batch, channels]
     rows = helper.make_node("Reshape", ["x", "s"], ["w"])  # [batch x tokens, channels]
     nodes = [turned, rows, helper.make_node("Relu", ["x"], ["y"])]
     model = classifier(nodes, shape=["batch", num_tokens, 3], s=np.array([-1, 3]))
-    images = pictures(35, num_tokens, 3)
+    images = random_images(35, num_tokens, 3)
     alone = observe_channels(model, ["t", "w", "x", "y"], images)
     for batch_size in (2, 16):
         found = observe_channels(model, ["t", "w", "x", "y"], images, batch_size=batch_size)
@@ -172,7 +170,7 @@ def test_tensors_whose_first_axis_is_not_the_batch_are_divided_by_picture(num_to
 def test_a_batch_fixed_in_the_graph_is_respected(fixed: int, inside: bool) -> None:
     nodes = [helper.make_node("Reshape", ["x", "s"], ["r"]), helper.make_node("Relu", ["r"], ["y"])]
     shape = np.array([fixed if inside else -1, 12])
-    model, images = classifier(nodes, shape=[fixed, 3, 4], s=shape), pictures(10, 3, 4)
+    model, images = classifier(nodes, shape=[fixed, 3, 4], s=shape), random_images(10, 3, 4)
     low, high = (np.mean([end(image) for image in images], dtype=np.float64) for end in (np.min, np.max))
     for batch_size in (1, 3):
         found = observe_ranges(model, ["r"], images, batch_size=batch_size)["r"]
@@ -184,7 +182,7 @@ def test_values_that_are_not_finite_are_refused_by_name() -> None:
     model = classifier([helper.make_node("Log", ["x"], ["y"])], shape=["batch", 4])
     images = [np.ones(4, np.float32), -np.ones(4, np.float32)]
     for method in METHODS:
-        with pytest.raises(ModelRejected, match="picture 2 the tensor 'y' holds values that are not finite"):
+        with pytest.raises(ModelRejected, match="image 2 the tensor 'y' holds values that are not finite"):
             observe_ranges(model, ["y"], images, method=method)
 
 
@@ -194,7 +192,7 @@ def test_what_cannot_be_done_is_refused(graph: onnx.ModelProto, tensors: list[st
             observe_ranges(graph, tensors, IMAGES, **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="averaged"):
         range_of(Histogram(), "averaged min-max")
-    with pytest.raises(DataRejected, match="no picture"):
+    with pytest.raises(DataRejected, match="no image"):
         observe_ranges(graph, tensors, [])
     with pytest.raises(ModelRejected, match="cannot load"):
         observe_ranges(graph, ["nothing"], IMAGES)
@@ -282,13 +280,13 @@ def test_a_constant_tensor_has_a_range(value: float) -> None:
         assert (found.low, found.high) == pytest.approx((min(value, 0), max(value, 0)), rel=1e-2)
 
 
-def test_memory_does_not_grow_with_the_pictures(saved_graph: Path, tensors: list[str]) -> None:
+def test_memory_does_not_grow_with_the_images(saved_graph: Path, tensors: list[str]) -> None:
     children = [start_child(saved_graph, tensors, "", method="mse", count=count) for count in (20, 600)]
     few, many = (int(process.communicate()[0].split("|")[1]) for process in children)
     assert many <= 1.10 * few
 
 
-def test_corrupt_pictures_are_skipped_named_and_refused_past_one_percent(
+def test_corrupt_images_are_skipped_named_and_refused_past_one_percent(
     graph: onnx.ModelProto, tensors: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = find_images(ROOT / "calibration_data")[:110]
@@ -297,24 +295,24 @@ def test_corrupt_pictures_are_skipped_named_and_refused_past_one_percent(
     bad = tmp_path / "050x.png"
     bad.write_bytes(good[0].read_bytes()[:60])
     seen: list[tuple[str, int, int]] = []
-    images = CalibrationPictures(find_images(tmp_path), MANIFEST, progress=lambda *told: seen.append(told))
+    images = CalibrationImages(find_images(tmp_path), MANIFEST, progress=lambda *told: seen.append(told))
     with caplog.at_level(logging.WARNING):
         found = observe_ranges(graph, tensors, images, batch_size=16)
-    assert "1 of 111 pictures were skipped" in caplog.text
+    assert "1 of 111 images were skipped" in caplog.text
     assert "050x.png" in caplog.text
     assert len(images.hashes) == len(good)
     assert seen[-1] == ("calibrating", 111, 111)
     bad.unlink()
-    assert observe_ranges(graph, tensors, CalibrationPictures(find_images(tmp_path), MANIFEST)) == found
+    assert observe_ranges(graph, tensors, CalibrationImages(find_images(tmp_path), MANIFEST)) == found
     for number in range(2):
-        (tmp_path / f"bad{number}.png").write_bytes(b"no picture")
-    with pytest.raises(DataRejected, match=r"2 or more of 112 pictures cannot be used, over 1 %.*bad0\.png"):
-        observe_ranges(graph, tensors, CalibrationPictures(find_images(tmp_path), MANIFEST))
+        (tmp_path / f"bad{number}.png").write_bytes(b"no image")
+    with pytest.raises(DataRejected, match=r"2 or more of 112 images cannot be used, over 1 %.*bad0\.png"):
+        observe_ranges(graph, tensors, CalibrationImages(find_images(tmp_path), MANIFEST))
 
 
-def test_a_picture_that_judges_is_refused(tmp_path: Path) -> None:
+def test_a_image_that_judges_is_refused(tmp_path: Path) -> None:
     paths = find_images(ROOT / "calibration_data")[:5]
     judging = pixel_hashes(paths[3:4], PREPROCESSING)
-    pictures_ = CalibrationPictures(paths, MANIFEST, judging=judging)
+    images_ = CalibrationImages(paths, MANIFEST, judging=judging)
     with pytest.raises(DataRejected, match=paths[3].name):
-        list(itertools.chain(pictures_))
+        list(itertools.chain(images_))

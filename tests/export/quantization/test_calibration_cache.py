@@ -48,7 +48,7 @@ def saved_graph(graph: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory
 
 
 class Stopping:
-    """Pictures that raise `error` before picture `at`; `passes` counts how often they were begun."""
+    """Images that raise `error` before image `at`; `passes` counts how often they were begun."""
 
     def __init__(self, images: Sequence[np.ndarray], at: int, error: BaseException) -> None:
         self.images, self.at, self.error, self.passes = images, at, error, 0
@@ -61,7 +61,7 @@ class Stopping:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by one with every picture that the network runs."""
+    """Return a list that grows by one with every image that the network runs."""
     counted: list[int] = []
     real = Activations.of
 
@@ -111,7 +111,7 @@ def test_channels_are_kept_too_and_methods_share_what_they_can(
     assert len(runs) == 3 * len(IMAGES)  # channels, extremes, histograms
 
 
-def test_another_model_preprocessing_or_picture_is_another_calibration(
+def test_another_model_preprocessing_or_image_is_another_calibration(
     graph: onnx.ModelProto, tensors: list[str], tmp_path: Path, runs: list[int]
 ) -> None:
     def observed(model: onnx.ModelProto, images: Sequence[np.ndarray], **how: Any) -> Any:

@@ -34,7 +34,7 @@ _JUDGING = golden_images(range(2000, 2016), height=SIZE[0], width=SIZE[1])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
-    """A float file, 32 calibration pictures, and its dynamic INT8 files without and with these."""
+    """A float file, 32 calibration images, and its dynamic INT8 files without and with these."""
     folder = tmp_path_factory.mktemp("dynamic")
     shutil.copytree(small_model, folder, dirs_exist_ok=True)
     (folder / "calibration").mkdir()
@@ -102,7 +102,7 @@ def test_the_manifest_says_what_was_done_and_the_bytes_repeat(folder: Path) -> N
     assert (plain["algorithms"], plain["images"]) == ([], [])
 
 
-def test_pictures_that_calibrated_do_not_judge_and_the_file_can_be_inspected(folder: Path) -> None:
+def test_images_that_calibrated_do_not_judge_and_the_file_can_be_inspected(folder: Path) -> None:
     with pytest.raises(DataRejected, match="calibrat"):
         verify(folder / "near.onnx", reference=folder / "m.onnx", data=folder / "calibration", unlabelled=True)
     done = vit_edge("inspect", folder / "plain.onnx", "--json")

@@ -211,7 +211,7 @@ def _traced(network: nn.Module, *, pixels: bool = True, size: tuple[int, int] = 
     return trace(wrapped, height=size[0], width=size[1], pixels=pixels)
 
 
-def _pictures(number: int, size: tuple[int, int] = SIZE) -> Array:
+def _random_images(number: int, size: tuple[int, int] = SIZE) -> Array:
     return np.random.default_rng(1).integers(0, 256, (number, *size, 3), dtype=np.uint8)
 
 
@@ -286,8 +286,8 @@ class _Residual(nn.Module):
 def test_sums_and_poolings_stay_integers_and_openvino_leaves_out_what_it_does_not_need(pixels: bool) -> None:
     torch.manual_seed(0)
     model = _traced(_Residual(), pixels=pixels)
-    pictures = _pictures(6)
-    images = pictures if pixels else PREPROCESSING.normalise(pictures)
+    pixels_NHWC = _random_images(6)
+    images = pixels_NHWC if pixels else PREPROCESSING.normalise(pixels_NHWC)
     quantized = _quantized(model, images, Scheme(weight_bits=7))
     assert min(_with_and_without_skips(model, quantized, images)) > 20
     operators = {node.op_type for node in prepare(model).graph.node}
@@ -307,7 +307,7 @@ def test_what_openvino_leaves_out_brings_it_nearer(pixels: bool) -> None:
     """With 7 bits the error of the weights hides that of what is left out."""
     torch.manual_seed(0)
     model = _traced(_Residual(), pixels=pixels)
-    images = _pictures(6) if pixels else PREPROCESSING.normalise(_pictures(6))
+    images = _random_images(6) if pixels else PREPROCESSING.normalise(_random_images(6))
     every, fewer = _with_and_without_skips(model, _quantized(model, images), images)
     assert fewer > every > 20
 
@@ -330,7 +330,7 @@ def test_mobilenet_is_integer_in_both_engines_and_may_be_loaded() -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     size = (64, 64)
     model = _traced(network, size=size)
-    images = _pictures(2, size)
+    images = _random_images(2, size)
     quantized = _quantized(model, images, Scheme(weight_bits=7))
     for engine in ENGINES:
         assert coverage(_file(quantized), engine).percent >= 95
@@ -393,7 +393,7 @@ def test_a_convolution_over_patches_takes_pixels_as_they_are_whatever_normalises
     first = find_products(prepared)[0]
     assert first.takes_pixels
     assert first.operator == "MatMul"
-    images = _pictures(5)
+    images = _random_images(5)
     assert _sqnr_db(_run(model, images), _run(prepared, images)) > 100
     quantized = _quantized(model, images)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
@@ -536,8 +536,8 @@ def test_the_deploy_form_of_a_vision_transformer_needs_no_preparation() -> None:
     assert [product.takes_pixels for product in products] == [True, *[False] * (len(products) - 1)]
     inputs = dict.fromkeys(product.input for product in products[1:])
     assert tensors_to_observe(model) == list(inputs)
-    quantized = _quantized(model, _pictures(4))
-    assert _quantized(model, _pictures(4)).SerializeToString() == quantized.SerializeToString()
+    quantized = _quantized(model, _random_images(4))
+    assert _quantized(model, _random_images(4)).SerializeToString() == quantized.SerializeToString()
     for engine in ENGINES:
         found = coverage(_file(quantized), engine)
         assert (found.percent, found.alone) == (100, ())

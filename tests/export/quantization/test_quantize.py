@@ -1,4 +1,4 @@
-"""INT8 where it pays, from pictures that never judge, recorded and proven."""
+"""INT8 where it pays, from images that never judge, recorded and proven."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def test_the_recipe_is_in_the_manifest(workspace: Workspace) -> None:
     assert [entry["engines"] for entry in golden["expected"]] == [["onnxruntime"], ["openvino"]]
 
 
-def test_with_labelled_pictures_the_figures_are_in_the_file_and_the_bytes_repeat(
+def test_with_labelled_images_the_figures_are_in_the_file_and_the_bytes_repeat(
     workspace: Workspace, tmp_path: Path
 ) -> None:
-    shutil.copytree(workspace.test_pictures, tmp_path / "elsewhere")
-    for name, data in (("a.onnx", workspace.test_pictures), ("b.onnx", tmp_path / "elsewhere")):
+    shutil.copytree(workspace.test_images, tmp_path / "elsewhere")
+    for name, data in (("a.onnx", workspace.test_images), ("b.onnx", tmp_path / "elsewhere")):
         result = quantize(workspace.float_model, calibration=CALIBRATION, data=data, out=tmp_path / name)
     assert str(tmp_path).encode() not in (tmp_path / "b.onnx").read_bytes()
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
@@ -115,7 +115,7 @@ def test_with_labelled_pictures_the_figures_are_in_the_file_and_the_bytes_repeat
 def test_eight_bits_come_nearer_than_seven(workspace: Workspace, tmp_path: Path) -> None:
     found = {}
     preprocessing = open_model(workspace.float_model).manifest.preprocessing
-    images = np.stack([preprocessing.pixels(path) for path in find_images(workspace.test_pictures)[::9]])
+    images = np.stack([preprocessing.pixels(path) for path in find_images(workspace.test_images)[::9]])
     expected = run_as_defined(onnx.load(workspace.float_model), images)
     for target in ("portable", "x86-vnni"):
         out, options = tmp_path / f"{target}.onnx", QuantizationOptions(target=target, without=ALGORITHMS)
@@ -124,40 +124,38 @@ def test_eight_bits_come_nearer_than_seven(workspace: Workspace, tmp_path: Path)
     assert found["x86-vnni"] > found["portable"] > 25
 
 
-def test_calibration_pictures_that_judge_are_refused_and_nothing_is_written(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_calibration_images_that_judge_are_refused_and_nothing_is_written(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "cal").mkdir()
     for path in find_images(CALIBRATION)[:40]:
         shutil.copy(path, tmp_path / "cal" / f"{path.parent.name}-{path.name}")
-    leaked = find_images(workspace.test_pictures)[100]
+    leaked = find_images(workspace.test_images)[100]
     shutil.copy(leaked, tmp_path / "cal" / "innocent.png")
     with pytest.raises(DataRejected, match=leaked.name):
         quantize(
             workspace.float_model,
             calibration=tmp_path / "cal",
-            data=workspace.test_pictures,
+            data=workspace.test_images,
             out=tmp_path / "model.int8.onnx",
         )
     assert not (tmp_path / "model.int8.onnx").exists()
     quantize(workspace.float_model, calibration=tmp_path / "cal", out=tmp_path / "model.int8.onnx")
     done = vit_edge(
-        "verify", tmp_path / "model.int8.onnx", "--reference", workspace.float_model, "--data", workspace.test_pictures
+        "verify", tmp_path / "model.int8.onnx", "--reference", workspace.float_model, "--data", workspace.test_images
     )
     assert done.returncode == 3
     assert leaked.name in done.stderr
 
 
-def test_few_or_equal_pictures_are_warned_of_or_refused(
+def test_few_or_equal_images_are_warned_of_or_refused(
     workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    picture = find_images(CALIBRATION)[0]
+    image = find_images(CALIBRATION)[0]
     (tmp_path / "cal").mkdir()
-    shutil.copy(picture, tmp_path / "cal" / "0.png")
+    shutil.copy(image, tmp_path / "cal" / "0.png")
     quantize(workspace.float_model, calibration=tmp_path / "cal", out=tmp_path / "m.onnx")
-    assert "few calibration pictures (1)" in caplog.text
-    shutil.copy(picture, tmp_path / "cal" / "1.png")
-    with pytest.raises(DataRejected, match="all 2 pictures are the same"):
+    assert "few calibration images (1)" in caplog.text
+    shutil.copy(image, tmp_path / "cal" / "1.png")
+    with pytest.raises(DataRejected, match="all 2 images are the same"):
         quantize(workspace.float_model, calibration=tmp_path / "cal", out=tmp_path / "n.onnx")
 
 
@@ -198,7 +196,7 @@ def test_a_constant_activation_does_not_divide_by_zero() -> None:
     assert np.isfinite(session.run(None, {"x": np.zeros((1, 4), np.float32)})[0]).all()
 
 
-def test_ranges_are_means_over_pictures_and_include_zero(workspace: Workspace) -> None:
+def test_ranges_are_means_over_images_and_include_zero(workspace: Workspace) -> None:
     model = onnx.load(workspace.float_model)
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     tensors = [product.input for product in find_products(model) if not product.takes_pixels]

@@ -1,4 +1,4 @@
-"""`vit-edge quantize` on what people give it: files of every kind, networks made elsewhere, odd pictures, options."""
+"""`vit-edge quantize` on what people give it: files of every kind, networks made elsewhere, odd images, options."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _QUICK: dict[str, Any] = {"effort": "fast", "measure_speed": False, "use_cache":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
-    """A float file `m.onnx`, 32 calibration pictures, 100 others, and what an ONNX file made elsewhere needs."""
+    """A float file `m.onnx`, 32 calibration images, 100 others, and what an ONNX file made elsewhere needs."""
     folder = tmp_path_factory.mktemp("quantize")
     shutil.copy(small_model / "m.onnx", folder)
     for name, seeds in (("cal", range(32)), ("judge", range(1000, 1100))):
@@ -171,11 +171,11 @@ _REFUSED = {
     "an unknown effort": (["--effort", "nonsense"], 2, "choose fast, balanced, thorough"),
     "an unknown algorithm": (["--algorithm", "nonsense"], 2, "algorithms: repq"),
     "unknown ranges": (["--ranges", "nonsense"], 2, "choose min-max, averaged min-max"),
-    "a budget without pictures": (["--max-drop", "1"], 2, "give --data"),
+    "a budget without images": (["--max-drop", "1"], 2, "give --data"),
     "a drop that is no number": (["--max-drop", "nan", "--data", "judge"], 2, "max drop is nan"),
     "a time limit without a search": (["--time-limit", "1"], 2, "give --max-drop or --min-agreement too"),
     "an agreement over all": (["--min-agreement", "101", "--data", "judge"], 2, "min agreement is 101"),
-    "pictures that calibrate to judge": (["--data", "cal"], 3, "used for calibration"),
+    "images that calibrate to judge": (["--data", "cal"], 3, "used for calibration"),
     "a file that is there": (["-o", "labels.txt"], 2, "will not overwrite"),
     "its own input": (["-o", "m.onnx", "--force"], 2, "it is the input"),
     "no folder": (["-o", "nowhere/q.onnx"], 2, "does not exist"),
@@ -206,7 +206,7 @@ def test_agreement_alone_does_not_look_at_labels_and_says_which_bound_fell_short
     out = tmp_path / "q.onnx"
     judged = ["--data", str(tmp_path / "few"), "-o", str(out)]
     assert _run("m.onnx", "--calibration", "cal", "--min-agreement", "99", *judged) == 6
-    assert "20 pictures bound the agreement at" in capsys.readouterr().err
+    assert "20 images bound the agreement at" in capsys.readouterr().err
     assert open_model(out).manifest.evaluation["verdict"] == "inconclusive"  # type: ignore[index]
     assert _run("m.onnx", "--calibration", "cal", "--min-agreement", "80", *judged, "--force") == 0
 
@@ -301,7 +301,7 @@ def test_keys_have_no_more_bits_than_weights_where_the_file_is_for_any_cpu(tmp_p
 
 
 def test_where_only_labels_are_missing_they_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # 100 pictures certify 2.95 points at best, and these ranges change some answers.
+    # 100 images certify 2.95 points at best, and these ranges change some answers.
     judged = ["--data", "judge", "--max-drop", "3", "--ranges", "percentile", "--algorithm", "repq"]
     assert _run("m.onnx", "--calibration", "cal", *judged, "-o", str(tmp_path / "q.onnx")) == 6
     printed = capsys.readouterr()
@@ -313,12 +313,12 @@ def _is_blas(pool: dict[str, Any]) -> bool:
     return bool(pool["user_api"] == "blas")
 
 
-def test_a_corrupt_picture_of_many_is_skipped_and_one_of_few_refused(
+def test_a_corrupt_image_of_many_is_skipped_and_one_of_few_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for number, pixels in enumerate(golden_images(range(110), height=SIZE[0], width=SIZE[1])):
         Image.fromarray(pixels).save(tmp_path / f"{number:03}.png")
-    (tmp_path / "055.png").write_bytes(b"no picture")
+    (tmp_path / "055.png").write_bytes(b"no image")
     options = QuantizationOptions(algorithms=(), **_QUICK)
     with caplog.at_level(logging.WARNING):
         result = quantize("m.onnx", calibration=tmp_path, out=tmp_path / "q.onnx", options=options)
@@ -328,5 +328,5 @@ def test_a_corrupt_picture_of_many_is_skipped_and_one_of_few_refused(
         if number != 55:
             (tmp_path / f"{number:03}.png").unlink()
     assert _run("m.onnx", "--calibration", str(tmp_path), "-o", str(tmp_path / "r.onnx")) == 3
-    assert "1 or more of 21 pictures cannot be used, over 1 %" in capsys.readouterr().err
+    assert "1 or more of 21 images cannot be used, over 1 %" in capsys.readouterr().err
     assert not (tmp_path / "r.onnx").exists()

@@ -39,9 +39,9 @@ def test_parity_is_proven_in_both_engines_at_untraced_batches(workspace: Workspa
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_file_answers_as_pytorch_does_on_real_pictures(workspace: Workspace, engine: str) -> None:
+def test_the_file_answers_as_pytorch_does_on_real_images(workspace: Workspace, engine: str) -> None:
     checkpoint = load_checkpoint(workspace.checkpoint)
-    paths = sorted(workspace.test_pictures.rglob("*.png"))[::5]
+    paths = sorted(workspace.test_images.rglob("*.png"))[::5]
     pixels = np.stack([checkpoint.preprocessing.pixels(path) for path in paths])
     expected = reference_logits(checkpoint.model, checkpoint.preprocessing)(pixels)
     with load(workspace.float_model, engine=engine) as classifier:  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def test_the_contract_holds(workspace: Workspace) -> None:
     golden = manifest.golden
     assert golden is not None
     assert len(golden["seeds"]) >= 8
-    assert {picture["format"] for picture in golden["pictures"]} == {"JPEG", "PNG"}
+    assert {image["format"] for image in golden["images"]} == {"JPEG", "PNG"}
 
 
 def test_golden_inputs_have_several_clear_answers(workspace: Workspace) -> None:
@@ -137,7 +137,7 @@ def _scale(graph: onnx.GraphProto, name: str, factor: float) -> None:
 
 
 def _reorder(graph: onnx.GraphProto, rows: Callable[[np.ndarray], np.ndarray]) -> None:  # type: ignore[type-arg]
-    """Reorder the rows of the patch weight [patch y, patch x, channel]: as if the picture came in otherwise."""
+    """Reorder the rows of the patch weight [patch y, patch x, channel]: as if the image came in otherwise."""
     tensor = next(tensor for tensor in graph.initializer if tensor.name == "patches.weight")
     weight = numpy_helper.to_array(tensor).reshape(8, 8, 3, -1)
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(rows(weight).reshape(192, -1)), tensor.name))

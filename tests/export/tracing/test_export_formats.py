@@ -99,7 +99,7 @@ def test_the_weights_of_another_model_or_none_are_refused(folder: Path, tmp_path
         open_ir(tmp_path / "m.xml")
 
 
-def test_transformers_opens_the_folder_and_prepares_pictures_as_we_do(
+def test_transformers_opens_the_folder_and_prepares_images_as_we_do(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -109,20 +109,20 @@ def test_transformers_opens_the_folder_and_prepares_pictures_as_we_do(
     config = transformers.AutoConfig.from_pretrained(folder / "hub")
     assert config.id2label == dict(enumerate("abcdefg"))
     assert (config.hidden_size, config.num_hidden_layers) == (24, 2)
-    picture = Image.fromarray(golden_images([3], height=60, width=50)[0])
-    ours = PREPROCESSING.normalise(PREPROCESSING.pixels(picture)[None])
+    image = Image.fromarray(golden_images([3], height=60, width=50)[0])
+    ours = PREPROCESSING.normalise(PREPROCESSING.pixels(image)[None])
     processor = transformers.AutoImageProcessor.from_pretrained(folder / "hub", use_fast=False)
-    theirs = processor(picture, return_tensors="np")["pixel_values"]
+    theirs = processor(image, return_tensors="np")["pixel_values"]
     assert theirs.shape == ours.shape
     assert np.abs(theirs - ours).max() < 0.05  # two levels of 255: another resize of the same kind
     session = onnxruntime.InferenceSession(folder / "hub" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     assert [value.name for value in (*session.get_inputs(), *session.get_outputs())] == ["pixel_values", "logits"]
     found = session.run(["logits"], {"pixel_values": ours})[0]
     with load(folder / "hub" / "onnx" / "model.onnx") as classifier:
-        np.testing.assert_allclose(found, classifier.logits(PREPROCESSING.pixels(picture)[None]), atol=1e-5)
+        np.testing.assert_allclose(found, classifier.logits(PREPROCESSING.pixels(image)[None]), atol=1e-5)
     export_onnx(folder / "c.safetensors", out=tmp_path / "m.onnx")
     with load(tmp_path / "m.onnx") as classifier:
-        np.testing.assert_allclose(found, classifier.logits(PREPROCESSING.pixels(picture)[None]), atol=1e-4)
+        np.testing.assert_allclose(found, classifier.logits(PREPROCESSING.pixels(image)[None]), atol=1e-4)
 
 
 def test_a_folder_is_replaced_only_with_force_and_only_where_it_is_one_of_ours(folder: Path, tmp_path: Path) -> None:

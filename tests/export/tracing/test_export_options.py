@@ -52,10 +52,10 @@ def test_every_family_exports_and_quantizes(tmp_path: Path, family: str) -> None
     assert min(row.sqnr_db for row in result.parity) > 90
     operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
     assert not {"Shape", "Expand", "ConstantOfShape", "Where"} & operators
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number, pixels in enumerate(golden_images(range(100, 132), height=SIZE[0], width=SIZE[1])):
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
-    quantize(tmp_path / "m.onnx", calibration=tmp_path / "pictures", out=tmp_path / "q.onnx")
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    quantize(tmp_path / "m.onnx", calibration=tmp_path / "images", out=tmp_path / "q.onnx")
     with load(tmp_path / "m.onnx") as whole, load(tmp_path / "q.onnx") as integers:
         assert sqnr_db(whole.logits(IMAGES), integers.logits(IMAGES)) > 20
 
@@ -204,15 +204,15 @@ def test_labels_are_replaced_and_their_number_is_checked(checkpoint: Path, tmp_p
     assert "it holds 2 names, the network has 7 classes" in done.stderr
 
 
-def test_parity_runs_on_pictures_too_and_shows_a_table(checkpoint: Path, tmp_path: Path) -> None:
-    pictures = ROOT / "calibration_data" / "digits" / "3"
-    done = vit_edge("export", checkpoint, "-o", tmp_path / "m.onnx", "--data", pictures)
+def test_parity_runs_on_images_too_and_shows_a_table(checkpoint: Path, tmp_path: Path) -> None:
+    images = ROOT / "calibration_data" / "digits" / "3"
+    done = vit_edge("export", checkpoint, "-o", tmp_path / "m.onnx", "--data", images)
     assert done.returncode == 0, done.stderr
     for text in (
         "max difference",
         "mean",
         "SQNR dB",
-        f"{len(list(pictures.iterdir()))} of {len(list(pictures.iterdir()))}",
+        f"{len(list(images.iterdir()))} of {len(list(images.iterdir()))}",
     ):
         assert text in done.stdout
 

@@ -1,4 +1,4 @@
-"""Labels of the changed pictures alone give what labels of all would give, and no label is lost or misread."""
+"""Labels of the changed images alone give what labels of all would give, and no label is lost or misread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NUM = 160
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two networks that answer alike but for some pictures, and a labelled folder: class folders named by index."""
+    """Two networks that answer alike but for some images, and a labelled folder: class folders named by index."""
 
     folder: Path
 
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def labelled(self) -> Path:
-        return self.folder / "pictures"
+        return self.folder / "images"
 
     def verify(self, **options: Any) -> Verification:
         return verify(self.candidate, reference=self.reference, data=self.labelled, **options)
@@ -60,15 +60,15 @@ class Pair:
         return int(Path(path).parent.name)
 
 
-def _pictures() -> list[Pixels]:
+def _images() -> list[Pixels]:
     rng = np.random.default_rng(0)
     return [np.kron(rng.integers(0, 256, (3, 2, 3)), np.ones((8, 8, 1))).astype(np.uint8) for _ in range(NUM)]
 
 
-def _export(path: Path, pictures: Pixels, *, noise: float) -> None:
+def _export(path: Path, images: Pixels, *, noise: float) -> None:
     network = random_network(small_config())
     with torch.no_grad():
-        logits_BK = network(torch.from_numpy(PREPROCESSING.normalise(pictures)))
+        logits_BK = network(torch.from_numpy(PREPROCESSING.normalise(images)))
         network.head.bias -= logits_BK.mean(dim=0)  # else nearly every answer is one class
         generator = torch.Generator().manual_seed(1)
         for parameter in network.parameters():
@@ -81,23 +81,23 @@ def _export(path: Path, pictures: Pixels, *, noise: float) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     made = Pair(folder=tmp_path_factory.mktemp("pair"))
-    pictures = np.stack(_pictures())
-    _export(made.reference, pictures, noise=0)
-    _export(made.candidate, pictures, noise=0.004)
-    answers = load(made.reference).logits(pictures).argmax(axis=1), load(made.candidate).logits(pictures).argmax(axis=1)
+    images = np.stack(_images())
+    _export(made.reference, images, noise=0)
+    _export(made.candidate, images, noise=0.004)
+    answers = load(made.reference).logits(images).argmax(axis=1), load(made.candidate).logits(images).argmax(axis=1)
     rng = np.random.default_rng(1)
     for i in range(NUM):
         drawn = rng.random()
         label = answers[0][i] if drawn < 0.5 else answers[1][i] if drawn < 0.7 else rng.integers(7)
         target = made.labelled / str(int(label)) / (ODD[i] if i < len(ODD) else f"{i:03}.png")
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pictures[i]).save(target)
+        Image.fromarray(images[i]).save(target)
     return made
 
 
 @pytest.fixture(scope="module")
 def full(pair: Pair) -> Verification:
-    """Return what labels of all the pictures say."""
+    """Return what labels of all the images say."""
     return pair.verify(max_drop_points=10)
 
 
@@ -191,7 +191,7 @@ def test_the_command_line_asks_for_the_labels_and_finishes_from_them(
     assert (shown["verdict"], shown["labels"], shown["flips_file"]) == ("inconclusive", "none", "flips.csv")
     assert shown["reference"]["top1"] is None
     assert f"fill in the {len(rows)} labels in flips.csv" in printed.err
-    assert os.listdir() == ["flips.csv"]  # no picture was copied
+    assert os.listdir() == ["flips.csv"]  # no image was copied
     assert sorted(pair.labelled.rglob("*")) == before
 
     assert main(arguments) == 2
@@ -208,10 +208,10 @@ def test_the_command_line_asks_for_the_labels_and_finishes_from_them(
     shown = json.loads(capsys.readouterr().out)
     assert (shown["labels"], code) == ("flips", 0 if shown["verdict"] == "pass" else 6)
     assert main([*arguments[:-2], "--flips-out", "x.csv"]) == 2
-    assert "the pictures have labels" in capsys.readouterr().err
+    assert "the images have labels" in capsys.readouterr().err
 
 
-def test_the_file_is_safe_for_spreadsheets_and_names_each_picture_once(
+def test_the_file_is_safe_for_spreadsheets_and_names_each_image_once(
     rows: list[dict[str, str]], unlabelled: Verification
 ) -> None:
     changed = [change for result in unlabelled.results for change in result.changed]
@@ -220,7 +220,7 @@ def test_the_file_is_safe_for_spreadsheets_and_names_each_picture_once(
     for row in rows:
         assert row["engines"].split(" | ")[0] in {"onnxruntime", "openvino"}
         assert row["label"] == ""
-        assert row["file"].split("/")[0].isdigit()  # relative to the folder of the pictures
+        assert row["file"].split("/")[0].isdigit()  # relative to the folder of the images
         assert not any(cell.startswith(("=", "+", "-", "@")) or "\n" in cell for cell in row.values())
     assert {change.reference for change in changed} <= set(class_titles(NAMES))
     assert class_titles(NAMES)[2:4] == ("crane [2]", "crane [3]")
@@ -241,7 +241,7 @@ _BROKEN: dict[str, tuple[Callable[[list[dict[str, str]]], bytes], str]] = {
     "an index too high": (_with(label="7"), "'7'"),
     "a name of two classes": (_with(label="crane"), "'crane'"),
     "other models": (_with(models_sha256="0" * 64), "made with other models"),
-    "other pictures": (_with(pixels_sha256="0" * 64), "are not among those that judge"),
+    "other images": (_with(pixels_sha256="0" * 64), "are not among those that judge"),
     "a damaged hash": (_with(pixels_sha256="1,23E+45"), "row 2 is damaged"),
     "an edited answer": (_with(candidate="tench"), "the candidate's answer for"),
     "no table": (lambda rows: b"\x89PNG\r\n\x1a\n\x00\x81", "it is not text"),
@@ -293,12 +293,12 @@ def test_where_labels_could_not_matter_the_verdict_is_given_at_once(
     assert "within the budget even if each of the" in capsys.readouterr().out
 
 
-def test_loose_pictures_are_judged_by_agreement_alone(
+def test_loose_images_are_judged_by_agreement_alone(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loose").mkdir()
-    for position, pixels in enumerate(_pictures()):
+    for position, pixels in enumerate(_images()):
         Image.fromarray(pixels).save(f"loose/{position}.png")
     verdicts = {}
     for asked in ("50", "99", "98.2"):
@@ -308,7 +308,7 @@ def test_loose_pictures_are_judged_by_agreement_alone(
         shown = json.loads(printed.out)
         assert shown["max_drop_points"] is None
         assert code == (0 if shown["verdict"] == "pass" else 6)
-        assert "160 unlabelled pictures can certify an agreement of 98.15 % at best" in printed.err
+        assert "160 unlabelled images can certify an agreement of 98.15 % at best" in printed.err
         verdicts[asked] = shown["verdict"], shown["too_few_images"], shown["images_needed_at_best"]
     assert verdicts == {"50": ("pass", False, 5), "99": ("fail", True, 299), "98.2": ("inconclusive", True, 165)}
     assert os.listdir() == ["loose"]
@@ -316,27 +316,27 @@ def test_loose_pictures_are_judged_by_agreement_alone(
 
 def test_folders_that_are_no_classes_can_be_taken_as_unlabelled(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "2024").mkdir()
-    Image.fromarray(_pictures()[0]).save(tmp_path / "2024" / "a.png")
-    with pytest.raises(DataRejected, match="or take the pictures as unlabelled"):
+    Image.fromarray(_images()[0]).save(tmp_path / "2024" / "a.png")
+    with pytest.raises(DataRejected, match="or take the images as unlabelled"):
         verify(pair.candidate, reference=pair.reference, data=tmp_path)
     assert verify(pair.candidate, reference=pair.reference, data=tmp_path, unlabelled=True).results[0].images == 1
 
 
-def test_copies_of_calibration_pictures_are_warned_of_by_name(
+def test_copies_of_calibration_images_are_warned_of_by_name(
     pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = open_model(pair.candidate)
-    seen = _pictures()[7]
+    seen = _images()[7]
     quantization = {"images": ["0" * 64], "fingerprints": [fingerprint(seen)]}
     (tmp_path / "m.onnx").write_bytes(model.with_manifest(replace(model.manifest, quantization=quantization)))
     (tmp_path / "data").mkdir()
-    for position, pixels in enumerate(_pictures()[:20]):
+    for position, pixels in enumerate(_images()[:20]):
         Image.fromarray(pixels).save(tmp_path / "data" / f"{position}.jpg", quality=70)
     found = verify(tmp_path / "m.onnx", reference=pair.reference, data=tmp_path / "data", min_agreement=50)
     assert found.near_copies == (str(tmp_path / "data" / "7.jpg"),)
-    assert "look like calibration pictures that were encoded again" in caplog.text
+    assert "look like calibration images that were encoded again" in caplog.text
     damaged = {**quantization, "fingerprints": ["zz"]}
     (tmp_path / "m.onnx").write_bytes(model.with_manifest(replace(model.manifest, quantization=damaged)))
     found = verify(tmp_path / "m.onnx", reference=pair.reference, data=tmp_path / "data", min_agreement=50)
     assert found.near_copies == ()
-    assert "its fingerprints of calibration pictures cannot be used" in caplog.text
+    assert "its fingerprints of calibration images cannot be used" in caplog.text

@@ -35,8 +35,8 @@ def test_the_readme_run_passes_in_both_engines_with_98_percent_agreement(workspa
     assert set(printed) >= {"images", "reference", "candidate", "drop_points", "agreement", "sqnr_db"}
 
 
-def test_too_few_pictures_are_inconclusive_with_the_number_needed(workspace: Workspace, tmp_path: Path) -> None:
-    for path in find_images(workspace.test_pictures)[::9]:
+def test_too_few_images_are_inconclusive_with_the_number_needed(workspace: Workspace, tmp_path: Path) -> None:
+    for path in find_images(workspace.test_images)[::9]:
         target = tmp_path / "few" / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -46,7 +46,7 @@ def test_too_few_pictures_are_inconclusive_with_the_number_needed(workspace: Wor
     )  # fmt: skip
     assert done.returncode == 6
     first = done.stderr.splitlines()[:2]
-    assert first[0] == "40 pictures can certify a drop of 7.22 points at best; asked: 0.5"
+    assert first[0] == "40 images can certify a drop of 7.22 points at best; asked: 0.5"
     assert first[1] == "even an unchanged model could not pass with so few: at least 598 are needed"
     printed = json.loads(done.stdout)
     assert printed["verdict"] == "inconclusive"
@@ -76,7 +76,7 @@ def _damaged(source: Path, target: Path, how: str, name: str = "block.1.fc1.weig
 @pytest.mark.parametrize("how", ["shuffled", "zeroed", "one percent", "one bit"])
 def test_damaged_weights_that_were_sealed_again_do_not_pass(workspace: Workspace, tmp_path: Path, how: str) -> None:
     _damaged(workspace.int8_model, tmp_path / "m.onnx", how)
-    arguments = ("--reference", workspace.float_model, "--data", workspace.test_pictures, "--max-drop", "4", "--json")
+    arguments = ("--reference", workspace.float_model, "--data", workspace.test_images, "--max-drop", "4", "--json")
     unsealed = vit_edge("verify", tmp_path / "m.onnx", *arguments)
     assert unsealed.returncode == 4
     assert vit_edge("seal", tmp_path / "m.onnx").returncode == 0
@@ -96,7 +96,7 @@ def test_a_damaged_model_with_golden_vectors_of_its_own_fails_on_accuracy(worksp
     finished = with_answers(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
     (tmp_path / "m.onnx").write_bytes(finished.data)
     done = vit_edge(
-        "verify", tmp_path / "m.onnx", "--reference", workspace.float_model, "--data", workspace.test_pictures,
+        "verify", tmp_path / "m.onnx", "--reference", workspace.float_model, "--data", workspace.test_images,
         "--max-drop", "4", "--json",
     )  # fmt: skip
     assert done.returncode == 6
@@ -162,14 +162,14 @@ def test_the_classes_that_lost_and_the_answers_that_changed_are_told(workspace: 
     _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled", "head.weight.quantized")
     finished = with_answers(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
     (tmp_path / "m.onnx").write_bytes(finished.data)
-    found = verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_pictures)
+    found = verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_images)
     result = found.decisive
     assert result.reference_top5 is not None
     assert result.reference_top5 > (result.candidate_top5 or 0)
     losses = [entry.lost for entry in result.worst_classes]
     assert losses == sorted(losses, reverse=True)
     for entry in result.worst_classes:
-        assert entry.images == len(list((workspace.test_pictures / entry.label).iterdir()))
+        assert entry.images == len(list((workspace.test_images / entry.label).iterdir()))
         assert entry.reference_right is not None
         assert entry.lost == entry.reference_right - (entry.candidate_right or 0)
     assert len(result.changed) == result.num_changed > 20
@@ -185,7 +185,7 @@ def test_agreement_can_be_asked_for(workspace: Workspace) -> None:
     found = verify(
         workspace.int8_model,
         reference=workspace.float_model,
-        data=workspace.test_pictures,
+        data=workspace.test_images,
         max_drop_points=4,
         min_agreement=96,
     )
@@ -195,33 +195,33 @@ def test_agreement_can_be_asked_for(workspace: Workspace) -> None:
         verify(
             workspace.int8_model,
             reference=workspace.float_model,
-            data=workspace.test_pictures,
+            data=workspace.test_images,
             min_agreement=float("nan"),
         )
 
 
-def test_copies_of_a_picture_count_once(workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_of_a_image_count_once(workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for copy in range(3):
-        for path in find_images(workspace.test_pictures)[::6]:
+        for path in find_images(workspace.test_images)[::6]:
             target = tmp_path / "copies" / path.parent.name / f"{copy}-{path.name}"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     found = verify(workspace.int8_model, reference=workspace.float_model, data=tmp_path / "copies")
     assert found.results[0].images == 60
-    assert "120 pictures are copies" in caplog.text
+    assert "120 images are copies" in caplog.text
 
 
-def test_a_perfect_reference_on_few_pictures_is_inconclusive_not_refused(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_perfect_reference_on_few_images_is_inconclusive_not_refused(workspace: Workspace, tmp_path: Path) -> None:
     for name in ("0", "1"):
         target = tmp_path / "few" / name / "a.png"
         target.parent.mkdir(parents=True)
-        shutil.copy(sorted((workspace.test_pictures / name).iterdir())[0], target)
+        shutil.copy(sorted((workspace.test_images / name).iterdir())[0], target)
     found = verify(workspace.int8_model, reference=workspace.float_model, data=tmp_path / "few")
     assert found.verdict == "inconclusive"
 
 
 def test_wrong_labels_are_not_blamed_on_int8(workspace: Workspace, tmp_path: Path) -> None:
-    for path in find_images(workspace.test_pictures)[::3]:
+    for path in find_images(workspace.test_images)[::3]:
         target = tmp_path / "wrong" / str((int(path.parent.name) + 1) % 10) / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -238,7 +238,7 @@ def test_a_model_with_other_labels_is_not_compared(workspace: Workspace, tmp_pat
     relabelled = replace(model.manifest, labels=tuple("abcdefghij"))
     (tmp_path / "m.onnx").write_bytes(model.with_manifest(relabelled))
     with pytest.raises(InputError, match="labels are not those"):
-        verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_pictures)
+        verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_images)
 
 
 @pytest.mark.parametrize("points", [0, -1, 100])
@@ -247,6 +247,6 @@ def test_a_budget_that_makes_no_sense_is_refused(workspace: Workspace, points: f
         verify(
             workspace.int8_model,
             reference=workspace.float_model,
-            data=workspace.test_pictures,
+            data=workspace.test_images,
             max_drop_points=points,
         )

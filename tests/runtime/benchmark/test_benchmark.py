@@ -176,8 +176,8 @@ def test_what_is_saved_can_be_compared_and_a_slower_one_fails(workspace: Workspa
     with (tmp_path / "run.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["latency_p50_ms"]) for row in rows] == [r["latency_ms"]["p50"] for r in saved["results"]]
-    with Image.open(tmp_path / "run.png") as picture:
-        assert picture.width > 800
+    with Image.open(tmp_path / "run.png") as image:
+        assert image.width > 800
     for factor, code in ((0.01, 6), (100.0, 0)):
         result = saved["results"][0]
         old = {**saved, "results": [{**result, "by_round_ms": [ms * factor for ms in result["by_round_ms"]]}]}
@@ -207,14 +207,14 @@ def test_what_is_given_twice_is_measured_once_and_said(workspace: Workspace, tmp
 
 
 def test_from_file_to_labels_every_stage_has_its_time(workspace: Workspace, tmp_path: Path) -> None:
-    for number, path in enumerate(sorted(workspace.test_pictures.rglob("*.png"))[:6]):
+    for number, path in enumerate(sorted(workspace.test_images.rglob("*.png"))[:6]):
         (tmp_path / f"{number}.png").write_bytes(path.read_bytes())
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing more")
     run = measure([workspace.int8_model], brief(images=tmp_path))
     for result in run.results:
         stages = result.end_to_end
         assert stages is not None
-        assert (stages.num_pictures, stages.num_rejected) == (6, 1)
+        assert (stages.num_images, stages.num_rejected) == (6, 1)
         assert min(stages.decode_ms, stages.resize_ms, stages.inference_ms, stages.answer_ms) > 0
         assert stages.total_ms.p99 >= stages.inference_ms
 
@@ -250,8 +250,8 @@ def test_a_file_with_an_evaluation_is_drawn_by_accuracy_and_so_is_the_float_file
     done = vit_edge("benchmark", workspace.float_model, "int8.onnx", workspace.int8_model, *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [result["top1"] for result in json.loads(done.stdout)["results"]] == [98.5, 98.25, None]
-    with Image.open(tmp_path / "run.png") as picture:
-        assert picture.width > 1_500  # a third panel
+    with Image.open(tmp_path / "run.png") as image:
+        assert image.width > 1_500  # a third panel
 
 
 def test_files_that_could_not_be_written_are_refused_before_anything_is_measured(

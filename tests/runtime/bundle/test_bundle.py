@@ -79,8 +79,8 @@ def classified(python: Path, app: Path, *arguments: str | Path) -> dict[str, Any
     return printed
 
 
-def pictures_of(workspace: Workspace) -> list[Path]:
-    return [sorted(folder.iterdir())[0] for folder in sorted(workspace.test_pictures.iterdir())]
+def images_of(workspace: Workspace) -> list[Path]:
+    return [sorted(folder.iterdir())[0] for folder in sorted(workspace.test_images.iterdir())]
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
@@ -90,11 +90,11 @@ def test_it_answers_as_the_model_file_without_vit_edge_installed(
     alone = "import importlib.util as u; print([n for n in ('vit_edge', 'click', 'rich', 'torch') if u.find_spec(n)])"
     done = subprocess.run([pythons[engine], "-I", "-c", alone], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    pictures = pictures_of(workspace)
-    printed = classified(pythons[engine], app, *pictures, "--top", "2", "--threads", "1")
+    images = images_of(workspace)
+    printed = classified(pythons[engine], app, *images, "--top", "2", "--threads", "1")
     assert (printed["model"]["engine"], printed["model"]["verified"]) == (engine, "full")
     with load(workspace.int8_model, engine=engine, threads=1) as classifier:  # type: ignore[arg-type]
-        expected = [classifier(picture, top=2) for picture in pictures]
+        expected = [classifier(image, top=2) for image in images]
     for found, one in zip(printed["images"], expected, strict=True):
         answers = [(answer["label"], answer["probability"]) for answer in found["answers"]]
         assert answers == [(answer.label, answer.probability) for answer in one.answers]
@@ -133,22 +133,22 @@ def test_a_protobuf_that_is_too_old_is_named_and_not_shadowed(tmp_path: Path, ap
     assert "3.20.3, is too old - pip install --upgrade" in done.stderr
 
 
-def test_a_person_reads_one_line_a_picture(workspace: Workspace, pythons: dict[str, Path], app: Path) -> None:
-    picture = pictures_of(workspace)[3]
-    done = run(pythons["onnxruntime"], app, picture, "--top", "1")
+def test_a_person_reads_one_line_a_image(workspace: Workspace, pythons: dict[str, Path], app: Path) -> None:
+    image = images_of(workspace)[3]
+    done = run(pythons["onnxruntime"], app, image, "--top", "1")
     assert done.stderr == ""
-    assert done.stdout.startswith(f"{picture}: 3 ")
+    assert done.stdout.startswith(f"{image}: 3 ")
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_a_bad_picture_among_good_ones_is_named_and_the_others_are_answered(
+def test_a_bad_image_among_good_ones_is_named_and_the_others_are_answered(
     workspace: Workspace, pythons: dict[str, Path], app: Path, tmp_path: Path
 ) -> None:
-    bad, good = tmp_path / "notes.txt", pictures_of(workspace)
+    bad, good = tmp_path / "notes.txt", images_of(workspace)
     bad.write_text("hello")
     done = run(pythons["onnxruntime"], app, good[2], bad, good[5], "--json")
     assert done.returncode == 3
-    assert "notes.txt - it is not a picture" in done.stderr
+    assert "notes.txt - it is not an image" in done.stderr
     printed = json.loads(done.stdout)
     assert [image["label"] for image in printed["images"]] == ["2", "5"]
     assert [image["file"] for image in printed["rejected"]] == [str(bad)]
@@ -170,13 +170,13 @@ def test_one_changed_byte_of_the_model_is_refused(pythons: dict[str, Path], app:
 def test_damage_in_the_code_or_the_model_never_changes_an_answer(
     workspace: Workspace, pythons: dict[str, Path], app: Path, tmp_path: Path
 ) -> None:
-    data, picture = app.read_bytes(), pictures_of(workspace)[0]
-    expected = run(pythons["onnxruntime"], app, picture).stdout
+    data, image = app.read_bytes(), images_of(workspace)[0]
+    expected = run(pythons["onnxruntime"], app, image).stdout
     model = data.index(workspace.int8_model.read_bytes()[:1000])
     codes = []
     for position in (*range(10_000, model, model // 8), *range(model, len(data), len(data) // 4)):
         (tmp_path / "app.pyz").write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
-        done = run(pythons["onnxruntime"], tmp_path / "app.pyz", picture)
+        done = run(pythons["onnxruntime"], tmp_path / "app.pyz", image)
         assert done.returncode or done.stdout == expected, position  # a date in the zip may be another
         codes.append(done.returncode)
     assert codes.count(4) >= 10, codes
@@ -225,7 +225,7 @@ FAULTS = [
     ("onnxruntime", "--describe --device npu", 7, "'npu'"),
     ("onnxruntime", "--describe --threads 0", 2, "threads is 0"),
     ("onnxruntime", "--describe --top 0", 2, "--top is 0"),
-    ("onnxruntime", "", 2, "no picture is given"),
+    ("onnxruntime", "", 2, "no image is given"),
     ("onnxruntime", "--frobnicate", 2, "unrecognized arguments"),
 ]
 
@@ -256,7 +256,7 @@ def test_an_old_python_can_read_the_sentence_that_asks_for_a_newer_one(app: Path
 def test_a_reader_that_goes_away_is_no_error_and_a_full_disk_is(
     workspace: Workspace, pythons: dict[str, Path], app: Path
 ) -> None:
-    command = [str(argument) for argument in (pythons["onnxruntime"], "-I", app, *pictures_of(workspace))]
+    command = [str(argument) for argument in (pythons["onnxruntime"], "-I", app, *images_of(workspace))]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 5
@@ -280,15 +280,15 @@ def test_the_cpu_takes_over_only_where_that_is_allowed(pythons: dict[str, Path],
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
-    """Return a folder with OpenVINO's IR, a model of two files, and a picture."""
+    """Return a folder with OpenVINO's IR, a model of two files, and an image."""
     folder = tmp_path_factory.mktemp("others")
     for name in ("c.safetensors", "m.xml", "m.bin"):
         shutil.copy(small_model / name, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(external_data, "_MOST_INSIDE_BYTES", 10_000)
         export_onnx(folder / "c.safetensors", out=folder / "m.onnx")
-    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(folder / "picture.png")
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(image).save(folder / "image.png")
     return folder
 
 
@@ -300,17 +300,17 @@ def test_ir_and_models_of_two_files_go_inside_whole(
 ) -> None:
     made = bundle(others / model, out=tmp_path / "app.pyz")
     assert made.checked_in == (("openvino",) if model == "m.xml" else ("onnxruntime", "openvino"))
-    printed = classified(pythons[engine], made.path, others / "picture.png", "--engine", engine)
+    printed = classified(pythons[engine], made.path, others / "image.png", "--engine", engine)
     assert printed["model"]["sha256"] == made.model_sha256
     with load(others / model, engine=engine) as classifier:  # type: ignore[arg-type]
-        expected = classifier(others / "picture.png", top=3)
+        expected = classifier(others / "image.png", top=3)
     assert printed["images"][0]["label"] == expected.label
     assert printed["images"][0]["probability"] == pytest.approx(expected.probability, abs=1e-6)
 
 
 def test_ir_in_an_application_asks_for_openvino(others: Path, pythons: dict[str, Path], tmp_path: Path) -> None:
     made = bundle(others / "m.xml", out=tmp_path / "app.pyz")
-    done = run(pythons["onnxruntime"], made.path, others / "picture.png")
+    done = run(pythons["onnxruntime"], made.path, others / "image.png")
     assert done.returncode == 7
     assert "pip install openvino" in done.stderr
 

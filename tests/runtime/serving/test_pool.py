@@ -66,7 +66,7 @@ def test_sixteen_callers_of_a_pool_get_the_answers_of_one(
 
 @pytest.fixture
 def slow(workspace: Workspace) -> Iterator[Pool]:
-    """A pool of one worker that is kept busy by a picture that does not come."""
+    """A pool of one worker that is kept busy by an image that does not come."""
     with Pool(workspace.int8_model, workers=1, queue_size=2, engine="onnxruntime") as pool:
         yield pool
 
@@ -85,7 +85,7 @@ class _Late:
 
 @pytest.fixture
 def late(workspace: Workspace) -> _Late:
-    return _Late((workspace.folder / "picture.png").read_bytes())
+    return _Late((workspace.folder / "image.png").read_bytes())
 
 
 def test_a_full_queue_refuses_at_once_and_what_was_taken_is_answered(slow: Pool, late: _Late) -> None:
@@ -126,9 +126,9 @@ def test_a_deadline_that_passes_in_the_queue_is_told(slow: Pool, late: _Late) ->
         second.result(30)
 
 
-def test_a_bad_picture_is_the_matter_of_the_one_who_sent_it(workspace: Workspace) -> None:
+def test_a_bad_image_is_the_matter_of_the_one_who_sent_it(workspace: Workspace) -> None:
     with Pool(workspace.int8_model, workers=1, queue_size=10, max_batch=4, max_delay_ms=200) as pool:
-        good, bad, wrong = pool.submit(IMAGES[0]), pool.submit(b"no picture"), pool.submit(IMAGES[1][..., :1])
+        good, bad, wrong = pool.submit(IMAGES[0]), pool.submit(b"no image"), pool.submit(IMAGES[1][..., :1])
         with pytest.raises(ImageRejected):
             bad.result(30)
         with pytest.raises(TypeError, match="give uint8"):
@@ -158,7 +158,7 @@ def test_asyncio_awaits_answers_and_cancels_what_was_not_taken(workspace: Worksp
             found = list(await asyncio.gather(*tasks[:1], *tasks[2:]))
             assert blocking.result(30).label == "3"
             with pytest.raises(ImageRejected):
-                await pool.classify(b"no picture")
+                await pool.classify(b"no image")
             return found
 
     expected = answers_of(workspace.int8_model, "onnxruntime")
@@ -195,7 +195,7 @@ pool = Pool(sys.argv[1], workers=2)
 print(pool.submit(sys.argv[2]).result().label)
 pool.submit(sys.argv[2])
 """
-    command = [sys.executable, "-c", script, workspace.int8_model, workspace.folder / "picture.png"]
+    command = [sys.executable, "-c", script, workspace.int8_model, workspace.folder / "image.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
@@ -263,11 +263,11 @@ def test_a_request_is_not_kept_waiting_for_others_beyond_its_deadline(workspace:
         assert pool.submit(IMAGES[0], timeout_s=20.0).result(15).answers
 
 
-def test_a_picture_that_is_shared_or_filled_again_is_copied(slow: Pool, late: _Late, workspace: Workspace) -> None:
+def test_a_image_that_is_shared_or_filled_again_is_copied(slow: Pool, late: _Late, workspace: Workspace) -> None:
     blocking = slow.submit(late)  # type: ignore[arg-type]
     assert late.asked.wait(30)
-    image = Image.open(workspace.folder / "picture.png")
-    data = bytearray((workspace.folder / "picture.png").read_bytes())
+    image = Image.open(workspace.folder / "image.png")
+    data = bytearray((workspace.folder / "image.png").read_bytes())
     futures = [slow.submit(image), slow.submit(data)]
     image.close()
     data[:] = bytes(len(data))

@@ -29,7 +29,7 @@ class Never:
     def read(self, _size: int) -> bytes:
         self.asked.set()
         assert self.may_go.wait(60)
-        return b"no picture"
+        return b"no image"
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ waiting = pool.submit(sys.argv[2])
 asked.wait()
 print("asked", flush=True)
 """
-    command = [sys.executable, "-c", script, workspace.int8_model, workspace.folder / "picture.png"]
+    command = [sys.executable, "-c", script, workspace.int8_model, workspace.folder / "image.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "asked\n", "")
 
@@ -110,7 +110,7 @@ def test_a_full_queue_refuses_before_it_copies(busy: Pool) -> None:
     assert Counted.copies == 3
 
 
-def test_a_place_is_free_again_where_the_picture_could_not_be_copied(busy: Pool) -> None:
+def test_a_place_is_free_again_where_the_image_could_not_be_copied(busy: Pool) -> None:
     class Broken(Counted):
         def copy(self, *_arguments: Any, **_more: Any) -> Any:
             raise MemoryError
@@ -121,7 +121,7 @@ def test_a_place_is_free_again_where_the_picture_could_not_be_copied(busy: Pool)
     assert [busy.submit(image).done() for image in IMAGES[:3]] == [False, False, False]
 
 
-def test_a_pool_that_is_closed_while_a_picture_is_copied_does_not_take_it(workspace: Workspace) -> None:
+def test_a_pool_that_is_closed_while_a_image_is_copied_does_not_take_it(workspace: Workspace) -> None:
     pool = Pool(workspace.int8_model, workers=1, engine="onnxruntime")
 
     class Closing(Counted):

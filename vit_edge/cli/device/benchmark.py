@@ -49,9 +49,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     type=click.Choice(["f32", "f16", "bf16", "tf32"]),
     help="Of the float parts, repeatable  [default: f32 on a CPU].",
 )
-@click.option(
-    "--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Pictures a query, repeatable."
-)
+@click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Images a query, repeatable.")
 @click.option(
     "--threads",
     multiple=True,

@@ -78,7 +78,7 @@ def _write(data: dict[str, Any], *, csv: Path | None, save: Path | None, plot: P
         everything = finite({"schema": SCHEMA, "command": "benchmark", **data})
         write_atomic(save, (json.dumps(everything, ensure_ascii=False, default=str) + "\n").encode())
     if plot is not None:
-        from vit_edge.report.benchmark_picture import draw_benchmark
+        from vit_edge.report.benchmark_plot import draw_benchmark
 
         if all(result["top1"] is None for result in data["results"]):
             _log.warning("accuracy is not drawn: no file holds an evaluation; `vit-edge quantize --data` leaves one")

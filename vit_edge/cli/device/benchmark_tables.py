@@ -158,7 +158,7 @@ def _stages(run: Benchmark) -> Table:
     stages = ("decode ms", "resize ms", "inference ms", "answer ms", "p50 ms", "p90 ms", "p99 ms")
     one = found[0][1]
     rejected = f", {one.num_rejected} more cannot be used" if one.num_rejected else ""
-    title = f"from file to labels, one picture at a time, {one.num_pictures} pictures{rejected}"
+    title = f"from file to labels, one image at a time, {one.num_images} images{rejected}"
     return make_table(title, ("model", "engine", "precision", "batch", "threads", *stages), rows)
 
 

@@ -23,7 +23,7 @@ def bundle(model: Path, out: Path | None, force: bool) -> Result:
     \b
     Example:
       vit-edge bundle model.int8.onnx -o app.pyz
-      python app.pyz picture.jpg
+      python app.pyz image.jpg
     """
     from vit_edge.runtime.bundle.builder import bundle as make
 
@@ -34,6 +34,6 @@ def bundle(model: Path, out: Path | None, force: bool) -> Result:
         ("size", megabytes(made.size_bytes)),
         ("checked in", ", ".join(made.checked_in) or "no engine: none that it is for is installed here"),
         ("protobuf inside", made.protobuf or "none: the device needs its own"),
-        ("run it with", f"python {path} PICTURE..."),
+        ("run it with", f"python {path} IMAGE..."),
     ]
     return Result(data={**asdict(made), "path": path}, shown=[make_table("", ("what", ""), rows)])

@@ -26,13 +26,13 @@ from vit_edge.errors import ImageRejected, printable
 @click.option("--verify", type=click.Choice(["full", "hash", "none"]), default="full", show_default=True,
               help="Seal, operators and golden vectors; without golden vectors; without the seal.")  # fmt: skip
 @foreign_options
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each picture.")
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each image.")
 @threads_option()
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
 def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
     """Name what IMAGES show, from the file MODEL alone: an `.onnx`, or OpenVINO's `.xml` beside its `.bin`.
 
-    Pictures that cannot be used are named, the others answered; the exit code is then 3.
+    Images that cannot be used are named, the others answered; the exit code is then 3.
 
     \b
     Examples:
@@ -63,7 +63,7 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
     where = f"{described['device']}, {described['threads']} threads"
     ran = f"{described['engine']} {described['engine_version']} on {where}"
     fallback = [f"warning: {described['fallback']}"] if described["fallback"] else []
-    shown = [make_table("", ("picture", "answers", "ms"), rows), ran, *fallback] if rows else fallback
+    shown = [make_table("", ("image", "answers", "ms"), rows), ran, *fallback] if rows else fallback
     return Result(data=data, shown=shown, error=_combined(rejected, len(images)))
 
 
@@ -71,5 +71,5 @@ def _combined(rejected: list[ImageRejected], num_images: int) -> ImageRejected |
     if len(rejected) <= 1:
         return rejected[0] if rejected else None
     reasons = "; ".join(f"{error.file}: {error.reason}" for error in rejected)
-    what = f"cannot use {len(rejected)} of {num_images} pictures"
-    return ImageRejected(what, reason=reasons, remedy="give pictures in JPEG, PNG, WEBP, BMP or TIFF")
+    what = f"cannot use {len(rejected)} of {num_images} images"
+    return ImageRejected(what, reason=reasons, remedy="give images in JPEG, PNG, WEBP, BMP or TIFF")

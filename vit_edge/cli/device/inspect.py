@@ -119,7 +119,7 @@ def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, Any]:
         "quantization": _without_lists(quantization) if quantization else "none",
         "calibration images": len(quantization["images"]) if quantization else "none",
         "evaluation": _evaluation(manifest.evaluation),
-        "golden vectors": f"{len(golden.get('seeds', ()))} inputs, {len(golden.get('pictures', ()))} pictures, for "
+        "golden vectors": f"{len(golden.get('seeds', ()))} inputs, {len(golden.get('images', ()))} images, for "
         + ", ".join(sorted({name for entry in golden.get("expected", ()) for name in entry["engines"]})),
         **(_graph_summary(data) if "operators" in data else {}),
         "license": manifest.license or "not stated",
@@ -151,13 +151,13 @@ def _evaluation(evaluation: Any) -> Any:
     if "results" not in evaluation:
         return evaluation
     return [
-        f"{r['engine']}: {_top1(r)}agreement {r['agreement']:.2f} %, {r['images']} pictures"
+        f"{r['engine']}: {_top1(r)}agreement {r['agreement']:.2f} %, {r['images']} images"
         for r in evaluation["results"]
     ]
 
 
 def _top1(result: Any) -> str:
-    """Return both accuracies; nothing where the pictures had no labels."""
+    """Return both accuracies; nothing where the images had no labels."""
     if result["candidate_top1"] is None:
         return ""
     return f"top-1 {result['candidate_top1']:.2f} % (float {result['reference_top1']:.2f} %), "

@@ -229,7 +229,7 @@ def _readable(path: Path) -> Path:
 
 
 def classified(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Return one row for each picture on each device, and what ran there."""
+    """Return one row for each image on each device, and what ran there."""
     rows, ran = [], []
     for outcome in outcomes:
         model = outcome.value.get("model") or {}
@@ -239,7 +239,7 @@ def classified(outcomes: Sequence[Outcome]) -> list[Any]:
         if model:
             where = f"{model['device']}, {model['threads']} threads"
             ran.append(f"{ran_on(outcome)}: {model['engine']} {model['engine_version']} on {where}")
-    return [make_table("", ("on", "picture", "answers", "ms"), rows), *ran] if rows else []
+    return [make_table("", ("on", "image", "answers", "ms"), rows), *ran] if rows else []
 
 
 def measured(outcomes: Sequence[Outcome]) -> list[Any]:

@@ -13,7 +13,7 @@ from vit_edge.cli.output import Result, command, file_argument, make_table, prog
 @command("tune")
 @file_argument("model")
 @click.option("--min-seconds", type=float, default=2.0, show_default=True, help="Measure each choice at least so long.")
-@click.option("--min-queries", type=int, default=50, show_default=True, help="And at least so many pictures.")
+@click.option("--min-queries", type=int, default=50, show_default=True, help="And at least so many images.")
 def tune(model: Path, min_seconds: float, min_queries: int) -> Result:
     """Find the engine and the number of threads that run MODEL fastest on this machine, and remember it.
 

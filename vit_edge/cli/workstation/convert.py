@@ -30,7 +30,7 @@ _NUM_SHOWN = 12
     "--preprocessing", type=_PATH, metavar="FILE", help="JSON or TOML: resize, crop, interpolation, mean, std."
 )
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
-@click.option("--data", type=_PATH, metavar="LABELLED", help="Labelled pictures that settle what nobody told.")
+@click.option("--data", type=_PATH, metavar="LABELLED", help="Labelled images that settle what nobody told.")
 @image_size_option("Resample the positions for another size of input.")
 @click.option("--num-classes", type=click.IntRange(1, 65_536), help="Replace the head by zeros for N classes.")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
@@ -40,13 +40,13 @@ def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:
     SOURCE is a file (.safetensors, .pt, .pth, .bin, .npz), a folder of Hugging Face or timm, or timm:NAME, hf:REPO,
     torchvision:NAME. The network is recognised by the names and shapes of its tensors and by the configuration beside
     them. What neither tells comes from --like, --preprocessing and --labels, or is assumed, and then every command
-    warns of it; --data finds it out on at most 64 labelled pictures.
+    warns of it; --data finds it out on at most 64 labelled images.
 
     \b
     Examples:
       vit-edge convert model.safetensors --like timm:deit_tiny_patch16_224 --labels classes.txt
       vit-edge convert hf:google/vit-base-patch16-224 -o vit.safetensors
-      vit-edge convert weights.pth --labels classes.txt --data pictures/
+      vit-edge convert weights.pth --labels classes.txt --data images/
     """
     for module in ("torch", "safetensors"):
         require(module, extra="export", what="convert")
@@ -59,7 +59,7 @@ def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:
 
 def _shown(report: ConversionReport) -> list[Any]:
     rows = [(name, f"told by {teller}") for name, teller in report.known.items()]
-    rows += [(name, f"found on {report.finding.num_images} pictures") for name in report.found if report.finding]
+    rows += [(name, f"found on {report.finding.num_images} images") for name in report.found if report.finding]
     rows += [(name, "assumed: nobody told") for name in report.assumed]
     title = f"{report.library}, {len(report.mapped)} tensors, {report.num_parameters:,} parameters"
     title += f", {len(report.missing)} missing, {len(report.unexpected)} unexpected"
@@ -95,7 +95,7 @@ def _ranking(finding: Finding) -> Any:
         for score in finding.scores[:_NUM_SHOWN]
     ]  # fmt: skip
     columns = ("top-1", "entropy", "mean, std", "geometry", "resampling", "colours", "labels", "")
-    title = f"Ways to feed it, best {len(rows)} of {len(finding.scores)}, {finding.num_images} pictures"
+    title = f"Ways to feed it, best {len(rows)} of {len(finding.scores)}, {finding.num_images} images"
     return make_table(title, columns, rows)
 
 

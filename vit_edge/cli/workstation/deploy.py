@@ -25,8 +25,8 @@ _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, 
 
 @command("deploy")
 @click.argument("source", required=False)
-@click.option("--calibration", type=_PATH, metavar="DIR", help="Pictures that calibrate.")
-@click.option("--data", type=_PATH, metavar="DIR", help="Pictures that judge; with --check, where they lie now.")
+@click.option("--calibration", type=_PATH, metavar="DIR", help="Images that calibrate.")
+@click.option("--data", type=_PATH, metavar="DIR", help="Images that judge; with --check, where they lie now.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Accuracy that may be lost, in percentage points.")
 @click.option("--min-agreement", type=float, metavar="PERCENT", help="Answers that have to stay the same.")
 @click.option("-o", "--out", type=_PATH, default=Path("deploy"), show_default=True, help="Folder for all that is made.")
@@ -40,21 +40,21 @@ _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, 
 @click.option(
     "--preprocessing", type=_PATH, metavar="FILE", help="JSON or TOML: resize, crop, interpolation, mean, std."
 )
-@click.option("--check", type=_PATH, metavar="RECORD.json", help="Verify a deployment again, files, pictures and all.")
+@click.option("--check", type=_PATH, metavar="RECORD.json", help="Verify a deployment again, files, images and all.")
 @on_devices(own=True)
 def deploy(source: str | None, check: Path | None, data: Path | None, remote: Remote | None, **values: Any) -> Result:
     """Go the whole way from SOURCE, whatever `vit-edge convert` takes, to a verified INT8 file, with one verdict.
 
     The folder gets model.onnx, model.int8.onnx, record.json (hashes, versions and results of every step) and
-    report.html, a page of it all with the pictures whose answer changed. A step is skipped where its inputs did not
-    change. The exit code is 6 where the pictures do not certify the accuracy, or INT8 is not faster here. With --on it
+    report.html, a page of it all with the images whose answer changed. A step is skipped where its inputs did not
+    change. The exit code is 6 where the images do not certify the accuracy, or INT8 is not faster here. With --on it
     has to be faster on each of these devices instead, after its golden vectors passed there; one that cannot be reached
     is told, and the exit code is 7. Where devices in --devices name several targets, one file is made for each distinct
     target, in a folder of its own.
 
     \b
     Examples:
-      vit-edge deploy run/best.safetensors --calibration pictures/train --data pictures/test --max-drop 1
+      vit-edge deploy run/best.safetensors --calibration images/train --data images/test --max-drop 1
       vit-edge deploy CKPT --calibration cal/ --data test/ --max-drop 1 --on ssh://pi@raspberrypi
       vit-edge deploy --check deploy/record.json
     """
@@ -171,7 +171,7 @@ def _failure(found: Deployment) -> VerificationFailed | None:
         return None
     reason = "; ".join(claim for claim in found.claims if ", pass:" not in claim)
     if found.verdict == "inconclusive":
-        remedy = "give more pictures, or ask for less"
+        remedy = "give more images, or ask for less"
     elif ", pass:" not in found.claims[0]:
         remedy = "see `vit-edge verify --explain`"
     else:

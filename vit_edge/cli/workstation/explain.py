@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vit_edge.export.explanation.inputs import Preparation
     from vit_edge.export.explanation.layer_times import EngineTimes
 
-__all__ = ["explain_options", "explained", "picture_target", "prepare"]
+__all__ = ["explain_options", "explained", "image_target", "prepare"]
 
 
 _PATH = click.Path(path_type=Path)
@@ -30,11 +30,11 @@ _OPTIONS = (
     click.option("--checkpoint", metavar="SOURCE", help="What REF was exported from, as for `vit-edge export`."),
     click.option("--weights", type=_PATH, help="Weights for package.module:factory of --checkpoint."),
     click.option("--like", metavar="timm:NAME", help="Network of timm to ask for what --checkpoint does not tell."),
-    click.option("--calibration", type=_PATH, help="The pictures that calibrated, to explain each algorithm."),
+    click.option("--calibration", type=_PATH, help="The images that calibrated, to explain each algorithm."),
     click.option(
         "--explain-images",
         type=click.IntRange(1, _MOST_IMAGES),
-        help=f"How many of the pictures explain, evenly spaced  [default: {_NUM_IMAGES}].",
+        help=f"How many of the images explain, evenly spaced  [default: {_NUM_IMAGES}].",
     ),
     click.option("--explain-out", type=_PATH, help="Folder for layers.png  [default: the current one]."),
 )
@@ -47,8 +47,8 @@ def explain_options(function: Callable[..., Result]) -> Callable[..., Result]:
     return function
 
 
-def picture_target(values: Mapping[str, Any], *, force: bool) -> Path | str | None:
-    """Return where the picture will be written, why there will be none, or None where nothing is explained.
+def image_target(values: Mapping[str, Any], *, force: bool) -> Path | str | None:
+    """Return where the image will be written, why there will be none, or None where nothing is explained.
 
     Raises UsageError where it may not be written, or where an option is for --explain and that is not there.
     """
@@ -60,13 +60,13 @@ def picture_target(values: Mapping[str, Any], *, force: bool) -> Path | str | No
     if not values["explain"]:
         return None
     require("onnxruntime", extra="export,onnxruntime", what="explain")
-    from vit_edge.export.explanation.plot import PICTURE, require_matplotlib
+    from vit_edge.export.explanation.plot import IMAGE, require_matplotlib
 
     try:
         require_matplotlib()
     except MissingExtra as error:
-        return f"{PICTURE} is not drawn: {error.reason}; {error.remedy}"
-    return may_write((values["explain_out"] or Path()) / PICTURE, force=force)
+        return f"{IMAGE} is not drawn: {error.reason}; {error.remedy}"
+    return may_write((values["explain_out"] or Path()) / IMAGE, force=force)
 
 
 def prepare(
@@ -98,30 +98,30 @@ def prepare(
     return prepare_explanation(model, reference=reference, data=data, options=options, progress=progress)
 
 
-def explained(prepared: Preparation, picture: Path | str, told: Result) -> Result:
+def explained(prepared: Preparation, image: Path | str, told: Result) -> Result:
     """Return the result of a verification with its explanation; where that fails, the verification stays."""
     from vit_edge.export.explanation.explainer import explain
 
     try:
         with progress_bar() as progress:
             found = explain(prepared, progress=progress)
-        line = _draw(found, picture)
+        line = _draw(found, image)
     except VitEdgeError as error:
         said = f"not explained: {error}"
         return Result(data={**told.data, "explain": None}, shown=[*told.shown, said], error=told.error or error)
     *before, verdict = told.shown
-    data = {**told.data, "explain": _explanation_data(found, picture)}
+    data = {**told.data, "explain": _explanation_data(found, image)}
     return Result(data=data, shown=[*before, *_explanation_shown(found), line, verdict], error=told.error)
 
 
 def _draw(explanation: Explanation, target: Path | str) -> str:
-    """Write the picture, if there is to be one; return the line that says so."""
+    """Write the image, if there is to be one; return the line that says so."""
     if isinstance(target, str):
         return target
     from vit_edge.export.explanation.plot import draw_layers
 
     draw_layers(target, explanation)
-    return f"picture: {target}"
+    return f"image: {target}"
 
 
 def _explanation_data(explanation: Explanation, target: Path | str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _explanation_data(explanation: Explanation, target: Path | str) -> dict[str,
         "layers": layers,
         "engines": engines,
         "notes": list(explanation.notes),
-        "picture": None if isinstance(target, str) else str(target),
+        "image": None if isinstance(target, str) else str(target),
     }
 
 
@@ -152,7 +152,7 @@ def _explanation_shown(explanation: Explanation) -> list[Any]:
         for stage in explanation.stages
     ]  # fmt: skip
     columns = ("stage", "in", "SQNR dB", "against the one before", "agreement", "what changed")
-    title = f"Where the error comes in, on {explanation.num_images} pictures, against {explanation.stages[0].name}"
+    title = f"Where the error comes in, on {explanation.num_images} images, against {explanation.stages[0].name}"
     shown: list[Any] = [make_table(title, columns, rows)]
     shown += [_layers_table(explanation.layers, entry) for entry in explanation.engines]
     return [*shown, *(f"note: {note}" for note in explanation.notes)]

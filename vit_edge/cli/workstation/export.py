@@ -47,7 +47,7 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option("--format", "format_", type=click.Choice(["onnx", "openvino", "huggingface"]), default="onnx",
               show_default=True, help="One file, IR, or a folder for Optimum and transformers.js.")  # fmt: skip
 @click.option("--no-deploy-form", is_flag=True, help="Trace the network as it is, for comparison.")
-@click.option("--data", type=_PATH, help="Pictures to prove parity on too.")
+@click.option("--data", type=_PATH, help="Images to prove parity on too.")
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
 @click.option("--preprocessing", type=_PATH, metavar="FILE",
               help="JSON or TOML: resize, crop, interpolation, mean, std.")  # fmt: skip
@@ -152,7 +152,7 @@ def _adopt(source: Path, out: Path, data: Path | None, force: bool, values: dict
     _check_told(source, values)
     target = may_write(out, force=force, made_from=source)
     preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
-    pictures = [] if data is None else find_images(data)
+    real_images = [] if data is None else find_images(data)
     with progress_bar() as progress:
         adopted = adopt(
             source,
@@ -161,7 +161,7 @@ def _adopt(source: Path, out: Path, data: Path | None, force: bool, values: dict
             layout=values["layout"],
             output=values["logits"],
             assumed=assumed,
-            pictures=(pixels for _, pixels in stream_pixels(pictures, preprocessing)) if pictures else (),
+            real_images=(pixels for _, pixels in stream_pixels(real_images, preprocessing)) if real_images else (),
             progress=progress,
         )
     write_atomic(target, adopted.model.data)

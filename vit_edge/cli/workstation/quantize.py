@@ -34,11 +34,11 @@ _NUM_NAMED = 8
 
 @command("quantize")
 @file_argument("model")
-@click.option("--calibration", type=_PATH, help="Folder of pictures like those in use; labels are not needed.")
-@click.option("--data", type=_PATH, help="Pictures to judge the result by; none of them may calibrate.")
+@click.option("--calibration", type=_PATH, help="Folder of images like those in use; labels are not needed.")
+@click.option("--data", type=_PATH, help="Images to judge the result by; none of them may calibrate.")
 @click.option("-o", "--out", type=_PATH, help="File to write  [default: model.int8.onnx or model.fp16.onnx].")
 @click.option("--precision", type=click.Choice(["int8", "int8-dynamic", "fp16"]), default="int8", show_default=True,
-              help="int8: ranges from --calibration. int8-dynamic: ranges found at run time, one picture at a time; "
+              help="int8: ranges from --calibration. int8-dynamic: ranges found at run time, one image at a time; "
                    "--calibration brings it nearer. fp16: half the file; on CPUs it is storage only.")  # fmt: skip
 @click.option("--target", default=DEFAULT_TARGET, show_default=True, metavar="NAME|auto|FILE",
               help="portable: the same answers on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for "
@@ -53,11 +53,11 @@ _NUM_NAMED = 8
 @click.option("--ranges", default="averaged min-max", show_default=True, metavar="METHOD",
               help="How ranges are found at first: min-max, averaged min-max, percentile, entropy or mse.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
-              help="Pictures that calibrate at once; the ranges are the same for any.")  # fmt: skip
+              help="Images that calibrate at once; the ranges are the same for any.")  # fmt: skip
 @click.option("--max-drop", type=float, help="Points of top-1 that may be lost, at 95 % confidence; needs --data.")
 @click.option("--min-agreement", type=float,
               help="Percent of answers that must be those of the float file; --data needs no labels then.")  # fmt: skip
-@click.option("--unlabelled", is_flag=True, help="Take --data as pictures without labels.")
+@click.option("--unlabelled", is_flag=True, help="Take --data as images without labels.")
 @click.option("--time-limit", type=float, metavar="MINUTES",
               help="End the search for a budget, so long after the start, with the best file so far.")  # fmt: skip
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names of an ONNX file made elsewhere.")
@@ -71,16 +71,16 @@ _NUM_NAMED = 8
 def quantize(
     model: Path, calibration: Path | None, data: Path | None, out: Path | None, force: bool, **values: Any
 ) -> Result:
-    """Quantize the float32 file MODEL to INT8, with ranges from calibration pictures.
+    """Quantize the float32 file MODEL to INT8, with ranges from calibration images.
 
     Integers enter at the inputs of products with constant weights, where nearly all the arithmetic is; the rest stays
-    float. With --data the figures on those pictures are shown and kept in the file. With --max-drop or --min-agreement
-    products are made integer as long as these pictures certify it: exit code 6 where they do not.
+    float. With --data the figures on those images are shown and kept in the file. With --max-drop or --min-agreement
+    products are made integer as long as these images certify it: exit code 6 where they do not.
 
     \b
     Examples:
-      vit-edge quantize model.onnx --calibration pictures/train --data pictures/test
-      vit-edge quantize model.onnx --calibration pictures/train --data pictures/test --max-drop 1
+      vit-edge quantize model.onnx --calibration images/train --data images/test
+      vit-edge quantize model.onnx --calibration images/train --data images/test --max-drop 1
     """
     for module in ("onnx", "onnxruntime", "scipy", "threadpoolctl"):
         require(module, extra="export,onnxruntime", what="quantize")
@@ -157,15 +157,15 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
 
 
 def _say_outlook(data: Path | None, source: ModelFile, options: QuantizationOptions) -> None:
-    """Say what the pictures can certify at best, before any work is done."""
-    from vit_edge.export.verification.paired_run import find_pictures
+    """Say what the images can certify at best, before any work is done."""
+    from vit_edge.export.verification.paired_run import find_evaluation_images
     from vit_edge.export.verification.verdict import outlook
 
     if options.budget is None or data is None or click.get_current_context().meta["quiet"]:
         return
-    pictures = find_pictures(data, source.manifest.labels, unlabelled=options.without_labels)
-    at_best = outlook(pictures.num_images, options.budget)
-    click.echo(outlook_text(at_best, options.budget, "all" if pictures.labelled else "none"), err=True)
+    images = find_evaluation_images(data, source.manifest.labels, unlabelled=options.without_labels)
+    at_best = outlook(images.num_images, options.budget)
+    click.echo(outlook_text(at_best, options.budget, "all" if images.labelled else "none"), err=True)
 
 
 def _fields(result: QuantizationResult) -> dict[str, Any]:
@@ -201,9 +201,9 @@ def _shown(result: QuantizationResult) -> list[Any]:
     size = f"{megabytes(result.size_bytes)}, {result.size_ratio:.2f} of the float file"
     shown: list[Any] = []
     if result.target is not None:
-        ranges = f"ranges from {result.num_calibration_images} pictures"
+        ranges = f"ranges from {result.num_calibration_images} images"
         if result.precision == "int8-dynamic":
-            ranges = "ranges found at run time: it takes one picture at a time, its batch is 1"
+            ranges = "ranges found at run time: it takes one image at a time, its batch is 1"
         shown += [
             f"target: {result.target.describe()}",
             f"{result.num_products} products take integers, {ranges}",
@@ -274,15 +274,15 @@ def _failure(result: QuantizationResult) -> VerificationFailed | None:
             bounds.append(f"the drop at {worst.drop_upper_bound_points:.2f} points")
         if found.min_agreement is not None:
             bounds.append(f"the agreement at {worst.agreement_lower_bound:.2f} %")
-        reason = f"{worst.images} pictures bound {' and '.join(bounds)}"
+        reason = f"{worst.images} images bound {' and '.join(bounds)}"
         return VerificationFailed("the budget is not certified", file=result.model, reason=reason, remedy=remedy)
     reason = f"the drop is {worst.drop_points:.2f} points, the agreement {worst.agreement:.2f} %"
-    remedy = "try --recipe accurate, --effort thorough or more calibration pictures; the file was written all the same"
+    remedy = "try --recipe accurate, --effort thorough or more calibration images; the file was written all the same"
     return VerificationFailed("the budget is not met", file=result.model, reason=reason, remedy=remedy)
 
 
 def _more(found: Verification) -> str:
-    """Return what would settle an inconclusive verdict: labels where they are all that is missing, or pictures."""
+    """Return what would settle an inconclusive verdict: labels where they are all that is missing, or images."""
     worst, limit = found.decisive, found.max_drop_points
     if (
         limit is not None
@@ -290,5 +290,5 @@ def _more(found: Verification) -> str:
         and worst.drop_upper_bound_points > limit >= found.best_certifiable_points
     ):
         number = found.num_unlabelled
-        return f"give labels (`vit-edge verify` writes the {number} pictures that lack one, whose answer changed)"
-    return f"give {f'about {worst.images_needed:,}' if worst.images_needed else 'many more'} pictures to judge by"
+        return f"give labels (`vit-edge verify` writes the {number} images that lack one, whose answer changed)"
+    return f"give {f'about {worst.images_needed:,}' if worst.images_needed else 'many more'} images to judge by"

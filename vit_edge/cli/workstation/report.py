@@ -17,7 +17,7 @@ _PAGE, _CARD = Path("report.html"), Path("README.md")
 @file_argument("results", many=True)
 @click.option("-o", "--out", type=_PATH, help=f"File to write  [default: {_PAGE}, or {_CARD} for a model card].")
 @click.option("--title", help="What the page is called  [default: the models' names].")
-@click.option("--data", type=_PATH, metavar="DIR", help="Where the pictures that judged lie now.")
+@click.option("--data", type=_PATH, metavar="DIR", help="Where the images that judged lie now.")
 @click.option("--max-flips", type=click.IntRange(0, 1000), help="Most changed answers shown  [default: 24].")
 @click.option("--model-card", is_flag=True, help="Write a Hugging Face README.md with YAML and model-index instead.")
 @click.option("--license", "license_", metavar="NAME", help="With --model-card: of the weights, where no file tells.")
@@ -32,14 +32,14 @@ def report(
     license_: str | None,
     force: bool,
 ) -> Result:
-    """Make one page of RESULTS: what commands printed with --json, deployments, model files and pictures.
+    """Make one page of RESULTS: what commands printed with --json, deployments, model files and images.
 
-    The page needs no network and no script. With a verification and both its model files it shows the pictures whose
+    The page needs no network and no script. With a verification and both its model files it shows the images whose
     answer changed, and where float and INT8 look.
 
     \b
     Examples:
-      vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test --json > verified.json
+      vit-edge verify model.int8.onnx --reference model.onnx --data images/test --json > verified.json
       vit-edge benchmark model.onnx model.int8.onnx --save speed.json
       vit-edge report verified.json speed.json model.onnx model.int8.onnx -o report.html
       vit-edge report deploy/ --model-card --license apache-2.0 -o README.md

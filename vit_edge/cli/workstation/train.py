@@ -15,13 +15,13 @@ from vit_edge.training.recipe import CONFIG_NAME, RECIPES, Recipe, load_recipe, 
 
 @command("train")
 @click.argument("data", type=click.Path(path_type=Path), required=False)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for checkpoints, state, log and pictures.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for checkpoints, state, log and images.")
 @click.option("--arch", help="Train this architecture from scratch  [default: vit_digits_patch8_32].")
 @click.option("--from", "source", type=click.Path(path_type=Path), help="Go on from this checkpoint instead.")
 @click.option("--recipe", help=f"{', '.join(RECIPES)}, or a TOML file  [default: finetune with --from, scratch-small].")
 @click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a field of the recipe; repeats.")
-@click.option("--epochs", type=int, help="Passes over the training pictures.")
-@click.option("--batch-size", type=int, help="Pictures an optimiser step, over all devices.")
+@click.option("--epochs", type=int, help="Passes over the training images.")
+@click.option("--batch-size", type=int, help="Images an optimiser step, over all devices.")
 @click.option("--learning-rate", type=float, help="Peak learning rate of AdamW.")
 @click.option("--seed", type=int, help="Seed of weights, order and augmentation.")
 @click.option("--image-size", metavar="N|HxW", help="Train at another resolution; positions are resampled.")
@@ -30,7 +30,7 @@ from vit_edge.training.recipe import CONFIG_NAME, RECIPES, Recipe, load_recipe, 
 @threads_option()
 @click.option("--workers", type=click.IntRange(0, 256), help="Processes that make batches  [default: half the CPUs].")
 @click.option("--resume", is_flag=True, help="Go on with the stopped run in --out.")
-@click.option("--allow-drift", is_flag=True, help="Resume although the recipe, pictures or versions are others.")
+@click.option("--allow-drift", is_flag=True, help="Resume although the recipe, images or versions are others.")
 @click.option("--force", is_flag=True, help="Replace a run that is there.")
 @click.option("--show-recipe", is_flag=True, help="Print the recipe as TOML and stop.")
 def train(
@@ -46,20 +46,20 @@ def train(
     seed: int | None,
     **options: Any,
 ) -> Result:
-    """Train a Vision Transformer on the pictures in DATA, from scratch or from a checkpoint.
+    """Train a Vision Transformer on the images in DATA, from scratch or from a checkpoint.
 
-    DATA holds <class>/<picture>, or train/<class>/<picture> and test and validation beside it, or labels.csv
+    DATA holds <class>/<image>, or train/<class>/<image> and test and validation beside it, or labels.csv
     (file,label), or metadata.csv (file_name,label). Where no validation split is given, a tenth of the training
-    pictures is held out; it chooses the best epoch. Test pictures judge once, at the end.
+    images is held out; it chooses the best epoch. Test images judge once, at the end.
 
     Writes best and last checkpoint, the state to resume from, config.toml, metrics.jsonl, TensorBoard events and
-    pictures to OUT. Ctrl-C finishes the step, saves, and exits with 130. `torchrun -m vit_edge train ...` trains in
+    images to OUT. Ctrl-C finishes the step, saves, and exits with 130. `torchrun -m vit_edge train ...` trains in
     several processes.
 
     \b
     Examples:
-      vit-edge train pictures/ --out run/
-      vit-edge train pictures/ --from deit.safetensors --recipe finetune --epochs 20 --out run/
+      vit-edge train images/ --out run/
+      vit-edge train images/ --from deit.safetensors --recipe finetune --epochs 20 --out run/
       vit-edge train --show-recipe --recipe deit > mine.toml
     """
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
@@ -99,7 +99,7 @@ def _train(data: Path, out: Path, recipe: Recipe, options: dict[str, Any]) -> Re
     from vit_edge.training.processes import Processes
 
     with bar(TextColumn("{task.description}"), BarColumn()) as drawn:
-        task = drawn.add_task("reading the pictures", total=None)
+        task = drawn.add_task("reading the images", total=None)
 
         def read(stage: str, done: int, total: int) -> None:
             drawn.update(task, description=stage, completed=done, total=total)
@@ -119,13 +119,13 @@ def _train(data: Path, out: Path, recipe: Recipe, options: dict[str, Any]) -> Re
 
 
 def _shown(result: Any) -> list[str]:
-    trained = f"{result.num_training_images} training pictures, {result.num_parameters:,} parameters, "
+    trained = f"{result.num_training_images} training images, {result.num_parameters:,} parameters, "
     trained += f"{result.seconds:.0f} s, {result.images_per_s:.0f} images/s on {result.device}"
     lines = [f"checkpoint: {result.checkpoint} (epoch {result.best_epoch}); the last one: {result.last_checkpoint}"]
     if result.head_replaced:
-        lines.insert(0, "the head was replaced: the pictures have other classes than the checkpoint")
-    judged = f"{result.top1:.2f} % of {result.num_images} {result.split} pictures are right" if result.split else ""
-    return [f"{judged or 'no pictures were left to judge by'} ({trained})", *lines]
+        lines.insert(0, "the head was replaced: the images have other classes than the checkpoint")
+    judged = f"{result.top1:.2f} % of {result.num_images} {result.split} images are right" if result.split else ""
+    return [f"{judged or 'no images were left to judge by'} ({trained})", *lines]
 
 
 def _recipe(name: str, changes: tuple[str, ...], given: dict[str, Any]) -> Recipe:

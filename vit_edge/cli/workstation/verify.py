@@ -10,7 +10,7 @@ import click
 
 from vit_edge.cli.device.remote import Remote, merged, on_devices, ran_on
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.cli.workstation.explain import explain_options, explained, picture_target, prepare
+from vit_edge.cli.workstation.explain import explain_options, explained, image_target, prepare
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
 from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
 
@@ -28,7 +28,7 @@ _NUM_SHOWN = 20
 @file_argument("model")
 @click.option("--reference", type=click.Path(path_type=Path), required=True, help="The float file MODEL was made from.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Pictures that calibrated nothing, labelled or not."
+    "--data", type=click.Path(path_type=Path), required=True, help="Images that calibrated nothing, labelled or not."
 )
 @click.option(
     "--max-drop",
@@ -38,7 +38,7 @@ _NUM_SHOWN = 20
 @click.option(
     "--min-agreement", type=float, help="Percent of answers that must be those of the reference, at 95 % confidence."
 )
-@click.option("--unlabelled", is_flag=True, help="Take the pictures without their labels.")
+@click.option("--unlabelled", is_flag=True, help="Take the images without their labels.")
 @click.option(
     "--flips", type=click.Path(path_type=Path), help="The labels of the changed answers, filled in where verify asked."
 )
@@ -70,15 +70,15 @@ def verify(
     remote: Remote | None,
     **explaining: Any,
 ) -> Result:
-    """Compare MODEL with its float reference on the same pictures, in every engine.
+    """Compare MODEL with its float reference on the same images, in every engine.
 
     It passes where the drop of top-1 is at most --max-drop points with 95 % confidence, fails where the drop seen is
-    larger, and is inconclusive where the pictures are too few to say. Exit code 0 on pass, else 6.
+    larger, and is inconclusive where the images are too few to say. Exit code 0 on pass, else 6.
 
-    Pictures without labels do: only those whose answer changes count. They are written to flips.csv; fill in their
+    Images without labels do: only those whose answer changes count. They are written to flips.csv; fill in their
     labels and run again with --flips.
 
-    --explain runs some of the pictures through every form of the network that is at hand: torch and plain ONNX with
+    --explain runs some of the images through every form of the network that is at hand: torch and plain ONNX with
     --checkpoint, REF, each algorithm with --calibration, MODEL in each engine; and it times each layer. The layers are
     also drawn, in layers.png.
 
@@ -86,10 +86,10 @@ def verify(
 
     \b
     Examples:
-      vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test --max-drop 0.5
+      vit-edge verify model.int8.onnx --reference model.onnx --data images/test --max-drop 0.5
       vit-edge verify model.int8.onnx --reference model.onnx --data loose --max-drop 0.5
       vit-edge verify model.int8.onnx --reference model.onnx --data loose --max-drop 0.5 --flips flips.csv
-      vit-edge verify model.int8.onnx --reference model.onnx --data pictures/test --explain --calibration pictures/train
+      vit-edge verify model.int8.onnx --reference model.onnx --data images/test --explain --calibration images/train
     """
     require("scipy", extra="export", what="verify")
     from vit_edge.export.verification.verifier import certifiable
@@ -98,7 +98,7 @@ def verify(
     asked: dict[str, Any] = {"max_drop_points": max_drop, "min_agreement": min_agreement}
     labels, budget, at_best = certifiable(data, reference, **asked, unlabelled=unlabelled, flips=flips is not None)
     target = _flips_target(flips_out, labels, budget, force=force)
-    picture = picture_target(explaining, force=force)
+    image = image_target(explaining, force=force)
     if not click.get_current_context().meta["quiet"]:
         click.echo(outlook_text(at_best, budget, labels), err=True)
     judged: dict[str, Any] = {**asked, "unlabelled": unlabelled, "flips": flips, "carry_labels": flips_out is not None}
@@ -113,7 +113,7 @@ def verify(
         prepared = prepare(model, explaining, **common, unlabelled=labels != "all")
         result = run(model, **common, **judged)
     told = _told(result, model, flips=flips, written=_written(result, target, force=force))
-    return told if prepared is None or picture is None else explained(prepared, picture, told)
+    return told if prepared is None or image is None else explained(prepared, image, told)
 
 
 def _written(result: Verification, target: Path | None, *, force: bool) -> Path | None:
@@ -214,7 +214,7 @@ def figures_table(result: Verification, *, more: dict[str, list[Verdict]] | None
         for position, r in enumerate(result.results)
     ]
     columns = ("engine", "top-1 float, this", "top-5 float, this", "drop, points", "bound, 95 %", "worse / better")
-    title = f"On {result.results[0].images} {'labelled ' if result.labels == 'all' else ''}pictures"
+    title = f"On {result.results[0].images} {'labelled ' if result.labels == 'all' else ''}images"
     return make_table(title, (*columns, "McNemar p", "agreement", "SQNR dB", *more), rows)
 
 
@@ -228,7 +228,7 @@ def _tables(result: Verification) -> list[Any]:
     shown: list[Any] = [verification_table(result)]
     if worst.worst_classes:
         rows = [(c.label, c.lost, c.images, c.reference_right, c.candidate_right) for c in worst.worst_classes]
-        columns = ("class", "lost", "pictures", "right, float", "right, this")
+        columns = ("class", "lost", "images", "right, float", "right, this")
         cells = [tuple("-" if value is None else value for value in row) for row in rows[:_NUM_SHOWN]]
         shown.append(make_table(f"Classes that lost most, in {worst.engine}", columns, cells))
     if worst.changed:
@@ -240,7 +240,7 @@ def _tables(result: Verification) -> list[Any]:
             for c in first
         ]  # fmt: skip
         more = f", {len(first)} of {len(worst.changed)}; all with --json" if len(first) < len(worst.changed) else ""
-        columns_ = ("picture", "float says", "this says", "margin, float", "margin, this", "label", "effect")
+        columns_ = ("image", "float says", "this says", "margin, float", "margin, this", "label", "effect")
         shown.append(make_table(f"Answers that changed in {worst.engine}{more}", columns_, rows_))
     return shown
 
@@ -251,7 +251,7 @@ def _remarks(result: Verification, written: Path | None) -> list[str]:
     if written is not None:
         num = len({change.pixels_sha256 for r in result.results for change in r.changed})
         said.append(
-            f"flips: {num} pictures whose answer changed are in {written}, {result.num_unlabelled} to be labelled"
+            f"flips: {num} images whose answer changed are in {written}, {result.num_unlabelled} to be labelled"
         )
     if result.labels == "none" and not any(r.changed for r in result.results):
         said.append("not one answer changed: no label is needed")
@@ -275,15 +275,15 @@ def _flips_target(flips_out: Path | None, labels: Labels, budget: Budget, *, for
 
     if labels == "all" and flips_out is not None:
         remedy = "leave out --flips-out, or add --unlabelled"
-        raise UsageError("cannot write flips", reason="the pictures have labels: none is missing", remedy=remedy)
+        raise UsageError("cannot write flips", reason="the images have labels: none is missing", remedy=remedy)
     if flips_out is None and labels == "none" and budget.max_drop_points is not None:
         flips_out = _FLIPS
     return None if flips_out is None else may_write_flips(flips_out, force=force)
 
 
 def outlook_text(at_best: Outlook, budget: Budget, labels: Labels) -> str:
-    """Return what the pictures can certify at best, and whether that is enough."""
-    kind = "unlabelled pictures" if labels == "none" else "pictures"
+    """Return what the images can certify at best, and whether that is enough."""
+    kind = "unlabelled images" if labels == "none" else "images"
     certified = []
     if budget.max_drop_points is not None:
         certified.append(f"a drop of {at_best.best_points:.2f} points at best; asked: {budget.max_drop_points:g}")
@@ -311,7 +311,7 @@ def _failure(result: Verification, model: Path, flips: Path | None) -> Verificat
         said.append(f"the drop is {worst.drop_points:.2f} points (at most {result.max_drop_points:g})")
     if result.min_agreement is not None:
         said.append(f"the agreement is {worst.agreement:.2f} % (at least {result.min_agreement:g})")
-    remedy = "quantize again with more or better calibration pictures"
+    remedy = "quantize again with more or better calibration images"
     reason = f"in {worst.engine} {', '.join(said)}"
     return VerificationFailed("verification failed", file=model, reason=reason, remedy=remedy)
 
@@ -324,13 +324,13 @@ def _inconclusive(result: Verification, worst: EngineResult, flips: Path | None)
         said.append(f"bound the drop at {worst.drop_upper_bound_points:.2f} points, not at {drop:g}")
     if agreement is not None and worst.agreement_lower_bound < agreement:
         said.append(f"bound the agreement at {worst.agreement_lower_bound:.2f} %, not at {agreement:g}")
-    reason = f"in {worst.engine} {worst.images} pictures {' and '.join(said)}"
+    reason = f"in {worst.engine} {worst.images} images {' and '.join(said)}"
     if result.at_best.too_few:
         reason += "; even an unchanged model could not pass with so few"
-        return reason, f"give {_at_least(result.at_best)} pictures, or ask for less"
+        return reason, f"give {_at_least(result.at_best)} images, or ask for less"
     if drop is not None and worst.unlabelled and worst.drop_upper_bound_points > drop:
         file = flips or _FLIPS
         reason += f", each of the {worst.unlabelled} changed answers without a label counted as lost"
         return reason, f"fill in the {result.num_unlabelled} labels in {file} and run again with --flips {file}"
     needed = f"about {worst.images_needed:,}" if worst.images_needed else "many more"
-    return reason, f"give {needed} pictures, or ask for less"
+    return reason, f"give {needed} images, or ask for less"

@@ -22,9 +22,9 @@ CLIP: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """How a picture is brought to the network's size: resized in pixels for one `crop`, or by the crop's fraction.
+    """How an image is brought to the network's size: resized in pixels for one `crop`, or by the crop's fraction.
 
-    Without a crop, `resize` is right for every size. With `fraction`, the picture is resized to the crop divided by it,
+    Without a crop, `resize` is right for every size. With `fraction`, the image is resized to the crop divided by it,
     rounded down as timm does. `squash` gives up the aspect ratio. Another size of network keeps the proportion.
     """
 
@@ -37,7 +37,7 @@ class Geometry:
         if self.resize is None and self.crop is not None:
             raise ValueError(f"crop {self.crop} needs resize beside it")
         if not 0.05 <= self.fraction <= 1.0:
-            raise ValueError(f"the crop is {self.fraction} of the resized picture; it must lie between 0.05 and 1")
+            raise ValueError(f"the crop is {self.fraction} of the resized image; it must lie between 0.05 and 1")
 
     def resize_for(self, image_size: tuple[int, int]) -> int | tuple[int, int]:
         """Return `Preprocessing.resize` for a network of this input size."""

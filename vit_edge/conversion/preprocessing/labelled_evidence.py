@@ -1,4 +1,4 @@
-"""What labelled pictures settle about a network that nobody described: `vit-edge convert --data`."""
+"""What labelled images settle about a network that nobody described: `vit-edge convert --data`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What to use from here on, which assumptions the pictures settled, and what is to be said.
+    """What to use from here on, which assumptions the images settled, and what is to be said.
 
     `bgr` is whether the network was trained on blue, green, red: its patch embedding has to be turned round.
     """
@@ -54,7 +54,7 @@ def gather(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Evidence:
-    """Return what the labelled pictures in `data` say of the network; raises DataRejected where they cannot say it."""
+    """Return what the labelled images in `data` say of the network; raises DataRejected where they cannot say it."""
     labels_told = "labels" not in assumed
     labelled, orders = _possible_orders(data, labels if labels_told else None, num_classes=len(labels))
     positions = sample(labelled.labels, seed=seed)
@@ -65,13 +65,13 @@ def gather(
         orders={order: [index[labelled.labels[p]] for p in positions] for order, (index, _) in orders.items()},
         preprocessing=preprocessing,
         told=frozenset(told | ({"labels"} if labels_told else set())),
-        num_pictures=labelled.num_images,
+        num_images=labelled.num_images,
         progress=progress,
     )
     if not finding.better_than_chance:
         return _nothing_found(finding, preprocessing, labels)
     if finding.contradiction:
-        _log.warning("the pictures contradict what was told: %s", finding.contradiction)
+        _log.warning("the images contradict what was told: %s", finding.contradiction)
     return _found(finding, orders[finding.proposed.candidate.label_order][1], labels=labels, assumed=assumed)
 
 
@@ -98,7 +98,7 @@ def _found(
 def _nothing_found(finding: Finding, preprocessing: Preprocessing, labels: tuple[str, ...]) -> Evidence:
     note = (
         f"no way of feeding it does better than chance: at best {finding.scores[0].top1:.1f} % of "
-        f"{finding.num_images} pictures; the labels or the weights are not those of these pictures"
+        f"{finding.num_images} images; the labels or the weights are not those of these images"
     )
     _log.warning("%s", note)
     return Evidence(
@@ -108,18 +108,18 @@ def _nothing_found(finding: Finding, preprocessing: Preprocessing, labels: tuple
 
 def _notes(finding: Finding, settled: Sequence[str]) -> tuple[str, ...]:
     best = finding.proposed
-    notes = [f"best of {len(finding.scores)} ways to feed it: {best.top1:.1f} % of {finding.num_images} pictures right"]
+    notes = [f"best of {len(finding.scores)} ways to feed it: {best.top1:.1f} % of {finding.num_images} images right"]
     if settled:
-        notes.append(f"found on {finding.num_images} pictures: {', '.join(settled)}")
+        notes.append(f"found on {finding.num_images} images: {', '.join(settled)}")
     for part, others in finding.open.items():
         chosen = getattr(best.candidate, part)
         notes.append(
-            f"{finding.num_images} pictures cannot tell {part.replace('_', ' ')} {chosen} from {' or '.join(others)}"
+            f"{finding.num_images} images cannot tell {part.replace('_', ' ')} {chosen} from {' or '.join(others)}"
         )
     if best.candidate.colours == "BGR":
         notes.append("trained on BGR: the patch embedding's colours were turned round, the checkpoint takes RGB")
     if finding.contradiction:
-        notes.append(f"the pictures contradict what was told: {finding.contradiction}")
+        notes.append(f"the images contradict what was told: {finding.contradiction}")
     return tuple(notes)
 
 
@@ -129,7 +129,7 @@ _Order = tuple[Mapping[int, int], "tuple[str, ...] | None"]
 def _possible_orders(
     data: str | os.PathLike[str], labels: tuple[str, ...] | None, *, num_classes: int
 ) -> tuple[LabelledImages, dict[str, _Order]]:
-    """Return the pictures, and for each possible order of labels their class -> the network's, and its names."""
+    """Return the images, and for each possible order of labels their class -> the network's, and its names."""
     splits = (*EVALUATION_SPLITS, "train")
     if labels is not None:
         labelled = read_labelled(data, splits=splits, class_names=labels)

@@ -1,4 +1,4 @@
-"""How a network was fed in training, found out by feeding it: known candidates scored on a few labelled pictures.
+"""How a network was fed in training, found out by feeding it: known candidates scored on a few labelled images.
 
 Two rounds, because every candidate with every other would take three times as long: first mean, standard deviation
 and order of colours at one geometry, then every geometry and interpolation with the two best of them. Orders of the
@@ -25,9 +25,9 @@ from vit_edge.errors import DataRejected, require
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.progress import Progress, silent
 
-__all__ = ["MOST_PICTURES", "Candidate", "Finding", "Score", "investigate", "sample"]
+__all__ = ["MOST_IMAGES", "Candidate", "Finding", "Score", "investigate", "sample"]
 
-MOST_PICTURES = 64
+MOST_IMAGES = 64
 _BATCH = 16
 _GEOMETRIES: dict[str, Geometry] = {
     "squash": Geometry(fraction=1.0, squash=True),
@@ -57,7 +57,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """How a candidate did: top-1 in percent and the mean cross entropy; and of each picture, that and whether right."""
+    """How a candidate did: top-1 in percent and the mean cross entropy; and of each image, that and whether right."""
 
     candidate: Candidate
     top1: float
@@ -68,10 +68,10 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """The scores, best first; the best that contradicts nothing told; and how sure the pictures are of it.
+    """The scores, best first; the best that contradicts nothing told; and how sure the images are of it.
 
     `settled` names the parts of the candidate in which every other value did worse by more than chance explains, `open`
-    those where another did as well, with its values. `contradiction` says what was told and the pictures deny.
+    those where another did as well, with its values. `contradiction` says what was told and the images deny.
     """
 
     num_images: int
@@ -84,8 +84,8 @@ class Finding:
     contradiction: str | None
 
 
-def sample(labels: Sequence[int], *, most: int = MOST_PICTURES, seed: int = 0) -> tuple[int, ...]:
-    """Return the positions of at most `most` pictures, as many of each class as there are, drawn with a seed."""
+def sample(labels: Sequence[int], *, most: int = MOST_IMAGES, seed: int = 0) -> tuple[int, ...]:
+    """Return the positions of at most `most` images, as many of each class as there are, drawn with a seed."""
     by_class: dict[int, list[int]] = {}
     for position, label in enumerate(labels):
         by_class.setdefault(label, []).append(position)
@@ -106,18 +106,18 @@ def investigate(
     orders: Mapping[str, Sequence[int]],
     preprocessing: Preprocessing,
     told: frozenset[str],
-    num_pictures: int | None = None,
+    num_images: int | None = None,
     progress: Progress = silent,
 ) -> Finding:
-    """Return what the pictures say; raises DataRejected where none can be read.
+    """Return what the images say; raises DataRejected where none can be read.
 
-    `orders` has the class of each picture under each order of the labels that is possible. `preprocessing` is what
+    `orders` has the class of each image under each order of the labels that is possible. `preprocessing` is what
     would be used otherwise; `told` names its fields that somebody told ("mean", "std", "interpolation", "resize"), or
-    "labels": the proposal keeps them. `num_pictures` is of how many `paths` are a sample.
+    "labels": the proposal keeps them. `num_images` is of how many `paths` are a sample.
     """
     case = _Case(
         model=model, paths=paths, orders={k: np.asarray(v) for k, v in orders.items()}, told=told, progress=progress,
-        preprocessing=preprocessing, num_pictures=num_pictures or len(paths),
+        preprocessing=preprocessing, num_images=num_images or len(paths),
     )  # fmt: skip
     scores = case.run()
     scores.sort(key=lambda score: (-score.top1, score.cross_entropy))
@@ -138,14 +138,14 @@ def investigate(
 
 @dataclass(slots=True)
 class _Case:
-    """The candidates of one network, and the pictures they are tried on."""
+    """The candidates of one network, and the images they are tried on."""
 
     model: nn.Module
     paths: Sequence[Path]
     orders: Mapping[str, npt.NDArray[np.int64]]
     preprocessing: Preprocessing
     told: frozenset[str]
-    num_pictures: int
+    num_images: int
     progress: Progress
     done: int = 0
     total: int = 0
@@ -187,14 +187,14 @@ class _Case:
         return scores
 
     def _score(self, geometry: str, interpolation: str, pairs: Iterable[tuple[str, Colours]]) -> list[Score]:
-        """Decode every picture once for this geometry, and score each normalisation and order of colours on it."""
+        """Decode every image once for this geometry, and score each normalisation and order of colours on it."""
         base = self._preprocessing(geometry, interpolation)
-        rejections = Rejections(self.num_pictures)
+        rejections = Rejections(self.num_images)
         decoded: list[tuple[int, Pixels]] = list(stream_pixels(self.paths, base, rejections=rejections))
         if not self.done:  # said once, not for every way
             rejections.conclude()
         if not decoded:
-            raise DataRejected("cannot find out", reason="no picture could be read", remedy="give other pictures")
+            raise DataRejected("cannot find out", reason="no image could be read", remedy="give other images")
         positions = [position for position, _ in decoded]
         pixels_NHWC = np.stack([pixels for _, pixels in decoded])
         found = []
@@ -226,7 +226,7 @@ class _Case:
         return replace(self.preprocessing, resize=resize, interpolation=chosen)
 
     def preprocessing_of(self, candidate: Candidate) -> Preprocessing:
-        """Return the settings for pictures in RGB: mean and deviation in the order of the colours they belong to."""
+        """Return the settings for images in RGB: mean and deviation in the order of the colours they belong to."""
         mean, std = self.normalisations[candidate.normalisation]
         if candidate.colours == "BGR":
             mean, std = (mean[2], mean[1], mean[0]), (std[2], std[1], std[0])
@@ -260,7 +260,7 @@ _PARTS = ("normalisation", "geometry", "interpolation", "colours", "label_order"
 
 
 def _judge(proposed: Score, allowed: Sequence[Score]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Return in which parts of the candidate the pictures leave no other value, and where they leave which."""
+    """Return in which parts of the candidate the images leave no other value, and where they leave which."""
     settled: list[str] = []
     still_open: dict[str, tuple[str, ...]] = {}
     for part in _PARTS:
@@ -285,9 +285,9 @@ def _in_usual_colours(allowed: Sequence[Score]) -> Score:
 
 
 def _worse(score: Score, best: Score) -> bool:
-    """Return whether a candidate is worse on the same pictures by more than chance explains.
+    """Return whether a candidate is worse on the same images by more than chance explains.
 
-    Either by a paired one-sided t test of the cross entropies, or by a sign test of the pictures that only one gets
+    Either by a paired one-sided t test of the cross entropies, or by a sign test of the images that only one gets
     right; each at half of the level. A network without calibrated probabilities shows itself in the second.
     """
     if len(score.losses) != len(best.losses):
@@ -322,7 +322,7 @@ def _contradiction(best: Score, proposed: Score) -> str | None:
         if getattr(best.candidate, part) != getattr(proposed.candidate, part)
     ]
     return (
-        f"with {', '.join(differing)} the {len(best.losses)} pictures give {best.top1:.1f} % top-1 and a cross "
+        f"with {', '.join(differing)} the {len(best.losses)} images give {best.top1:.1f} % top-1 and a cross "
         f"entropy of {best.cross_entropy:.3f}; what was told gives {proposed.top1:.1f} % and "
         f"{proposed.cross_entropy:.3f}"
     )

@@ -135,7 +135,7 @@ def _resize_and_crop(values: Mapping[str, Any]) -> tuple[int | tuple[int, int] |
     if values.get("do_pad") or values.get("crop_pct") is not None:
         raise ValueError("do_pad and crop_pct of an image processor cannot be represented")
     if not values.get("do_resize", True):
-        raise ValueError("do_resize is false: pictures of any size cannot be represented")
+        raise ValueError("do_resize is false: images of any size cannot be represented")
     size = values.get("size")
     if size is None:
         return None, None

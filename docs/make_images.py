@@ -1,12 +1,12 @@
-"""Make the three pictures of docs/vit.md: patches, similarity of the positions, attention of the class token.
+"""Make the three images of docs/vit.md: patches, similarity of the positions, attention of the class token.
 
     make demo                                         # leaves demo/run/best.safetensors
-    python docs/make_pictures.py                      # pictures/{patches,positions,attention}.png of that network
-    python docs/make_pictures.py CHECKPOINT PICTURE   # the same of your network and your picture
+    python docs/make_images.py                      # images/{patches,positions,attention}.png of that network
+    python docs/make_images.py CHECKPOINT IMAGE   # the same of your network and your image
 
-The committed pictures are those of the demo's network, made with `--out docs/pictures`. The same checkpoint, picture
+The committed images are those of the demo's network, made with `--out docs/images`. The same checkpoint, image
 and versions of matplotlib and Pillow give the same bytes. matplotlib comes with the extra `train`, scikit-learn (asked
-for a photograph where no PICTURE is given) with `demo`.
+for a photograph where no IMAGE is given) with `demo`.
 """
 
 from __future__ import annotations
@@ -62,25 +62,25 @@ STYLE: Any = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, default=CHECKPOINT, metavar="CHECKPOINT")
-    parser.add_argument("picture", nargs="?", type=Path, metavar="PICTURE")
-    parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures [pictures]")
+    parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE")
+    parser.add_argument("--out", type=Path, default=Path("images"), help="folder for the images [images]")
     arguments = parser.parse_args()
     try:
-        for path in make_pictures(arguments.checkpoint, arguments.picture, out=arguments.out):
+        for path in make_images(arguments.checkpoint, arguments.drawing, out=arguments.out):
             print(path)
     except VitEdgeError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def make_pictures(checkpoint_path: Path, picture: Path | None, *, out: Path) -> list[Path]:
+def make_images(checkpoint_path: Path, drawing: Path | None, *, out: Path) -> list[Path]:
     """Write patches.png, positions.png and attention.png into `out` and return their paths."""
     checkpoint = load_checkpoint(checkpoint_path)
     with mpl.rc_context(STYLE):
         figures = {
-            "patches": draw_patches_of(checkpoint, picture),
+            "patches": draw_patches_of(checkpoint, drawing),
             "positions": draw_positions(checkpoint),
-            "attention": draw_attention(checkpoint, pictures_for(checkpoint, picture)),
+            "attention": draw_attention(checkpoint, images_for(checkpoint, drawing)),
         }
         out.mkdir(parents=True, exist_ok=True)
         return [save(figure, out / f"{name}.png") for name, figure in figures.items()]
@@ -94,11 +94,11 @@ def photograph() -> Pixels:
     return pixels
 
 
-def pictures_for(checkpoint: Checkpoint, picture: Path | None) -> Pixels:
-    """Return uint8 [B, height, width, 3] as the network sees them: `picture`, else digits or the photograph."""
+def images_for(checkpoint: Checkpoint, drawing: Path | None) -> Pixels:
+    """Return uint8 [B, height, width, 3] as the network sees them: `image`, else digits or the photograph."""
     pixels = checkpoint.preprocessing.pixels
-    if picture is not None:
-        return pixels(picture)[None]
+    if drawing is not None:
+        return pixels(drawing)[None]
     if checkpoint.labels != tuple("0123456789"):
         return pixels(photograph())[None]
     return np.stack([pixels(ROOT / "calibration_data" / "digits" / name) for name in DIGITS])
@@ -107,12 +107,12 @@ def pictures_for(checkpoint: Checkpoint, picture: Path | None) -> Pixels:
 # Figure 1 of the paper: an image cut into patches, and the sequence they become.
 
 
-def draw_patches_of(checkpoint: Checkpoint, picture: Path | None) -> Figure:
-    """Show `picture` as the network cuts it, else the photograph as ViT-B/16 does."""
-    if picture is not None:
+def draw_patches_of(checkpoint: Checkpoint, drawing: Path | None) -> Figure:
+    """Show `image` as the network cuts it, else the photograph as ViT-B/16 does."""
+    if drawing is not None:
         config = checkpoint.model.config
         prefix = ["class"] * config.class_token + ["dist."] * config.distilled + ["reg."] * config.num_registers
-        return draw_patches(checkpoint.preprocessing.pixels(picture), config.patch_size, prefix=prefix)
+        return draw_patches(checkpoint.preprocessing.pixels(drawing), config.patch_size, prefix=prefix)
     whole = Preprocessing(resize=224, crop=(224, 224))
     return draw_patches(whole.pixels(photograph()), (16, 16), prefix=["class"], credit=CREDIT)
 
@@ -208,7 +208,7 @@ def similarity(model: VisionTransformer) -> Floats:
 
 
 def draw_attention(checkpoint: Checkpoint, images_BYXC: Pixels) -> Figure:
-    """Show each picture, the attention that the patches get in some blocks, and attention rollout."""
+    """Show each image, the attention that the patches get in some blocks, and attention rollout."""
     maps = attention_maps(checkpoint, images_BYXC)
     num_rows, num_columns = len(images_BYXC), 1 + len(maps)
     figure = Figure(figsize=(WIDTH_INCHES, 0.8 + 1.75 * num_rows), dpi=DPI, layout="constrained")
@@ -218,7 +218,7 @@ def draw_attention(checkpoint: Checkpoint, images_BYXC: Pixels) -> Figure:
         axes_row[0].imshow(pixels, interpolation="nearest")
         for axes, shares_BRS in zip(axes_row[1:], maps.values(), strict=True):
             heat = show_over(axes, pixels, shares_BRS[i], highest=highest)
-    for axes, title in zip(all_axes[0], ("the picture", *maps), strict=True):
+    for axes, title in zip(all_axes[0], ("the image", *maps), strict=True):
         axes.set_title(title)
     for axes in all_axes.flat:
         axes.set(xticks=[], yticks=[])
@@ -272,7 +272,7 @@ def shares(weights_BTT: Tensor, model: VisionTransformer) -> Floats:
 
 
 def show_over(axes: Axes, pixels: Pixels, shares_RS: Floats, *, highest: float) -> ScalarMappable:
-    """Show the shares as colour, and the picture in dark grey where they are low."""
+    """Show the shares as colour, and the image in dark grey where they are low."""
     height, width, _ = pixels.shape
     rows, columns = shares_RS.shape
     scale = ScalarMappable(PowerNorm(0.5, vmin=0, vmax=highest), "inferno")
@@ -282,7 +282,7 @@ def show_over(axes: Axes, pixels: Pixels, shares_RS: Floats, *, highest: float) 
     return scale
 
 
-# What the pictures share.
+# What the images share.
 
 
 def show_tiles(axes: Axes, tiles_RSYX: Pixels | Floats, *, gap: int, fill: float, lowest: float = 0.0) -> AxesImage:
@@ -316,15 +316,15 @@ def save(figure: Figure, path: Path) -> Path:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     with Image.open(drawn) as image:
-        picture = image.convert("RGB")
-    data = png(picture)
-    write_atomic(path, data if len(data) <= MOST_BYTES else png(picture.quantize(256, dither=Image.Dither.NONE)))
+        drawing = image.convert("RGB")
+    data = png(drawing)
+    write_atomic(path, data if len(data) <= MOST_BYTES else png(drawing.quantize(256, dither=Image.Dither.NONE)))
     return path
 
 
-def png(picture: Image.Image) -> bytes:
+def png(drawing: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    drawing.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

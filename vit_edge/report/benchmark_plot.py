@@ -1,4 +1,4 @@
-"""Pictures of a run of `vit-edge benchmark`: latencies, throughput against batch, accuracy against latency."""
+"""Images of a run of `vit-edge benchmark`: latencies, throughput against batch, accuracy against latency."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _styles(results: Sequence[Result]) -> list[Style]:
 
 
 def _latencies(axis: Any, results: Sequence[Result], styles: Sequence[Style]) -> None:
-    """Draw the share of queries that were answered by each time; the last per cent is left out of the picture."""
+    """Draw the share of queries that were answered by each time; the last per cent is left out of the image."""
     for result, style in zip(results, styles, strict=True):
         axis.plot(result["quantiles_ms"][:100], range(100), label=_label(result), markevery=[50], **style)
     axis.set(title="latency of a query", xlabel="milliseconds; the marker is the median", ylabel="answered by then, %")
