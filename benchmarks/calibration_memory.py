@@ -94,12 +94,12 @@ def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batc
     from vit_edge.data import find_images
     from vit_edge.export.quantization.calibration.images import CalibrationImages
     from vit_edge.export.quantization.calibration.observers import observe_ranges
-    from vit_edge.export.quantization.qdq.placement import find_products
+    from vit_edge.export.quantization.qdq.placement import find_quantizable_ops
     from vit_edge.model_file.artifact import open_model
 
     opened = open_model(model)
     graph = onnx.load_model_from_string(opened.data)
-    tensors = [product.input for product in find_products(graph) if not product.takes_pixels]
+    tensors = [op.input for op in find_quantizable_ops(graph) if not op.takes_pixels]
     images = CalibrationImages(find_images(folder)[:num_images], opened.manifest)
     ranges = observe_ranges(graph, tensors, images, method=method, batch_size=batch)
     status = Path("/proc/self/status").read_text(encoding="ascii")

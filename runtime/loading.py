@@ -33,7 +33,7 @@ from vit_edge.runtime.engines.protocol import (
     engines_with,
     make_engine,
 )
-from vit_edge.runtime.onnx_import.importer import adopt, is_foreign
+from vit_edge.runtime.onnx_import.importer import adopt, is_third_party
 from vit_edge.runtime.tuned_configuration import promised_engines, verdict_for
 
 __all__ = ["Verify", "check_decode", "load", "load_model", "open_any"]
@@ -110,7 +110,7 @@ def open_any(
         missing = "labels" if labels is None else "preprocessing"
         reason = f"a classifier made elsewhere needs both preprocessing and labels; {missing} is not given"
         raise UsageError("cannot load", reason=reason, remedy=f"give {missing} too")
-    if not is_foreign(source):
+    if not is_third_party(source):
         raise _told_twice(source)
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise UsageError("cannot load", reason="labels are not a list of texts", remedy="give one for each class")

@@ -34,7 +34,7 @@ class Profile:
 
     ms_KR: Times
     kinds: Sequence[str]
-    products: Sequence[str | None]
+    ops: Sequence[str | None]
 
 
 class Profiler(Protocol):
@@ -76,11 +76,11 @@ class _OnnxRuntime:
                 key = (event["name"].removesuffix(_KERNEL), event["args"]["op_name"])
                 taken.setdefault(key, []).append(event["dur"] / 1e3)
         found = nodes_in_onnxruntime(onnx.load(self._optimised).graph, self._graph)
-        product_of = {node.name: product for product, nodes in found.items() for node in nodes}
+        op_of = {node.name: op for op, nodes in found.items() for node in nodes}
         return Profile(
             ms_KR=_rectangular(taken.values(), self._num_runs),
             kinds=[_kind([kind.removeprefix("Fused")], kind) for _, kind in taken],
-            products=[product_of.get(name) for name, _ in taken],
+            ops=[op_of.get(name) for name, _ in taken],
         )
 
 
@@ -110,7 +110,7 @@ class _OpenVino:
     def profile(self) -> Profile:
         running = list(running_nodes(self._compiled.get_runtime_model()))
         found = nodes_in_openvino(running, self._graph)
-        product_of = {entry.names[0]: product for product, entries in found.items() for entry in entries}
+        op_of = {entry.names[0]: op for op, entries in found.items() for entry in entries}
         operators = {name: node.op_type for node in self._graph.node for name in (node.name, *node.output)}
         # What it fuses it names after the ONNX nodes; what it made itself has no other name than its own.
         made_of = {entry.names[0]: [operators[name] for name in entry.names if name in operators] for entry in running}
@@ -118,7 +118,7 @@ class _OpenVino:
         return Profile(
             ms_KR=_rectangular(each, self._num_runs),
             kinds=[_kind(made_of.get(name, ()), kind) for name, kind in self._sums],
-            products=[product_of.get(name) for name, _ in self._sums],
+            ops=[op_of.get(name) for name, _ in self._sums],
         )
 
 

@@ -12,13 +12,13 @@ import onnx
 from vit_edge.data import Rejections, stream_pixels
 from vit_edge.errors import DataRejected, printable
 from vit_edge.export.explanation.inputs import ExplainOptions, Preparation, prepare_explanation
-from vit_edge.export.explanation.layer_noise import Columns, scaled_columns, sqnr_by_product
+from vit_edge.export.explanation.layer_noise import Columns, scaled_columns, sqnr_by_op
 from vit_edge.export.explanation.layer_times import EngineTimes, layer_times
 from vit_edge.export.explanation.stages import RemadeStage, remade_stages
 from vit_edge.export.graph.macs import macs_by_node
-from vit_edge.export.graph.matmuls import Product, find_products
+from vit_edge.export.graph.matmuls import QuantizableOp, find_quantizable_ops
 from vit_edge.export.graph.preparation import prepare
-from vit_edge.export.quantization.algorithms.sensitivity import noise_by_product
+from vit_edge.export.quantization.algorithms.sensitivity import noise_by_op
 from vit_edge.image import Pixels
 from vit_edge.metrics import Logits, decibels, sqnr_db
 from vit_edge.model_file.artifact import PIXELS_INPUT, ModelFile, open_model, pack
@@ -208,26 +208,26 @@ def _layers(prepared: Preparation, images_NHWC: Pixels, last: RemadeStage | None
     manifest = prepared.reference.manifest
     float_graph, graph = (_graph(file) for file in (prepared.reference, prepared.model))
     float_graph = prepare(float_graph)
-    products = find_products(float_graph)
-    levels = sqnr_by_product(
+    ops = find_quantizable_ops(float_graph)
+    levels = sqnr_by_op(
         float_graph,
         graph,
-        products,
+        ops,
         _counted((manifest.network_input(image[None])[0] for image in images_NHWC), len(images_NHWC), progress),
-        scaled=_scaled(prepared, float_graph, products),
+        scaled=_scaled(prepared, float_graph, ops),
     )
     alone = _alone(last, [manifest.network_input(image[None]) for image in images_NHWC], progress)
     total, macs = sum(alone.values()), macs_by_node(float_graph) or {}
     return [
         Layer(
-            node=product.node,
-            operator=product.operator,
-            gmac=macs[product.node] / 1e9 if product.node in macs else None,
-            sqnr_db=levels.get(product.node),
-            alone_sqnr_db=_level(alone.get(product.node)),
-            noise_share=100 * alone[product.node] / total if total and product.node in alone else None,
+            node=op.node,
+            operator=op.operator,
+            gmac=macs[op.node] / 1e9 if op.node in macs else None,
+            sqnr_db=levels.get(op.node),
+            alone_sqnr_db=_level(alone.get(op.node)),
+            noise_share=100 * alone[op.node] / total if total and op.node in alone else None,
         )
-        for product in products
+        for op in ops
     ]
 
 
@@ -238,13 +238,13 @@ def _counted(images: Iterator[Array], total: int, progress: Progress) -> Iterato
     progress("comparing layers", total, total)
 
 
-def _scaled(prepared: Preparation, graph: onnx.ModelProto, products: Sequence[Product]) -> Mapping[str, Columns]:
+def _scaled(prepared: Preparation, graph: onnx.ModelProto, ops: Sequence[QuantizableOp]) -> Mapping[str, Columns]:
     """Return the channels that the file has at another scale, by product: none where its manifest says so."""
     quantization = prepared.model.manifest.quantization
     algorithms = (quantization or {}).get("algorithms", ("value-scaling",))
     if quantization is None or not isinstance(algorithms, list | tuple) or "value-scaling" not in algorithms:
         return {}
-    return scaled_columns(graph, products)
+    return scaled_columns(graph, ops)
 
 
 def _alone(last: RemadeStage | None, images: Sequence[Array], progress: Progress) -> dict[str, float]:
@@ -254,8 +254,8 @@ def _alone(last: RemadeStage | None, images: Sequence[Array], progress: Progress
     number = min(_MOST_ALONE, len(images))
     chosen = [images[position * len(images) // number] for position in range(number)]
     found = last.calibrated
-    products = [product for product in found.products if product.node not in last.left]
-    return noise_by_product(found.graph, products, found.only, chosen, progress=progress)
+    ops = [op for op in found.ops if op.node not in last.left]
+    return noise_by_op(found.graph, ops, found.only, chosen, progress=progress)
 
 
 def _level(noise: float | None) -> float | None:

@@ -12,17 +12,17 @@ import onnx
 
 from vit_edge.export.graph.intermediate_tensors import Activations
 from vit_edge.export.graph.macs import shapes_for_one_image
-from vit_edge.export.graph.matmuls import Product
+from vit_edge.export.graph.matmuls import QuantizableOp
 from vit_edge.export.quantization.algorithms.value_scaling import find_mixings
 from vit_edge.metrics import decibels
 
-__all__ = ["Columns", "result_tensors", "scaled_columns", "sqnr_by_product"]
+__all__ = ["Columns", "result_tensors", "scaled_columns", "sqnr_by_op"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Columns: TypeAlias = npt.NDArray[np.int64]
 
 
-def result_tensors(graph: onnx.GraphProto, products: Iterable[Product]) -> dict[str, str]:
+def result_tensors(graph: onnx.GraphProto, ops: Iterable[QuantizableOp]) -> dict[str, str]:
     """Return by node the tensor that each product gives once its bias is added; what is not there is left out.
 
     Before the bias two graphs of one function differ: what moves a product's input is made up for in its bias.
@@ -34,27 +34,27 @@ def result_tensors(graph: onnx.GraphProto, products: Iterable[Product]) -> dict[
         for name in node.input:
             readers.setdefault(name, []).append(node)
     found = {}
-    for product in products:
+    for op in ops:
         # By its tensor, not its node: that of a dynamic product gives integers, and several nodes make values of them.
-        tensor = product.output
+        tensor = op.output
         while (after := readers.get(tensor, [])) and len(after) == 1 and _adds_bias(after[0], vectors):
             tensor = after[0].output[0]
         if tensor in made:
-            found[product.node] = tensor
+            found[op.node] = tensor
     return found
 
 
-def scaled_columns(model: onnx.ModelProto, products: Sequence[Product]) -> dict[str, Columns]:
+def scaled_columns(model: onnx.ModelProto, ops: Sequence[QuantizableOp]) -> dict[str, Columns]:
     """Return the channels that "value-scaling" gives another scale and shift, by the node of their product."""
     shapes = {name: shape for name, shape in shapes_for_one_image(model).items() if shape is not None}
     columns = {mixing.value_weight: mixing.columns_D for mixing in find_mixings(model, shapes)}
-    return {product.node: columns[product.weight] for product in products if product.weight in columns}
+    return {op.node: columns[op.weight] for op in ops if op.weight in columns}
 
 
-def sqnr_by_product(
+def sqnr_by_op(
     reference: onnx.ModelProto,
     candidate: onnx.ModelProto,
-    products: Sequence[Product],
+    ops: Sequence[QuantizableOp],
     images: Iterable[Array],
     *,
     scaled: Mapping[str, Columns],
@@ -64,7 +64,7 @@ def sqnr_by_product(
     `images` are what both graphs take for one image each. Of the channels `scaled` a scale and a shift are no error.
     Products that `candidate` does not have are left out.
     """
-    names = [result_tensors(model.graph, products) for model in (reference, candidate)]
+    names = [result_tensors(model.graph, ops) for model in (reference, candidate)]
     both = [node for node in names[0] if node in names[1]]
     tensors = [list(dict.fromkeys(found[node] for node in both)) for found in names]
     activations = [Activations(model, asked) for model, asked in zip((reference, candidate), tensors, strict=True)]

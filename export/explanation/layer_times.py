@@ -79,7 +79,7 @@ def layer_times(
         raise EngineUnavailable("cannot time layers", reason=reason, remedy=f"choose {' or '.join(PROFILERS)}")
     left_float = set(nodes)
     if model.manifest.precision == "int8":
-        left_float = {product.node for product in coverage(model, engine).float_products}
+        left_float = {op.node for op in coverage(model, engine).float32_ops}
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
         timed = [_Timed(file, engine, Path(folder) / str(number)) for number, file in enumerate((reference, model))]
         _run(timed, f"timing layers in {engine}", progress)
@@ -88,8 +88,8 @@ def layer_times(
         LayerTime(
             node=node,
             precision="float" if node in left_float else "integer",
-            reference_ms=before.products.get(node),
-            candidate_ms=after.products.get(node),
+            reference_ms=before.ops.get(node),
+            candidate_ms=after.ops.get(node),
         )
         for node in nodes
     ]
@@ -109,12 +109,12 @@ def layer_times(
 class _Summary:
     """Median milliseconds by product, and of everything else by operator; they add up to the whole."""
 
-    products: dict[str, float]
+    ops: dict[str, float]
     rest: dict[str, float]
 
     @property
     def whole_ms(self) -> float:
-        return sum(self.products.values()) + sum(self.rest.values())
+        return sum(self.ops.values()) + sum(self.rest.values())
 
 
 class _Timed:
@@ -138,9 +138,9 @@ class _Timed:
         self._engine.close()
         profile = self._profiler.profile()
         medians_K = np.maximum(np.median(profile.ms_KR[:, -_NUM_RUNS:], axis=1), 0)
-        found = _Summary(products={}, rest={})
-        for median_ms, kind, product in zip(medians_K.tolist(), profile.kinds, profile.products, strict=True):
-            into, name = (found.rest, kind) if product is None else (found.products, product)
+        found = _Summary(ops={}, rest={})
+        for median_ms, kind, op in zip(medians_K.tolist(), profile.kinds, profile.ops, strict=True):
+            into, name = (found.rest, kind) if op is None else (found.ops, op)
             into[name] = into.get(name, 0.0) + median_ms
         whole_ms = float(np.percentile(self._wholes_ms[-_NUM_RUNS:], _UNDISTURBED_PERCENT))
         found.rest[BETWEEN] = max(0.0, whole_ms - found.whole_ms)
@@ -163,7 +163,7 @@ def _rest(before: _Summary, after: _Summary, nodes: set[str]) -> tuple[OperatorT
     """Return everything that is no product of `nodes`, the slowest first; what takes no time is left out."""
     sides = []
     for side in (before, after):
-        others = sum(ms for node, ms in side.products.items() if node not in nodes)
+        others = sum(ms for node, ms in side.ops.items() if node not in nodes)
         sides.append({**side.rest, **({"other products": others} if others else {})})
     slowest = {name: max(side.get(name, 0.0) for side in sides) for name in {**sides[0], **sides[1]}}
     return tuple(

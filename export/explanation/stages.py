@@ -41,7 +41,7 @@ class Recorded:
     """What a manifest says of how its file was quantized: the whole plan, and the products that stayed float."""
 
     plan: Plan
-    float_products: frozenset[str]
+    float32_ops: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +67,11 @@ def recorded(model: ModelFile) -> Recorded:
     says: Mapping[str, Any] = model.manifest.quantization or {}
     try:
         scheme, algorithms, method = says["scheme"], says["algorithms"], says["ranges"]["method"]
-        left = frozenset(says["float_products"])
+        left = frozenset(says["float32_ops"])
         if scheme != _SCHEME or method not in METHODS or not set(algorithms) <= set(ALGORITHMS):
             raise ValueError(f"{scheme!r}, ranges by {method!r}, {algorithms!r}")
         if not all(isinstance(name, str) for name in left):
-            raise TypeError("float_products")
+            raise TypeError("float32_ops")
         plan = Plan(
             algorithms=tuple(name for name in ALGORITHMS if name in algorithms),
             effort=EFFORTS[says["effort"]],
@@ -82,7 +82,7 @@ def recorded(model: ModelFile) -> Recorded:
         reason = f"its manifest does not say how it was quantized ({error or type(error).__name__})"
         remedy = "leave --calibration out, or give a file that `vit-edge quantize` of this version wrote"
         raise UsageError("cannot make its stages again", file=model.source, reason=reason, remedy=remedy) from error
-    return Recorded(plan=plan, float_products=left)
+    return Recorded(plan=plan, float32_ops=left)
 
 
 def calibration_images(
@@ -126,15 +126,15 @@ def remade_stages(
         images = CalibrationImages(paths, reference.manifest, progress=report)
         plan = replace(record.plan, algorithms=steps[:number])
         found = calibrate(graph, images, plan, cache=cache, progress=report)
-        note = _NOTES[steps[number - 1]] if number else _plain_note(record.plan, len(found.products))
+        note = _NOTES[steps[number - 1]] if number else _plain_note(record.plan, len(found.ops))
         yield RemadeStage(name=name, note=note, calibrated=found, left=frozenset())
-    if record.float_products and found is not None:
-        left, by = record.float_products, "mixed-precision" in record.plan.algorithms
+    if record.float32_ops and found is not None:
+        left, by = record.float32_ops, "mixed-precision" in record.plan.algorithms
         name = "+ mixed-precision" if by else "+ float products"
-        note = f"{len(left)} of {len(found.products)} products stay float"
+        note = f"{len(left)} of {len(found.ops)} products stay float"
         yield RemadeStage(name=name, note=note, calibrated=found, left=left)
 
 
-def _plain_note(plan: Plan, num_products: int) -> str:
+def _plain_note(plan: Plan, num_ops: int) -> str:
     bits, kind = plan.scheme.weight_bits, plan.scheme.activation
-    return f"{num_products} products: {bits}-bit weights to the nearest, {kind} inputs, ranges by {plan.method}"
+    return f"{num_ops} products: {bits}-bit weights to the nearest, {kind} inputs, ranges by {plan.method}"

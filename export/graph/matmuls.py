@@ -12,13 +12,21 @@ from onnx import TensorProto
 
 from vit_edge.export.graph.macs import macs_by_node
 
-__all__ = ["Product", "attribute", "find_products", "is_convolutional", "is_depthwise", "is_padded", "pixels_before"]
+__all__ = [
+    "QuantizableOp",
+    "attribute",
+    "find_quantizable_ops",
+    "is_convolutional",
+    "is_depthwise",
+    "is_padded",
+    "pixels_before",
+]
 
 _MOVES = ("Reshape", "Transpose")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Product:
+class QuantizableOp:
     """One product with a constant weight: the names of its node and tensors.
 
     `axis` is that of the weight's output channels; a bias added by a node of its own is not `bias`.
@@ -34,20 +42,20 @@ class Product:
     takes_pixels: bool
 
 
-def find_products(model: onnx.ModelProto) -> list[Product]:
+def find_quantizable_ops(model: onnx.ModelProto) -> list[QuantizableOp]:
     """Return every product with a constant float32 weight, in graph order, of a graph that `prepare` has seen."""
     weights = {t.name: len(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
     makers = {output: node for node in model.graph.node for output in node.output}
     inputs = {value.name: value for value in model.graph.input}
-    return list(_products(model.graph, weights, makers, inputs))
+    return list(_quantizable_ops(model.graph, weights, makers, inputs))
 
 
-def _products(
+def _quantizable_ops(
     graph: onnx.GraphProto,
     weights: Mapping[str, int],
     makers: Mapping[str, onnx.NodeProto],
     inputs: Mapping[str, onnx.ValueInfoProto],
-) -> Iterator[Product]:
+) -> Iterator[QuantizableOp]:
     for node in graph.node:
         axis = _output_axis(node)
         if axis is None or node.input[0] in weights or node.input[1] not in weights:
@@ -57,7 +65,7 @@ def _products(
             continue
         if node.op_type != "Conv" and weights[node.input[1]] != 2:
             continue
-        yield Product(
+        yield QuantizableOp(
             node=node.name,
             operator=node.op_type,
             input=node.input[0],
@@ -103,8 +111,8 @@ def is_convolutional(model: onnx.ModelProto) -> bool:
     macs = macs_by_node(model)
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     totals = {"Conv": 0, "MatMul": 0, "Gemm": 0}
-    for product in find_products(model):
-        totals[product.operator] += sizes[product.weight] if macs is None else macs[product.node or product.output]
+    for op in find_quantizable_ops(model):
+        totals[op.operator] += sizes[op.weight] if macs is None else macs[op.node or op.output]
     return totals["Conv"] > totals["MatMul"] + totals["Gemm"]
 
 

@@ -30,7 +30,7 @@ _FOLDABLE = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a float32 `model` in which `find_products` finds whatever can be integer; tensors keep names.
+    """Return a copy of a float32 `model` in which `find_quantizable_ops` finds all it can; tensors keep names.
 
     The same function up to float32 rounding. The deploy form of a Vision Transformer comes back as it was.
     """
@@ -125,10 +125,10 @@ def _settle_gemms(rewriting: Rewriting) -> None:
 def _add_apart(rewriting: Rewriting, node: onnx.NodeProto) -> None:
     """Add what a Gemm adds in a node of its own."""
     added, output = node.input[2], node.output[0]
-    product = f"{node.name}.product"
-    rewriting.replace(node, [node, helper.make_node("Add", [product, added], [output], name=f"{product}.add")])
+    op = f"{node.name}.product"
+    rewriting.replace(node, [node, helper.make_node("Add", [op, added], [output], name=f"{op}.add")])
     del node.input[2:]
-    node.output[0] = product
+    node.output[0] = op
 
 
 def _put_weights_right(rewriting: Rewriting) -> None:
@@ -149,12 +149,12 @@ def _put_weights_right(rewriting: Rewriting) -> None:
 def _turn(rewriting: Rewriting, node: onnx.NodeProto, rank: int) -> None:
     """Compute weight x input as the transpose of (transposed input x transposed weight)."""
     weight, source = node.input
-    turned, product, output = f"{node.name}.turned", f"{node.name}.product", node.output[0]
+    turned, op, output = f"{node.name}.turned", f"{node.name}.product", node.output[0]
     order = [*range(rank - 2), rank - 1, rank - 2]
-    after = helper.make_node("Transpose", [product], [output], name=f"{product}.turned", perm=order)
+    after = helper.make_node("Transpose", [op], [output], name=f"{op}.turned", perm=order)
     rewriting.replace(node, [rewriting.transpose(source, turned, order), node, after])
     node.input[:] = [turned, rewriting.add_tensor(f"{weight}.turned", rewriting.array(weight).T)]
-    node.output[0] = product
+    node.output[0] = op
 
 
 def _pool_by_pooling(rewriting: Rewriting) -> None:
@@ -213,11 +213,11 @@ def _unfold(rewriting: Rewriting, node: onnx.NodeProto, image: Sequence[int]) ->
         patches = f"{node.name}.cast"
         steps.append(helper.make_node("Cast", [f"{node.name}.patches"], [patches], name=patches, to=TensorProto.FLOAT))
     name = rewriting.add_tensor(f"{node.input[1]}.matrix", weight.reshape(len(weight), -1).T)
-    product = f"{node.name}.product"
-    steps.append(helper.make_node("MatMul", [patches, name], [product], name=node.name))
+    op = f"{node.name}.product"
+    steps.append(helper.make_node("MatMul", [patches, name], [op], name=node.name))
     if len(node.input) > 2:
-        steps.append(helper.make_node("Add", [product, node.input[2]], [f"{product}.add"], name=f"{product}.add"))
-        product = f"{product}.add"
-    steps.append(rewriting.transpose(product, f"{node.name}.channels", [0, 2, 1]))
+        steps.append(helper.make_node("Add", [op, node.input[2]], [f"{op}.add"], name=f"{op}.add"))
+        op = f"{op}.add"
+    steps.append(rewriting.transpose(op, f"{node.name}.channels", [0, 2, 1]))
     steps.append(rewriting.reshape(f"{node.name}.channels", node.output[0], [0, len(weight), *grid]))
     rewriting.replace(node, steps)

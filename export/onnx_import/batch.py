@@ -12,7 +12,7 @@ import onnx
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.export.onnx_import.cleanup import free_batch, prune
 from vit_edge.export.onnx_import.interface import Output
-from vit_edge.export.onnx_import.reference import ForeignReference
+from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.export.onnx_import.sandbox import probe, with_outputs
 from vit_edge.export.onnx_import.shape_folding import fold_shapes, open_batch, reshaped_tensors, shape_tensors
 from vit_edge.export.parity.parity import FLOAT32_TOLERANCE
@@ -26,7 +26,7 @@ _BATCHES = (1, 2, 3)
 
 
 def choose_output(
-    model: onnx.ModelProto, reference: ForeignReference, told: str | None, num_labels: int, notes: list[str]
+    model: onnx.ModelProto, reference: ThirdPartyReference, told: str | None, num_labels: int, notes: list[str]
 ) -> Output:
     """Return the output told, or the first [batch, classes]; `reference` answers with it from then on.
 
@@ -75,7 +75,7 @@ def _before_softmax(model: onnx.ModelProto, output: Output, values_BK: Array, no
 
 
 def settle_batch(
-    model: onnx.ModelProto, output: Output, reference: ForeignReference
+    model: onnx.ModelProto, output: Output, reference: ThirdPartyReference
 ) -> tuple[onnx.ModelProto, int | None]:
     """Return the graph up to the logits, shapes folded, and None where any batch runs, else the batch it is fixed at.
 
@@ -102,7 +102,7 @@ def settle_batch(
     return folded, fixed
 
 
-def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignReference) -> onnx.ModelProto | str:
+def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ThirdPartyReference) -> onnx.ModelProto | str:
     """Return the graph with the arithmetic on shapes computed, or why it does not run at these batches."""
     names = [*shape_tensors(model.graph), *reshaped_tensors(model.graph)]
     found = _run(model, batches, list(dict.fromkeys(names)) or [model.graph.output[0].name], reference)
@@ -112,7 +112,7 @@ def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignRe
     return found
 
 
-def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignReference) -> bool:
+def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ThirdPartyReference) -> bool:
     """Return whether the graph answers each batch as the file answers its images alone."""
     name = model.graph.output[0].name
     found = _run(model, batches, [name], reference)
@@ -127,7 +127,7 @@ def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ForeignR
 
 
 def _run(
-    model: onnx.ModelProto, batches: Sequence[int], names: Sequence[str], reference: ForeignReference
+    model: onnx.ModelProto, batches: Sequence[int], names: Sequence[str], reference: ThirdPartyReference
 ) -> Mapping[int, Mapping[str, Array]] | str:
     """Return the tensors at each batch, or why one cannot be run."""
     feeds = [reference.feed(reference.images(batch)) for batch in batches]

@@ -47,10 +47,10 @@ def dangers(proto: Any) -> Iterator[str]:
 
 def _lies_outside(tensor: Any) -> bool:
     sizes = [int(size) for size in tensor.dims]
-    product = 1
+    op = 1
     for size in sizes:
-        product *= size
-    return bool(tensor.data_location or tensor.external_data) or min(sizes, default=0) < 0 or product > _MOST_ELEMENTS
+        op *= size
+    return bool(tensor.data_location or tensor.external_data) or min(sizes, default=0) < 0 or op > _MOST_ELEMENTS
 
 
 def tidy(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -22,8 +22,8 @@ from vit_edge.export.graph.macs import macs_per_image
 from vit_edge.export.onnx_import.batch import choose_output, settle_batch
 from vit_edge.export.onnx_import.cleanup import dangers, tidy
 from vit_edge.export.onnx_import.external_weights import with_weights
-from vit_edge.export.onnx_import.interface import ForeignInput, Layout, input_of, set_interface
-from vit_edge.export.onnx_import.reference import ForeignReference
+from vit_edge.export.onnx_import.interface import Layout, ThirdPartyInput, input_of, set_interface
+from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
 from vit_edge.export.parity.parity import FLOAT32_TOLERANCE, Parity, check_parity
@@ -36,7 +36,7 @@ from vit_edge.runtime.checks.golden import expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
 from vit_edge.runtime.engines.protocol import installed_engines
 
-__all__ = ["Adoption", "Layout", "adopt", "is_foreign_onnx"]
+__all__ = ["Adoption", "Layout", "adopt", "is_third_party_onnx"]
 
 _MAX_BYTES = 2**31 - 1
 _STAGES = 3
@@ -53,7 +53,7 @@ class Adoption:
     notes: tuple[str, ...]
 
 
-def is_foreign_onnx(path: str | os.PathLike[str]) -> bool:
+def is_third_party_onnx(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is an ONNX file that does not look like a model file of ours; False where nothing is."""
     try:
         data = read_file(path, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
@@ -123,12 +123,12 @@ class _Told:
     assumed: tuple[str, ...]
 
 
-def _taken(path: str | os.PathLike[str], told: _Told, notes: list[str]) -> tuple[ModelFile, ForeignReference]:
+def _taken(path: str | os.PathLike[str], told: _Told, notes: list[str]) -> tuple[ModelFile, ThirdPartyReference]:
     """Return the file in our form, without golden vectors, and the network as it came; notes say what was changed."""
     data, hashes = _read(path)
     original, graph = _parsed(data)
     entry = input_of(graph, told.preprocessing, told.layout)
-    reference = ForeignReference(original, entry, told.preprocessing)
+    reference = ThirdPartyReference(original, entry, told.preprocessing)
     logits = choose_output(graph, reference, told.output, len(told.labels), notes)
     graph, batch = settle_batch(graph, logits, reference)
     if batch is not None:
@@ -159,7 +159,7 @@ def _parsed(data: bytes) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         raise _rejected(reason, "copy it again, or export it again") from error
 
 
-def _input_entry(graph: onnx.ModelProto, entry: ForeignInput, batch: int | None) -> dict[str, Any]:
+def _input_entry(graph: onnx.ModelProto, entry: ThirdPartyInput, batch: int | None) -> dict[str, Any]:
     layout = "NHWC" if entry.dtype == "uint8" else "NCHW"
     fixed = {} if batch is None else {"batch": batch}
     return {"name": graph.graph.input[0].name, "dtype": entry.dtype, "layout": layout, **fixed}
@@ -174,7 +174,7 @@ def _guard(model: ModelFile) -> None:
 
 def _proven(
     model: ModelFile,
-    reference: ForeignReference,
+    reference: ThirdPartyReference,
     real_images: Iterable[Pixels],
     notes: list[str],
 ) -> tuple[ModelFile, list[Parity]]:
@@ -227,7 +227,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
 
 
 def _parity(
-    model: ModelFile, reference: ForeignReference, engine: str, images_NHWC: Pixels, real_images: Sequence[Pixels]
+    model: ModelFile, reference: ThirdPartyReference, engine: str, images_NHWC: Pixels, real_images: Sequence[Pixels]
 ) -> list[Parity] | str:
     """Return the figures of one engine, or why it is not promised; raises VerificationFailed for ONNX Runtime."""
     try:

@@ -14,7 +14,7 @@ from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.export.onnx_import.cleanup import prune, rename_tensor
 from vit_edge.image import Pixels, Preprocessing
 
-__all__ = ["ForeignInput", "Layout", "Output", "input_of", "set_interface"]
+__all__ = ["Layout", "Output", "ThirdPartyInput", "input_of", "set_interface"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
@@ -24,7 +24,7 @@ _DTYPES: dict[int, Literal["float32", "uint8"]] = {TensorProto.FLOAT: "float32",
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ForeignInput:
+class ThirdPartyInput:
     """What the graph takes as it came: `fixed` is its batch where it is written into it."""
 
     name: str
@@ -49,7 +49,7 @@ class Output:
     num_classes: int
 
 
-def input_of(model: onnx.ModelProto, preprocessing: Preprocessing, layout: Layout | None) -> ForeignInput:
+def input_of(model: onnx.ModelProto, preprocessing: Preprocessing, layout: Layout | None) -> ThirdPartyInput:
     """Return what the graph takes; raises ModelRejected, or UsageError where the preprocessing gives something else."""
     if len(model.graph.input) != 1:
         names = ", ".join(repr(value.name) for value in model.graph.input)
@@ -69,7 +69,7 @@ def input_of(model: onnx.ModelProto, preprocessing: Preprocessing, layout: Layou
             f"it takes {height} x {width} pixels; the preprocessing gives {' x '.join(map(str, preprocessing.crop))}"
         )
         raise UsageError("cannot take the network", reason=reason, remedy="give the crop that it was trained with")
-    return ForeignInput(name=value.name, dtype=_DTYPES[tensor.elem_type], layout=chosen, fixed=sizes[0] or None)
+    return ThirdPartyInput(name=value.name, dtype=_DTYPES[tensor.elem_type], layout=chosen, fixed=sizes[0] or None)
 
 
 def _layout(sizes: list[int], told: Layout | None) -> Layout:
@@ -87,7 +87,7 @@ def _layout(sizes: list[int], told: Layout | None) -> Layout:
 
 
 def set_interface(
-    model: onnx.ModelProto, output: Output, entry: ForeignInput, preprocessing: Preprocessing, batch: int | None
+    model: onnx.ModelProto, output: Output, entry: ThirdPartyInput, preprocessing: Preprocessing, batch: int | None
 ) -> None:
     """Give the graph the input of a model file (uint8 NHWC or float32 NCHW, its name kept) and the output `logits`."""
     graph = model.graph

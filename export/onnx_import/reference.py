@@ -11,22 +11,22 @@ import onnx
 import onnxruntime
 
 from vit_edge.errors import ModelRejected
-from vit_edge.export.onnx_import.interface import ForeignInput
+from vit_edge.export.onnx_import.interface import ThirdPartyInput
 from vit_edge.export.onnx_import.sandbox import probe, with_outputs
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.cpu import usable_threads
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.engines.protocol import Logits
 
-__all__ = ["ForeignReference"]
+__all__ = ["ThirdPartyReference"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
 
-class ForeignReference:
+class ThirdPartyReference:
     """The file as it came, in ONNX Runtime, one image at a time."""
 
-    def __init__(self, original: onnx.ModelProto, entry: ForeignInput, preprocessing: Preprocessing) -> None:
+    def __init__(self, original: onnx.ModelProto, entry: ThirdPartyInput, preprocessing: Preprocessing) -> None:
         self.entry = entry
         self._original, self._preprocessing = original, preprocessing
         self._logits = ""

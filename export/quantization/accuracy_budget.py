@@ -48,7 +48,7 @@ class Ladder:
     """
 
     rungs: tuple[Rung, ...]
-    float_products: tuple[str, ...]
+    float32_ops: tuple[str, ...]
     cut_short: str | None
 
 
@@ -87,13 +87,13 @@ def order_of(noise: Mapping[str, float], macs: Mapping[str, int]) -> list[str]:
     return sorted(noise, key=lambda node: (noise[node] / max(macs.get(node, 1), 1), node))
 
 
-def rung_sizes(num_products: int) -> list[int]:
+def rung_sizes(num_ops: int) -> list[int]:
     """Return how many products are integer at each rung: half of those left each time, so the last differ by one."""
     sizes: list[int] = []
-    left = num_products
+    left = num_ops
     while left > 0:
         left = left // 2
-        sizes.append(num_products - left)
+        sizes.append(num_ops - left)
     return sizes
 
 
@@ -146,7 +146,7 @@ def climb(
     if not any(rung.num_integer == len(order) - len(left) for rung in rungs):
         rungs.append(_rung(len(order) - len(left), found))
     kept = tuple(node for node in order if node in left)
-    return Ladder(rungs=tuple(rungs), float_products=kept, cut_short=cut_short), model, found
+    return Ladder(rungs=tuple(rungs), float32_ops=kept, cut_short=cut_short), model, found
 
 
 def _rung(size: int, found: Verification) -> Rung:

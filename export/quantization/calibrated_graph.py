@@ -15,14 +15,14 @@ from threadpoolctl import threadpool_limits
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.graph.intermediate_tensors import Activations, logits_of
 from vit_edge.export.graph.macs import shapes_for_one_image
-from vit_edge.export.graph.matmuls import Product, find_products, is_convolutional
+from vit_edge.export.graph.matmuls import QuantizableOp, find_quantizable_ops, is_convolutional
 from vit_edge.export.graph.preparation import prepare
 from vit_edge.export.quantization.algorithms.attention_scores import find_scores, with_room
 from vit_edge.export.quantization.algorithms.mixed_precision import choose_float
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, CHOOSE_RANGES, Algorithm, Effort
 from vit_edge.export.quantization.algorithms.reconstruction import Reconstruction, reconstruct
 from vit_edge.export.quantization.algorithms.reparameterisation import find_norms, reparameterise
-from vit_edge.export.quantization.algorithms.sensitivity import noise_by_product
+from vit_edge.export.quantization.algorithms.sensitivity import noise_by_op
 from vit_edge.export.quantization.algorithms.value_scaling import find_mixings, scale_values
 from vit_edge.export.quantization.calibration.cache import CalibrationCache
 from vit_edge.export.quantization.calibration.images import CalibrationImages
@@ -33,7 +33,7 @@ from vit_edge.export.quantization.calibration.observers import (
     observe_extremes,
     observe_ranges,
 )
-from vit_edge.export.quantization.qdq.dynamic_ranges import dynamic_products, insert_dynamic
+from vit_edge.export.quantization.qdq.dynamic_ranges import dynamic_ops, insert_dynamic
 from vit_edge.export.quantization.qdq.integers import QuantizedWeight
 from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq, range_names
 from vit_edge.metrics import sqnr_db
@@ -68,30 +68,30 @@ class Plan:
 class CalibratedGraph:
     """What `calibrate` found; `quantized` makes the INT8 graph of it.
 
-    `noise` is each product's share of noise in the logits, where it was measured. `float_products` are those that the
+    `noise` is each product's share of noise in the logits, where it was measured. `float32_ops` are those that the
     recipe leaves float, `openvino_rounds` what 127 stands for in what is int8 in OpenVINO only.
     """
 
     graph: onnx.ModelProto
-    products: tuple[Product, ...]
+    ops: tuple[QuantizableOp, ...]
     ranges: Mapping[str, Range]
     weights: Mapping[str, QuantizedWeight]
     scheme: Scheme
     applied: tuple[Algorithm, ...]
     noise: Mapping[str, float]
-    float_products: frozenset[str]
+    float32_ops: frozenset[str]
     openvino_rounds: Mapping[str, float] = field(default_factory=dict)
     dynamic: bool = False
 
     def only(self, node: str) -> onnx.ModelProto:
         """Return the graph with one product in integers."""
-        return self.quantized(frozenset(product.node for product in self.products if product.node != node))
+        return self.quantized(frozenset(op.node for op in self.ops if op.node != node))
 
     def quantized(self, exclude: frozenset[str] | None = None) -> onnx.ModelProto:
         """Return the INT8 graph; the products `exclude` stay float, by default those of the recipe."""
-        left = self.float_products if exclude is None else exclude
+        left = self.float32_ops if exclude is None else exclude
         scheme = replace(self.scheme, exclude=left)
-        if left >= {product.node for product in self.products}:
+        if left >= {op.node for op in self.ops}:
             return self.graph
         if self.dynamic:
             return insert_dynamic(self.graph, scheme=scheme, weights=self.weights)
@@ -128,7 +128,7 @@ def _calibrated(
     progress: Progress,
 ) -> CalibratedGraph:
     graph = prepare(model)
-    products = _products(graph, plan)
+    ops = _quantizable_ops(graph, plan)
     sample = [image[None] for image in images.sample(plan.effort.num_images)]
     wanted = _wanted(graph, plan)
     aligned, exact = _align(graph, images, wanted, plan, cache)
@@ -138,16 +138,16 @@ def _calibrated(
     fitting = wanted & {"range-search", "rounding", "bias-correction"}
     fitted = Reconstruction(model=aligned, ranges={})
     if fitting or not plan.dynamic:
-        fitted = _fitted(aligned, images, products, sample, fitting, plan, cache, progress)
+        fitted = _fitted(aligned, images, ops, sample, fitting, plan, cache, progress)
     calibrated = CalibratedGraph(
         graph=fitted.model,
-        products=products,
+        ops=ops,
         ranges={} if plan.dynamic else fitted.ranges,
         weights=fitted.weights,
         scheme=plan.scheme,
         applied=tuple(n for n in ALGORITHMS if n in exact | fitting or (n == "attention-scores" and peaks)),
         noise={},
-        float_products=plan.scheme.exclude,
+        float32_ops=plan.scheme.exclude,
         openvino_rounds=with_room(peaks, scores, bits=plan.scheme.weight_bits),
         dynamic=plan.dynamic,
     )
@@ -178,13 +178,13 @@ def _with_noise(
     calibrated: CalibratedGraph, sample: Sequence[Array], *, mixed: bool, progress: Progress
 ) -> CalibratedGraph:
     """Return it with each product's noise, and with the products that `mixed` precision leaves float."""
-    products = calibrated.products
-    noise = noise_by_product(calibrated.graph, products, calibrated.only, sample, progress=progress)
+    ops = calibrated.ops
+    noise = noise_by_op(calibrated.graph, ops, calibrated.only, sample, progress=progress)
     if not mixed:
         return replace(calibrated, noise=noise)
-    left = calibrated.scheme.exclude | choose_float(calibrated.graph, products, noise)
+    left = calibrated.scheme.exclude | choose_float(calibrated.graph, ops, noise)
     applied = tuple(name for name in ALGORITHMS if name in calibrated.applied or name == "mixed-precision")
-    return replace(calibrated, noise=noise, float_products=left, applied=applied)
+    return replace(calibrated, noise=noise, float32_ops=left, applied=applied)
 
 
 def uncalibrated(model: onnx.ModelProto, plan: Plan) -> CalibratedGraph:
@@ -192,19 +192,19 @@ def uncalibrated(model: onnx.ModelProto, plan: Plan) -> CalibratedGraph:
     graph = prepare(model)
     return CalibratedGraph(
         graph=graph,
-        products=_products(graph, plan),
+        ops=_quantizable_ops(graph, plan),
         ranges={},
         weights={},
         scheme=plan.scheme,
         applied=(),
         noise={},
-        float_products=plan.scheme.exclude,
+        float32_ops=plan.scheme.exclude,
         dynamic=True,
     )
 
 
-def _products(graph: onnx.ModelProto, plan: Plan) -> tuple[Product, ...]:
-    return tuple(dynamic_products(graph) if plan.dynamic else find_products(graph))
+def _quantizable_ops(graph: onnx.ModelProto, plan: Plan) -> tuple[QuantizableOp, ...]:
+    return tuple(dynamic_ops(graph) if plan.dynamic else find_quantizable_ops(graph))
 
 
 def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
@@ -218,7 +218,7 @@ def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
 def _fitted(
     aligned: onnx.ModelProto,
     images: CalibrationImages,
-    products: Sequence[Product],
+    ops: Sequence[QuantizableOp],
     sample: Sequence[Array],
     fitting: frozenset[Algorithm],
     plan: Plan,
@@ -237,7 +237,7 @@ def _fitted(
     moved = {tensor: start[name] for tensor, name in names.items()}
     copies = _num_copies(aligned, sample[0])
     fitted = reconstruct(
-        aligned, {**start, **moved}, overall, products, [np.repeat(image, copies, axis=0) for image in sample],
+        aligned, {**start, **moved}, overall, ops, [np.repeat(image, copies, axis=0) for image in sample],
         scheme=plan.scheme, algorithms=fitting, effort=plan.effort, progress=progress,
     )  # fmt: skip
     fitted.ranges = {name: fitted.ranges[name] for name in tensors}

@@ -25,7 +25,7 @@ from vit_edge.runtime.engines.protocol import EngineOptions
 __all__ = [
     "LEAST_PERCENT",
     "Coverage",
-    "FloatProduct",
+    "Float32Op",
     "RunningNode",
     "coverage",
     "nodes_in_onnxruntime",
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FloatProduct:
+class Float32Op:
     """A product with a constant weight that stayed float: its node, and billions of multiply-accumulates an image."""
 
     node: str
@@ -70,12 +70,12 @@ class Coverage:
 
     engine: str
     version: str
-    num_products: int
+    num_ops: int
     num_integer: int
     integer_gmac: float
     weight_gmac: float
     total_gmac: float
-    float_products: tuple[FloatProduct, ...]
+    float32_ops: tuple[Float32Op, ...]
     alone: tuple[str, ...]
 
     @property
@@ -102,19 +102,19 @@ def coverage(model: ModelFile, engine: str) -> Coverage:
     version = str(require(engine, extra=engine, what="tell the coverage").__version__)
     proto = onnx.load_model_from_string(model.data)
     weights = _weights(proto.graph)
-    products = {_name(node): node for node in proto.graph.node if _name(node) in weights}
-    is_integer, alone = _LOOKUPS[engine](model, proto, products)
+    ops = {_name(node): node for node in proto.graph.node if _name(node) in weights}
+    is_integer, alone = _LOOKUPS[engine](model, proto, ops)
     macs = macs_by_node(proto) or {_name(node): 1 for node in proto.graph.node if node.op_type in PRODUCTS}
-    left = [FloatProduct(node=name, gmac=macs[name] / 1e9) for name in products if not is_integer[name]]
+    left = [Float32Op(node=name, gmac=macs[name] / 1e9) for name in ops if not is_integer[name]]
     found = Coverage(
         engine=engine,
         version=version.split("-", maxsplit=1)[0],
-        num_products=len(products),
+        num_ops=len(ops),
         num_integer=sum(is_integer.values()),
-        integer_gmac=sum(macs[name] for name in products if is_integer[name]) / 1e9,
-        weight_gmac=sum(macs[name] for name in products) / 1e9,
+        integer_gmac=sum(macs[name] for name in ops if is_integer[name]) / 1e9,
+        weight_gmac=sum(macs[name] for name in ops) / 1e9,
         total_gmac=sum(macs.values()) / 1e9,
-        float_products=tuple(sorted(left, key=lambda product: -product.gmac)),
+        float32_ops=tuple(sorted(left, key=lambda op: -op.gmac)),
         alone=tuple(alone),
     )
     _warn(found, model.source)
@@ -124,8 +124,8 @@ def coverage(model: ModelFile, engine: str) -> Coverage:
 def _warn(found: Coverage, source: str) -> None:
     if found.percent >= LEAST_PERCENT:
         return
-    named = ", ".join(product.node for product in found.float_products[:_NUM_NAMED])
-    more = len(found.float_products) - _NUM_NAMED
+    named = ", ".join(op.node for op in found.float32_ops[:_NUM_NAMED])
+    more = len(found.float32_ops) - _NUM_NAMED
     _log.warning(
         "%s: %s computes %.1f %% of the multiplications with weights in integers, not %g %%; float: %s%s",
         source,
@@ -138,7 +138,7 @@ def _warn(found: Coverage, source: str) -> None:
 
 
 def _in_onnxruntime(
-    model: ModelFile, proto: onnx.ModelProto, products: Mapping[str, onnx.NodeProto]
+    model: ModelFile, proto: onnx.ModelProto, ops: Mapping[str, onnx.NodeProto]
 ) -> tuple[dict[str, bool], list[str]]:
     """Return which products are integer, and which roundings stand alone, in the graph that ONNX Runtime optimised."""
     from vit_edge.runtime.engines.ort import make_session
@@ -148,9 +148,7 @@ def _in_onnxruntime(
         make_session(model, EngineOptions(threads=1), optimised=path)
         optimised = onnx.load(path).graph
     found = nodes_in_onnxruntime(optimised, proto.graph)
-    is_integer = {
-        name: bool(found[name]) and all(node.op_type in _ORT_INTEGER for node in found[name]) for name in products
-    }
+    is_integer = {name: bool(found[name]) and all(node.op_type in _ORT_INTEGER for node in found[name]) for name in ops}
     return is_integer, list(_alone_in_onnxruntime(optimised))
 
 
@@ -206,14 +204,14 @@ def _alone_in_onnxruntime(optimised: onnx.GraphProto) -> Iterator[str]:
 
 
 def _in_openvino(
-    model: ModelFile, proto: onnx.ModelProto, products: Mapping[str, onnx.NodeProto]
+    model: ModelFile, proto: onnx.ModelProto, ops: Mapping[str, onnx.NodeProto]
 ) -> tuple[dict[str, bool], list[str]]:
     """Return which products are integer, and which roundings stand alone, in the graph that OpenVINO runs."""
     from vit_edge.runtime.engines.ov import compile_model
 
     running = list(running_nodes(compile_model(model, EngineOptions(threads=1)).get_runtime_model()))
     found = nodes_in_openvino(running, proto.graph)
-    is_integer = {name: bool(found[name]) and all(entry.is_integer for entry in found[name]) for name in products}
+    is_integer = {name: bool(found[name]) and all(entry.is_integer for entry in found[name]) for name in ops}
     names = {name for node in proto.graph.node if node.op_type in _ROUNDINGS for name in (_name(node), node.output[0])}
     alone: dict[str, None] = {}
     for entry in running:

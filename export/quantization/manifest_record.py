@@ -47,7 +47,7 @@ def record_of(
         "algorithms": list(found.applied),
         "weights": {"dtype": "int8", "bits": scheme.weight_bits, "granularity": "per-channel", "symmetric": True},
         "activations": {"dtype": scheme.activation, "granularity": "per-tensor", "symmetric": symmetric},
-        "float_products": sorted(left),
+        "float32_ops": sorted(left),
         "openvino_rounds": {name: float(np.float32(peak)) for name, peak in found.openvino_rounds.items()},
         "ranges": {"method": "at run time"} if found.dynamic else ranges,
         "images": [digest for digest, _ in known],

@@ -123,8 +123,8 @@ class QuantizationResult:
     recipe: Recipe | None = None
     algorithms: tuple[str, ...] = ()
     num_calibration_images: int = 0
-    num_products: int = 0
-    float_products: tuple[str, ...] = ()
+    num_ops: int = 0
+    float32_ops: tuple[str, ...] = ()
     float_share: float = 0.0
     coverage: tuple[Coverage, ...] = ()
     speed: tuple[Speed, ...] = ()
@@ -192,14 +192,14 @@ def quantize_model(
         memory = RungMemory(default_folder().parent / "budget", judged_by=judged_by) if options.use_cache else None
         ladder, finished, verification = _climbed(found, make, judge, memory, deadline, progress)
     else:
-        finished = make(found.float_products)
+        finished = make(found.float32_ops)
         verification = judge(finished) if data is not None else None
     finished = with_evaluation(finished, verification, ladder)
     write_atomic(written, finished.data)
     if ladder is not None and ladder.cut_short == "interrupted":
         remedy = "it holds the best so far, its verdict in it; the same command goes on where it was stopped"
         raise Interrupted("stopped", file=written, reason="interrupted by the user", remedy=remedy)
-    left = found.float_products | frozenset(() if ladder is None else ladder.float_products)
+    left = found.float32_ops | frozenset(() if ladder is None else ladder.float32_ops)
     all_integer = make(frozenset()) if left and options.measure_speed else None
     finished = replace(finished, source=printable(written))
     engines = _promised(finished)
@@ -241,8 +241,8 @@ def _climbed(
     """Return how far the budget let products become integers, and the file that it ended with."""
     noisy = order_of(found.noise, macs_by_node(found.graph) or {})
     return climb(
-        [node for node in noisy if node not in found.float_products],
-        lambda more: make(found.float_products | more),
+        [node for node in noisy if node not in found.float32_ops],
+        lambda more: make(found.float32_ops | more),
         judge,
         memory=memory,
         deadline=deadline,
@@ -254,8 +254,8 @@ def _figures(found: CalibratedGraph, left: frozenset[str]) -> dict[str, Any]:
     """Return what a result says of the graph with the products `left` in float."""
     return {
         "algorithms": found.applied,
-        "num_products": len(found.products) - len(left),
-        "float_products": tuple(sorted(left)),
+        "num_ops": len(found.ops) - len(left),
+        "float32_ops": tuple(sorted(left)),
         "float_share": _share(found, left),
     }
 
@@ -390,5 +390,5 @@ def _finished(source: ModelFile, found: CalibratedGraph, left: frozenset[str], r
 def _share(found: CalibratedGraph, left: frozenset[str]) -> float:
     """Return the share of multiplications with constant weights that stay float."""
     macs = macs_by_node(found.graph) or {}
-    total = sum(macs.get(product.node, 0) for product in found.products)
+    total = sum(macs.get(op.node, 0) for op in found.ops)
     return sum(macs.get(node, 0) for node in left) / total if total else 0.0

@@ -26,7 +26,7 @@ __all__ = ["DeployedViT"]
 _QUICK_GELU = 1.702
 
 
-class Product(nn.Module):
+class QuantizableOp(nn.Module):
     """x W + b with W stored [in, out], as ONNX's MatMul takes it."""
 
     def __init__(self, weight_IO: Tensor, bias_O: Tensor) -> None:
@@ -52,7 +52,7 @@ class Normalisation(nn.Module):
         return functional.layer_norm(x_BTD, ones.shape, ones, zeros, self.eps)
 
 
-class PatchProduct(nn.Module):
+class PatchMatMul(nn.Module):
     """Map images to tokens with their positions: one product, one addition.
 
     Images are uint8 pixels [batch, height, width, 3], or, without `pixels`, normalised float32 [batch, 3, height,
@@ -104,11 +104,11 @@ class DeployedAttention(nn.Module):
         self.all_ask = self.num_asking == _num_tokens(config)
         self.own_query = 2 * self.num_asking < _num_tokens(config)
         if self.own_query:
-            self.query = Product(weight_ID[:, : config.width], bias_D[: config.width])
-            self.key_value = Product(weight_ID[:, config.width :], bias_D[config.width :])
+            self.query = QuantizableOp(weight_ID[:, : config.width], bias_D[: config.width])
+            self.key_value = QuantizableOp(weight_ID[:, config.width :], bias_D[config.width :])
         else:
-            self.qkv = Product(weight_ID, bias_D)
-        self.proj = Product(*_scaled(block.attn.proj, block.ls1))
+            self.qkv = QuantizableOp(weight_ID, bias_D)
+        self.proj = QuantizableOp(*_scaled(block.attn.proj, block.ls1))
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens asking, and the weights [B, N, asking, T] that mixed the values."""
@@ -140,9 +140,9 @@ class DeployedBlock(nn.Module):
         self.attention = DeployedAttention(block, config, asking=asking)
         quick = _QUICK_GELU if config.activation == "quick_gelu" else 1.0
         self.activation = functional.silu if config.activation == "quick_gelu" else block.mlp.activation
-        self.fc1 = Product(*(quick * values for values in _after_norm(block.mlp.fc1, block.norm2)))
+        self.fc1 = QuantizableOp(*(quick * values for values in _after_norm(block.mlp.fc1, block.norm2)))
         weight_ID, bias_D = _scaled(block.mlp.fc2, block.ls2)
-        self.fc2 = Product(weight_ID / quick, bias_D)
+        self.fc2 = QuantizableOp(weight_ID / quick, bias_D)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens asking, and how they attended to all tokens."""
@@ -170,7 +170,7 @@ class DeployedViT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.extras = model.config, tuple(extras)
-        self.patches = PatchProduct(model, preprocessing, pixels=pixels)
+        self.patches = PatchMatMul(model, preprocessing, pixels=pixels)
         # CLIP's norm is read by the residual sum too: its scale and shift have no product to go into.
         self.norm_pre = model.norm_pre
         asking = [slice(0, _num_tokens(model.config))] * (model.config.depth - 1) + [_pooled(model.config)]
@@ -178,7 +178,7 @@ class DeployedViT(nn.Module):
         self.block = nn.ModuleList(DeployedBlock(block, model.config, asking=tokens) for block, tokens in blocks)
         # Features are for others to read: their norm keeps its scale and shift.
         self.norm = model.norm if "features" in self.extras else Normalisation(model.config)
-        self.head = Product(*_heads(model, after_norm="features" not in self.extras))
+        self.head = QuantizableOp(*_heads(model, after_norm="features" not in self.extras))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         x_BTD = self.norm_pre(self.patches(images))

@@ -17,21 +17,21 @@ from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.engines.protocol import Model
 
-__all__ = ["Products", "count_products"]
+__all__ = ["MacCounts", "count_macs"]
 
 _PRODUCTS = ("Conv", "ConvInteger", "Gemm", "MatMul", "MatMulInteger")
 _INTEGER = ("ConvInteger", "MatMulInteger")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Products:
+class MacCounts:
     """Billions of multiply-accumulates for one image: those that the file has in integers, and the others."""
 
     integer_gmac: float
     float_gmac: float
 
 
-def count_products(model: Model) -> Products | None:
+def count_macs(model: Model) -> MacCounts | None:
     """Return what a file multiplies for one image; None where no engine here tells its shapes.
 
     A product is one in integers where both of its factors come from DequantizeLinear, or it is an operator of integers;
@@ -44,14 +44,14 @@ def count_products(model: Model) -> Products | None:
     graph = model.proto.graph
     makers = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    products = [node for node in graph.node if node.op_type in _PRODUCTS]
-    wanted = {name for node in products for name in (node.input[0], node.output[0])} - constants.keys()
+    ops = [node for node in graph.node if node.op_type in _PRODUCTS]
+    wanted = {name for node in ops for name in (node.input[0], node.output[0])} - constants.keys()
     shapes = _shapes(model, wanted) | constants
     totals = {True: 0, False: 0}
-    for node in products:
+    for node in ops:
         totals[_is_integer(node, makers)] += _macs(node, shapes, _dims_of_weight(node, makers, constants))
     images = model.manifest.batch or 1
-    return Products(integer_gmac=totals[True] / images / 1e9, float_gmac=totals[False] / images / 1e9)
+    return MacCounts(integer_gmac=totals[True] / images / 1e9, float_gmac=totals[False] / images / 1e9)
 
 
 def _shapes(model: ModelFile, names: set[str]) -> dict[str, list[int]]:

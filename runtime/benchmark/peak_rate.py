@@ -16,7 +16,7 @@ from vit_edge.errors import VitEdgeError
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.model_file.onnx_schema import FLOAT, INT64, UINT8, parse
-from vit_edge.runtime.benchmark.mac_count import Products
+from vit_edge.runtime.benchmark.mac_count import MacCounts
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.engines.protocol import EngineOptions, make_engine
 
@@ -51,10 +51,10 @@ def measure_peak(engine: str, options: EngineOptions) -> Peak:
     )
 
 
-def share_of_peak(products: Products, peak: Peak, milliseconds: float) -> float | None:
+def share_of_peak(ops: MacCounts, peak: Peak, milliseconds: float) -> float | None:
     """Return the share of an image's time that its multiplications alone would take at the peak; 1 leaves nothing."""
     least_s = 0.0
-    pairs = (products.integer_gmac, peak.integer_gmac_per_s), (products.float_gmac, peak.float_gmac_per_s)
+    pairs = (ops.integer_gmac, peak.integer_gmac_per_s), (ops.float_gmac, peak.float_gmac_per_s)
     for gmac, rate in pairs:
         if gmac and not rate:
             return None
@@ -99,12 +99,12 @@ def _model(*, in_integers: bool) -> ModelFile:
     for number in range(_LAYERS):
         weight = random.normal(0, _WIDTH**-0.5, (_WIDTH, _WIDTH))
         last = number == _LAYERS - 1
-        _product(graph, number, weight, out="logits" if last else f"x{number + 1}", in_integers=in_integers)
+        _op(graph, number, weight, out="logits" if last else f"x{number + 1}", in_integers=in_integers)
     data = proto.SerializeToString()
     return ModelFile(data=data, proto=proto, manifest=_manifest(), source="the products that the peak is measured by")
 
 
-def _product(graph: Any, number: int, weight: Any, *, out: str, in_integers: bool) -> None:
+def _op(graph: Any, number: int, weight: Any, *, out: str, in_integers: bool) -> None:
     left, right = f"x{number}", f"w{number}"
     if not in_integers:
         _tensor(graph, right, FLOAT, weight.astype("<f4"))

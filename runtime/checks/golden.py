@@ -125,10 +125,7 @@ def recorded_version(engine: Engine, manifest: Manifest) -> str | None:
 def check_images(golden: Mapping[str, Any], preprocessing: Preprocessing) -> None:
     """Raise GoldenMismatch where an image in the file decodes, turns or resizes to other pixels than promised."""
     try:
-        entries = [
-            (e["format"], base64.b64decode(e["data"]), e["pixels_sha256"])
-            for e in golden.get("images") or golden["pictures"]
-        ]
+        entries = [(e["format"], base64.b64decode(e["data"]), e["pixels_sha256"]) for e in golden["images"]]
     except _MALFORMED as error:
         raise _unreadable(error) from error
     for kind, data, expected in entries:

@@ -22,12 +22,12 @@ from vit_edge.model_file.onnx_schema import FLOAT, FLOAT16, INT, parse
 from vit_edge.runtime.onnx_import.external_weights import take_in_weights
 from vit_edge.runtime.onnx_import.interface import EXPORT, rejected, set_input, set_shape
 
-__all__ = ["adopt", "is_foreign"]
+__all__ = ["adopt", "is_third_party"]
 
 _INTEGERS = ("ConvInteger", "DequantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul")
 
 
-def is_foreign(source: str | os.PathLike[str] | bytes) -> bool:
+def is_third_party(source: str | os.PathLike[str] | bytes) -> bool:
     """Return whether nothing in `source` looks like a model file of vit-edge; raises ModelRejected on no file."""
     return seal_state(_bytes_of(source)) == "foreign"
 

@@ -316,7 +316,7 @@ def test_a_file_that_crashed_is_not_tried_again_and_one_that_answered_need_not_b
     from vit_edge import cache
     from vit_edge.runtime.checks import sandbox
 
-    model = open_model(_foreign(tmp_path), warn=False)
+    model = open_model(_third_party(tmp_path), warn=False)
     sandbox.probe(model, "onnxruntime")
     entries = list((cache.cache_folder() / "probes").iterdir())
     assert len(entries) == 1
@@ -332,7 +332,7 @@ def test_a_file_that_crashed_is_not_tried_again_and_one_that_answered_need_not_b
     sandbox.probe(model, "onnxruntime")
 
 
-def _foreign(folder: Path) -> Path:
+def _third_party(folder: Path) -> Path:
     write_checkpoint(folder / "c.safetensors")
     export_onnx(folder / "c.safetensors", out=folder / "m.onnx")
     return folder / "m.onnx"
@@ -431,7 +431,7 @@ def test_an_image_that_was_given_is_not_touched_by_fast_decoding(workspace: Work
 def test_a_probe_looks_for_modules_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vit_edge.runtime.checks.sandbox import probe
 
-    model = open_model(_foreign(tmp_path), warn=False)
+    model = open_model(_third_party(tmp_path), warn=False)
     (tmp_path / "hostile").mkdir()
     for name in ("numpy", "onnxruntime", "runpy"):
         (tmp_path / "hostile" / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise RuntimeError")
@@ -445,7 +445,7 @@ def test_what_had_another_cause_than_the_file_is_not_remembered(
 ) -> None:
     from vit_edge.runtime.checks import sandbox
 
-    model = open_model(_foreign(tmp_path), warn=False)
+    model = open_model(_third_party(tmp_path), warn=False)
     monkeypatch.setattr(sandbox, "_TIMEOUT_S", 0.01)
     with pytest.raises(ModelRejected, match="did not finish"):
         sandbox.probe(model, "onnxruntime")

@@ -11,7 +11,7 @@ import onnx
 
 from tests.conftest import ROOT
 from tests.support.networks import PREPROCESSING, SIZE, random_network, small_config
-from vit_edge.export.quantization.qdq.placement import find_products
+from vit_edge.export.quantization.qdq.placement import find_quantizable_ops
 from vit_edge.export.tracing.tracer import trace
 from vit_edge.runtime.checks.golden import golden_images
 
@@ -51,8 +51,8 @@ def small_graph() -> onnx.ModelProto:
     return trace(network, height=SIZE[0], width=SIZE[1])
 
 
-def inputs_of_products(graph: onnx.ModelProto) -> list[str]:
-    return [product.input for product in find_products(graph) if not product.takes_pixels]
+def inputs_of_ops(graph: onnx.ModelProto) -> list[str]:
+    return [op.input for op in find_quantizable_ops(graph) if not op.takes_pixels]
 
 
 def start_child(

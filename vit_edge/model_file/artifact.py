@@ -77,6 +77,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "golden": _OPTIONAL_OBJECT,
     "weights": _OPTIONAL_OBJECT,
 }
+# Keys of manifests that were written before a term changed, and the keys that mean the same now.
+_RENAMED = {"golden": {"pictures": "images"}, "quantization": {"float_products": "float32_ops"}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +164,7 @@ class Manifest:
                 f"the manifest has schema {schema}; this vit-edge reads up to {SCHEMA}: install a newer one"
             )
         names = {f.name for f in fields(cls)} - {"unknown"}
-        known = {key: values.pop(key) for key in names & values.keys()}
+        known = {key: _in_current_terms(key, values.pop(key)) for key in names & values.keys()}
         try:
             known["preprocessing"] = Preprocessing.from_dict(known["preprocessing"])
             for name in {"labels", "assumed", "outputs"} & known.keys():
@@ -172,6 +174,13 @@ class Manifest:
             return cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
+
+
+def _in_current_terms(name: str, value: Any) -> Any:
+    renamed = _RENAMED.get(name)
+    if not renamed or not isinstance(value, dict):
+        return value
+    return {renamed.get(key, key): part for key, part in value.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -145,7 +145,7 @@ def _quantized(manifest: Manifest) -> dict[str, Any] | None:
         "recipe": told.get("recipe"),
         "algorithms": ", ".join(told.get("algorithms", ())),
         "images": len(told.get("images", ())),
-        "float_products": len(told.get("float_products", ())),
+        "float32_ops": len(told.get("float32_ops", ())),
     }
 
 

@@ -205,8 +205,8 @@ def _quantizations(quantized: Sequence[Given]) -> Iterator[_Section]:
     for given in quantized:
         values = given.values
         said = [f"target {values['target']}, recipe {values['recipe']}, {values['num_calibration_images']} images"]
-        if values["float_products"]:
-            said.append(f"left float: {', '.join(values['float_products'])}")
+        if values["float32_ops"]:
+            said.append(f"left float: {', '.join(values['float32_ops'])}")
         tables = [*([coverage_table(given)] if values["coverage"] else [])]
         tables += [speed_table(values["speed"])] if values["speed"] else []
         yield _Section(title=f"Quantization: {Path(values['model']).name}", said=tuple(said), tables=tuple(tables))

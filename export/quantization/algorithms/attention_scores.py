@@ -44,9 +44,9 @@ def with_room(peaks: Mapping[str, float], scores: Mapping[str, bool], *, bits: i
     return {name: peak * (room if scores[name] else 1.0) for name, peak in peaks.items()}
 
 
-def _ends_in_softmax(product: onnx.NodeProto, model: onnx.ModelProto, constants: set[str]) -> bool:
+def _ends_in_softmax(op: onnx.NodeProto, model: onnx.ModelProto, constants: set[str]) -> bool:
     """Return whether only a softmax reads the scores, at most scaled or biased by constants before."""
-    node = product
+    node = op
     while True:
         readers = list(_readers(node.output[0], model))
         if len(readers) != 1:

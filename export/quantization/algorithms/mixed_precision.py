@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 
 from vit_edge.export.graph.macs import macs_by_node
-from vit_edge.export.graph.matmuls import Product
+from vit_edge.export.graph.matmuls import QuantizableOp
 
 __all__ = ["choose_float"]
 
@@ -19,13 +19,13 @@ __all__ = ["choose_float"]
 _MOST_FLOAT_SHARE = 0.15
 
 
-def choose_float(model: onnx.ModelProto, products: Sequence[Product], noise: Mapping[str, float]) -> frozenset[str]:
+def choose_float(model: onnx.ModelProto, ops: Sequence[QuantizableOp], noise: Mapping[str, float]) -> frozenset[str]:
     """Return the nodes to leave float: most noise for each multiplication first, while 15 % of these are not used up.
 
     Products that bring less than the average share of their multiplications are worth no time.
     """
     macs = macs_by_node(model) or {}
-    cost = {product.node: macs.get(product.node, 1) for product in products if not product.takes_pixels}
+    cost = {op.node: macs.get(op.node, 1) for op in ops if not op.takes_pixels}
     total, total_noise = sum(cost.values()), sum(noise[node] for node in cost)
     left, used = set[str](), 0
     for node in sorted(cost, key=lambda node: (-noise[node] / max(cost[node], 1), node)):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from vit_edge.export.graph.matmuls import Product
+from vit_edge.export.graph.matmuls import QuantizableOp
 from vit_edge.export.quantization.algorithms.range_search import search_range
 from vit_edge.export.quantization.algorithms.recipes import Algorithm, Effort
 from vit_edge.export.quantization.algorithms.rounding import round_weights
@@ -45,7 +45,7 @@ def reconstruct(
     model: onnx.ModelProto,
     ranges: Mapping[str, Range],
     limits: Mapping[str, Range],
-    products: Sequence[Product],
+    ops: Sequence[QuantizableOp],
     images: Sequence[Array],
     *,
     scheme: Scheme,
@@ -62,13 +62,13 @@ def reconstruct(
     """
     found = Reconstruction(model=onnx.ModelProto(), ranges=dict(ranges))
     found.model.CopyFrom(model)
-    segments = divide(model, {product.node for product in products})
+    segments = divide(model, {op.node for op in ops})
     exact, rounded = list(images), list(images)
     for number, segment in enumerate(segments):
         progress("reconstructing", number, len(segments))
-        here = [product for product in products if any(node.name == product.node for node in segment.nodes)]
+        here = [op for op in ops if any(node.name == op.node for node in segment.nodes)]
         fitted = _Fit(found, segment, here, scheme)
-        outputs = list(dict.fromkeys((segment.output, *(product.output for product in here))))
+        outputs = list(dict.fromkeys((segment.output, *(op.output for op in here))))
         runner = SegmentRunner(model, segment, tensors=outputs)
         targets = [dict(zip(outputs, runner.run(value, {}), strict=True)) for value in exact]
         if "range-search" in algorithms:
@@ -84,8 +84,8 @@ def reconstruct(
 class _Fit:
     """One segment and what is found for it, which goes into `found`."""
 
-    def __init__(self, found: Reconstruction, segment: Segment, products: Sequence[Product], scheme: Scheme) -> None:
-        self._found, self._segment, self._products, self._scheme = found, segment, products, scheme
+    def __init__(self, found: Reconstruction, segment: Segment, ops: Sequence[QuantizableOp], scheme: Scheme) -> None:
+        self._found, self._segment, self._quantizable_ops, self._scheme = found, segment, ops, scheme
         self._tensors = {tensor.name: tensor for tensor in found.model.graph.initializer}
 
     def outputs(self, values: Sequence[Array]) -> list[Array]:
@@ -113,26 +113,26 @@ class _Fit:
     def choose_weights(self, values: Sequence[Array], sweeps: int | None) -> None:
         """Set the integers of each weight: optimised with so many sweeps, or to the nearest where `sweeps` is None."""
         moments = self._moments(values) if sweeps is not None else {}
-        for product in self._products:
-            weight, bits = numpy_helper.to_array(self._tensors[product.weight]), self._scheme.weight_bits
-            if product.weight in moments and sweeps is not None:
-                weight_IO = (weight if product.axis == 1 else weight.T).astype(np.float64)
-                chosen = round_weights(weight_IO, moments[product.weight], bits=bits, sweeps=sweeps)
-                integers = chosen.integers if product.axis == 1 else np.ascontiguousarray(chosen.integers.T)
-                self._found.weights[product.weight] = QuantizedWeight(integers=integers, scales=chosen.scales)
+        for op in self._quantizable_ops:
+            weight, bits = numpy_helper.to_array(self._tensors[op.weight]), self._scheme.weight_bits
+            if op.weight in moments and sweeps is not None:
+                weight_IO = (weight if op.axis == 1 else weight.T).astype(np.float64)
+                chosen = round_weights(weight_IO, moments[op.weight], bits=bits, sweeps=sweeps)
+                integers = chosen.integers if op.axis == 1 else np.ascontiguousarray(chosen.integers.T)
+                self._found.weights[op.weight] = QuantizedWeight(integers=integers, scales=chosen.scales)
             else:
-                self._found.weights[product.weight] = quantize_weight(weight, axis=product.axis, bits=bits)
+                self._found.weights[op.weight] = quantize_weight(weight, axis=op.axis, bits=bits)
 
     def correct_biases(self, values: Sequence[Array], targets: Sequence[Mapping[str, Array]]) -> None:
         """Add to each bias what its product's outputs lack on average (Nagel et al., arXiv:1906.04721, section 4.2)."""
-        for product in self._products:
-            bias = self._bias(product)
+        for op in self._quantizable_ops:
+            bias = self._bias(op)
             if bias is None:
                 continue
-            runner = self._runner([product.output])
+            runner = self._runner([op.output])
             lacking, num_rows = np.zeros(1), 0
             for value, target in zip(values, targets, strict=True):
-                difference = target[product.output] - runner.run(value, self._found.ranges)[0]
+                difference = target[op.output] - runner.run(value, self._found.ranges)[0]
                 rows = difference.reshape(-1, difference.shape[-1]).astype(np.float64)
                 lacking, num_rows = lacking + rows.sum(axis=0), num_rows + len(rows)
             corrected = numpy_helper.to_array(self._tensors[bias]) + lacking / num_rows
@@ -140,11 +140,13 @@ class _Fit:
 
     @property
     def _readers(self) -> dict[str, str]:
-        return {product.node: product.input for product in self._products if not product.takes_pixels}
+        return {op.node: op.input for op in self._quantizable_ops if not op.takes_pixels}
 
     def _runner(self, tensors: Sequence[str] = (), *, with_weights: bool = True) -> SegmentRunner:
         chosen = self._found.weights if with_weights else {}
-        weights = {p.weight: dequantized(chosen[p.weight], axis=p.axis) for p in self._products if p.weight in chosen}
+        weights = {
+            p.weight: dequantized(chosen[p.weight], axis=p.axis) for p in self._quantizable_ops if p.weight in chosen
+        }
         return SegmentRunner(
             self._found.model,
             self._segment,
@@ -156,11 +158,11 @@ class _Fit:
 
     def _moments(self, values: Sequence[Array]) -> dict[str, Matrix]:
         """Return X^T X of the inputs, as they are read, of each weight that is a matrix and used once."""
-        uses = [product.weight for product in self._products]
+        uses = [op.weight for op in self._quantizable_ops]
         inputs = {
-            product.weight: product.input if product.takes_pixels else f"{product.input}.rounded"
-            for product in self._products
-            if product.operator != "Conv" and uses.count(product.weight) == 1
+            op.weight: op.input if op.takes_pixels else f"{op.input}.rounded"
+            for op in self._quantizable_ops
+            if op.operator != "Conv" and uses.count(op.weight) == 1
         }
         names = list(dict.fromkeys(inputs.values()))
         if not names:  # convolutions alone
@@ -174,13 +176,13 @@ class _Fit:
                 sums[name] = sums[name] + moments_II if name in sums else moments_II
         return {weight: sums[name] for weight, name in inputs.items()}
 
-    def _bias(self, product: Product) -> str | None:
+    def _bias(self, op: QuantizableOp) -> str | None:
         """Return the vector that is added to what the product gives and to nothing else, None where there is none."""
         nodes = self._found.model.graph.node
-        candidate = product.bias
-        readers = [node for node in nodes if product.output in node.input]
+        candidate = op.bias
+        readers = [node for node in nodes if op.output in node.input]
         if candidate is None and len(readers) == 1 and readers[0].op_type == "Add":
             candidate = next((name for name in readers[0].input if name in self._tensors), None)
-        if candidate is None or len(self._tensors[candidate].dims) != 1 or product.operator == "Conv":
+        if candidate is None or len(self._tensors[candidate].dims) != 1 or op.operator == "Conv":
             return None
         return candidate if sum(list(node.input).count(candidate) for node in nodes) == 1 else None

@@ -106,15 +106,15 @@ def _uses(tensor: str, model: onnx.ModelProto, constants: Mapping[str, list[int]
             yield None
 
 
-def _use(product: onnx.NodeProto, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> _Use | None:
-    added = [node for node in model.graph.node if product.output[0] in node.input]
+def _use(op: onnx.NodeProto, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> _Use | None:
+    added = [node for node in model.graph.node if op.output[0] in node.input]
     if len(added) != 1 or added[0].op_type != "Add":
         return None
     bias = next((name for name in added[0].input if len(constants.get(name, ())) == 1), None)
     counts = [name for node in model.graph.node for name in node.input]
-    if bias is None or counts.count(bias) != 1 or counts.count(product.input[1]) != 1:
+    if bias is None or counts.count(bias) != 1 or counts.count(op.input[1]) != 1:
         return None
-    return _Use(weight=product.input[1], bias=bias)
+    return _Use(weight=op.input[1], bias=bias)
 
 
 def _array(tensor: onnx.TensorProto) -> Array:

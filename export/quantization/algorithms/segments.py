@@ -35,7 +35,7 @@ class Segment:
     nodes: tuple[onnx.NodeProto, ...]
 
 
-def divide(model: onnx.ModelProto, products: Set[str]) -> list[Segment]:
+def divide(model: onnx.ModelProto, ops: Set[str]) -> list[Segment]:
     """Return the graph's segments in order, each as short as it can be with at least one of the nodes `products`.
 
     A product's bias stays with it. Where the graph never narrows to one tensor it is one segment.
@@ -48,7 +48,7 @@ def divide(model: onnx.ModelProto, products: Set[str]) -> list[Segment]:
     for position, cut in enumerate(_cuts(graph, constants, source)):
         pending.append(graph.node[position])
         following = graph.node[position + 1] if position + 1 < len(graph.node) else None
-        is_complete = any(node.name in products for node in pending) and not _adds_constant(following, constants)
+        is_complete = any(node.name in ops for node in pending) and not _adds_constant(following, constants)
         if cut is not None and is_complete:
             segments.append(Segment(input=source, output=cut, nodes=tuple(pending)))
             source, pending = cut, []

@@ -10,17 +10,17 @@ import numpy.typing as npt
 import onnx
 
 from vit_edge.export.graph.intermediate_tensors import logits_of
-from vit_edge.export.graph.matmuls import Product
+from vit_edge.export.graph.matmuls import QuantizableOp
 from vit_edge.progress import Progress, silent
 
-__all__ = ["noise_by_product"]
+__all__ = ["noise_by_op"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
 
-def noise_by_product(
+def noise_by_op(
     graph: onnx.ModelProto,
-    products: Sequence[Product],
+    ops: Sequence[QuantizableOp],
     quantize_only: Callable[[str], onnx.ModelProto],
     images: Sequence[Array],
     *,
@@ -33,9 +33,9 @@ def noise_by_product(
     expected = logits_of(graph, images)
     power = max(float(np.square(expected, dtype=np.float64).sum()), 1e-30)
     found: dict[str, float] = {}
-    for number, product in enumerate(products):
-        progress("measuring sensitivity", number, len(products))
-        difference = logits_of(quantize_only(product.node), images) - expected
-        found[product.node] = float(np.square(difference, dtype=np.float64).sum()) / power
-    progress("measuring sensitivity", len(products), len(products))
+    for number, op in enumerate(ops):
+        progress("measuring sensitivity", number, len(ops))
+        difference = logits_of(quantize_only(op.node), images) - expected
+        found[op.node] = float(np.square(difference, dtype=np.float64).sum()) / power
+    progress("measuring sensitivity", len(ops), len(ops))
     return found

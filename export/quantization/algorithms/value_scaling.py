@@ -101,7 +101,7 @@ class _Graph:
     def once(self, name: str) -> bool:
         return len(self.readers.get(name, ())) == 1 and name not in self.outputs
 
-    def product(self, node: onnx.NodeProto | None) -> tuple[str, str] | None:
+    def op(self, node: onnx.NodeProto | None) -> tuple[str, str] | None:
         """Return weight and bias of a product whose Add `node` is, each used once, or None."""
         if node is None or node.op_type != "Add":
             return None
@@ -122,7 +122,7 @@ def _mixing(projection: onnx.NodeProto, graph: _Graph, shapes: Mapping[str, Sequ
     """Return the attention that ends in the product `projection`, or None where there is none to scale."""
     if projection.op_type != "MatMul" or not graph.once(projection.output[0]):
         return None
-    after = graph.product(graph.readers[projection.output[0]][0])
+    after = graph.op(graph.readers[projection.output[0]][0])
     if after is None or after[0] != projection.input[1]:
         return None
     attention, moved_after = _back(projection.input[0], graph)
@@ -136,7 +136,7 @@ def _mixing(projection: onnx.NodeProto, graph: _Graph, shapes: Mapping[str, Sequ
     ):
         return None
     source, moved_before = _back(attention.input[1], graph)
-    before = graph.product(source)
+    before = graph.op(source)
     if source is None or before is None:
         return None
     columns_TD = _columns(graph, source.output[0], [*moved_before], attention, moved_after, projection.input[0], shapes)

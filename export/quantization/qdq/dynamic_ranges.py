@@ -17,25 +17,25 @@ from onnx import TensorProto, helper
 
 from vit_edge.errors import UsageError
 from vit_edge.export.graph.editing import Rewriting
-from vit_edge.export.graph.matmuls import Product, find_products
+from vit_edge.export.graph.matmuls import QuantizableOp, find_quantizable_ops
 from vit_edge.export.quantization.qdq.integers import QuantizedWeight, quantize_weight
 from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq
 
-__all__ = ["BATCH", "dynamic_products", "insert_dynamic"]
+__all__ = ["BATCH", "dynamic_ops", "insert_dynamic"]
 
 BATCH = 1
 
 
-def dynamic_products(model: onnx.ModelProto) -> list[Product]:
+def dynamic_ops(model: onnx.ModelProto) -> list[QuantizableOp]:
     """Return the products that can take integers of ranges found at run time: matrix products, no convolutions.
 
     Raises UsageError where there is none.
     """
-    products = [product for product in find_products(model) if product.operator != "Conv"]
-    if not products:
+    ops = [op for op in find_quantizable_ops(model) if op.operator != "Conv"]
+    if not ops:
         reason = "the graph has no matrix product with constant float32 weights, and convolutions stay float"
         raise UsageError("cannot quantize", reason=reason, remedy="take --precision int8, with calibration images")
-    return products
+    return ops
 
 
 def insert_dynamic(
@@ -46,22 +46,22 @@ def insert_dynamic(
     Pixels enter the first product as they are: they are integers. `weights` holds by name what was rounded elsewhere;
     the others are rounded to the nearest. Raises UsageError where there is no such product.
     """
-    chosen = [product for product in dynamic_products(model) if product.node not in scheme.exclude]
-    pixels = {product.node for product in chosen if product.takes_pixels}
+    chosen = [op for op in dynamic_ops(model) if op.node not in scheme.exclude]
+    pixels = {op.node for op in chosen if op.takes_pixels}
     if pixels:
-        left = frozenset(product.node for product in find_products(model)) - pixels
+        left = frozenset(op.node for op in find_quantizable_ops(model)) - pixels
         model = insert_qdq(model, {}, scheme=Scheme(weight_bits=scheme.weight_bits, exclude=left), weights=weights)
     rewriting = Rewriting(model)
-    others = [product for product in chosen if not product.takes_pixels]
+    others = [op for op in chosen if not op.takes_pixels]
     _measure(rewriting, others)
-    for product in others:
-        _multiply(rewriting, product, (weights or {}).get(product.weight), scheme.weight_bits)
+    for op in others:
+        _multiply(rewriting, op, (weights or {}).get(op.weight), scheme.weight_bits)
     return rewriting.model()
 
 
-def _measure(rewriting: Rewriting, products: Sequence[Product]) -> None:
+def _measure(rewriting: Rewriting, ops: Sequence[QuantizableOp]) -> None:
     """Add once for each tensor that products read, before the first of them, what measures and rounds it."""
-    reading = {product.node: product.input for product in products}
+    reading = {op.node: op.input for op in ops}
     nodes: list[onnx.NodeProto] = []
     done: set[str] = set()
     for node in rewriting.nodes:
@@ -74,31 +74,33 @@ def _measure(rewriting: Rewriting, products: Sequence[Product]) -> None:
     rewriting.nodes = nodes
 
 
-def _multiply(rewriting: Rewriting, product: Product, rounded: QuantizedWeight | None, bits: int) -> None:
+def _multiply(rewriting: Rewriting, op: QuantizableOp, rounded: QuantizedWeight | None, bits: int) -> None:
     """Put the integer product, its scale and its bias in the place of the float one."""
-    node = next(node for node in rewriting.nodes if node.name == product.node)
-    integers, cast, scales = (f"{product.node}.{part}" for part in ("integers", "float", "scales"))
-    scaled = product.output if product.bias is None else f"{product.node}.scaled"
-    weight, weight_scales, weight_zero = _weight(rewriting, product, rounded, bits)
-    inputs = [f"{product.input}.quantized", weight, f"{product.input}.zero_point", weight_zero]
+    node = next(node for node in rewriting.nodes if node.name == op.node)
+    integers, cast, scales = (f"{op.node}.{part}" for part in ("integers", "float", "scales"))
+    scaled = op.output if op.bias is None else f"{op.node}.scaled"
+    weight, weight_scales, weight_zero = _weight(rewriting, op, rounded, bits)
+    inputs = [f"{op.input}.quantized", weight, f"{op.input}.zero_point", weight_zero]
     steps = [
-        helper.make_node("MatMulInteger", inputs, [integers], name=product.node),
+        helper.make_node("MatMulInteger", inputs, [integers], name=op.node),
         helper.make_node("Cast", [integers], [cast], name=cast, to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{product.input}.scale", weight_scales], [scales], name=scales),
-        helper.make_node("Mul", [cast, scales], [scaled], name=f"{product.node}.scaled"),
+        helper.make_node("Mul", [f"{op.input}.scale", weight_scales], [scales], name=scales),
+        helper.make_node("Mul", [cast, scales], [scaled], name=f"{op.node}.scaled"),
     ]
-    if product.bias is not None:
-        name = f"{product.node}.biased"
-        steps.append(helper.make_node("Add", [scaled, product.bias], [product.output], name=name))
+    if op.bias is not None:
+        name = f"{op.node}.biased"
+        steps.append(helper.make_node("Add", [scaled, op.bias], [op.output], name=name))
     rewriting.replace(node, steps)
 
 
-def _weight(rewriting: Rewriting, product: Product, rounded: QuantizedWeight | None, bits: int) -> tuple[str, str, str]:
+def _weight(
+    rewriting: Rewriting, op: QuantizableOp, rounded: QuantizedWeight | None, bits: int
+) -> tuple[str, str, str]:
     """Add the weight as int8 [inputs, outputs], once for all products that share it; return it, scales and zeros."""
-    integers, scales, zeros = (f"{product.weight}.{product.axis}.{part}" for part in ("quantized", "scale", "zero"))
+    integers, scales, zeros = (f"{op.weight}.{op.axis}.{part}" for part in ("quantized", "scale", "zero"))
     if integers not in rewriting.tensors:
-        found = rounded or quantize_weight(rewriting.array(product.weight), axis=product.axis, bits=bits)
-        rewriting.add_tensor(integers, found.integers if product.axis == 1 else found.integers.T)
+        found = rounded or quantize_weight(rewriting.array(op.weight), axis=op.axis, bits=bits)
+        rewriting.add_tensor(integers, found.integers if op.axis == 1 else found.integers.T)
         rewriting.add_tensor(scales, found.scales)
         rewriting.add_tensor(zeros, np.zeros(len(found.scales), np.int8))
     return integers, scales, zeros

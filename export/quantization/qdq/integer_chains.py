@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import onnx
 
-from vit_edge.export.graph.matmuls import Product
+from vit_edge.export.graph.matmuls import QuantizableOp
 
 __all__ = ["find_chains", "only_for_onnxruntime"]
 
@@ -35,7 +35,7 @@ _CLIPS = ("Clip", "Relu")
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
-def find_chains(model: onnx.ModelProto, products: Collection[Product], *, joins: bool) -> dict[str, str]:
+def find_chains(model: onnx.ModelProto, ops: Collection[QuantizableOp], *, joins: bool) -> dict[str, str]:
     """Return every tensor that all its readers take as integers, with the tensor whose range it has.
 
     Those are the outputs of convolutions, which ONNX Runtime computes in integers only where integers come out too, and
@@ -45,7 +45,7 @@ def find_chains(model: onnx.ModelProto, products: Collection[Product], *, joins:
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
-    convolutions = {product.output for product in products if product.operator == "Conv"}
+    convolutions = {op.output for op in ops if op.operator == "Conv"}
     readers = _readers(graph)
     chained: dict[str, str] = {}
     for node in graph.node:

@@ -18,7 +18,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from vit_edge.errors import UsageError
-from vit_edge.export.graph.matmuls import Product, find_products, is_convolutional, is_padded
+from vit_edge.export.graph.matmuls import QuantizableOp, find_quantizable_ops, is_convolutional, is_padded
 from vit_edge.export.quantization.calibration.observers import Range
 from vit_edge.export.quantization.qdq.integer_chains import find_chains
 from vit_edge.export.quantization.qdq.integers import (
@@ -32,10 +32,10 @@ from vit_edge.export.quantization.qdq.integers import (
 
 __all__ = [
     "PIXELS",
-    "Product",
+    "QuantizableOp",
     "QuantizedWeight",
     "Scheme",
-    "find_products",
+    "find_quantizable_ops",
     "insert_qdq",
     "quantize_weight",
     "range_names",
@@ -108,30 +108,30 @@ def insert_qdq(
 class _Plan:
     """Which tensors become integers: `ranges` says whose range each has, `chained` those that all readers take so."""
 
-    products: Mapping[str, Product]
+    ops: Mapping[str, QuantizableOp]
     ranges: Mapping[str, str]
     chained: frozenset[str]
 
     @classmethod
     def of(cls, model: onnx.ModelProto, scheme: Scheme) -> _Plan:
-        found = find_products(model)
+        found = find_quantizable_ops(model)
         _check(model, scheme, found)
-        products = [product for product in found if product.node not in scheme.exclude]
-        chained = find_chains(model, products, joins=is_convolutional(model))
+        ops = [op for op in found if op.node not in scheme.exclude]
+        chained = find_chains(model, ops, joins=is_convolutional(model))
         nodes = {node.name: node for node in model.graph.node}
         ranges: dict[str, str] = {}
-        for product in products:
-            exact = product.takes_pixels and (scheme.activation == "uint8" or not is_padded(nodes[product.node]))
-            ranges[product.input] = PIXELS if exact else chained.get(product.input, product.input)
+        for op in ops:
+            exact = op.takes_pixels and (scheme.activation == "uint8" or not is_padded(nodes[op.node]))
+            ranges[op.input] = PIXELS if exact else chained.get(op.input, op.input)
         return cls(
-            products={product.output: product for product in products},
+            ops={op.output: op for op in ops},
             ranges={**ranges, **chained},
             chained=frozenset(chained),
         )
 
 
-def _check(model: onnx.ModelProto, scheme: Scheme, found: list[Product]) -> None:
-    unknown = sorted(scheme.exclude - {product.node for product in found})
+def _check(model: onnx.ModelProto, scheme: Scheme, found: list[QuantizableOp]) -> None:
+    unknown = sorted(scheme.exclude - {op.node for op in found})
     if unknown:
         reason = f"no product has the name {', '.join(unknown)}"
         raise UsageError("cannot quantize", reason=reason, remedy="exclude nodes that the coverage report names")
@@ -167,22 +167,22 @@ class _Writer:
 
     def add(self, node: onnx.NodeProto) -> None:
         """Add a node of the float graph, behind what turns its inputs into integers."""
-        product = self._plan.products.get(node.output[0])
+        op = self._plan.ops.get(node.output[0])
         for position, name in enumerate(node.input):
-            if name in self._plan.chained or (product is not None and position == 0):
+            if name in self._plan.chained or (op is not None and position == 0):
                 node.input[position] = self._integers(name)
-        if product is None:
+        if op is None:
             self.nodes.append(node)
         else:
-            self._add_product(node, product)
+            self._add_op(node, op)
 
-    def _add_product(self, node: onnx.NodeProto, product: Product) -> None:
-        scale = self._scales[self._plan.ranges[product.input]]
-        biases_O = None if product.bias is None else numpy_helper.to_array(self._tensors[product.bias])
-        node.input[1] = self._weight(product, biases_O, scale)
+    def _add_op(self, node: onnx.NodeProto, op: QuantizableOp) -> None:
+        scale = self._scales[self._plan.ranges[op.input]]
+        biases_O = None if op.bias is None else numpy_helper.to_array(self._tensors[op.bias])
+        node.input[1] = self._weight(op, biases_O, scale)
         weight = self._made[node.input[1]]
-        moved_O = self._pixels_moved(product, weight)
-        if product.operator == "MatMul":
+        moved_O = self._pixels_moved(op, weight)
+        if op.operator == "MatMul":
             self.nodes.append(node)
             if moved_O is not None:
                 self._add_moved(node, moved_O)
@@ -193,7 +193,7 @@ class _Writer:
             if moved_O is not None:
                 integers_O = integers_O + moved_O
             del node.input[2:]
-            node.input.append(self._bias(product, integers_O, scales_O))
+            node.input.append(self._bias(op, integers_O, scales_O))
         self.nodes.append(node)
 
     def _integers(self, name: str) -> str:
@@ -230,36 +230,36 @@ class _Writer:
         self._scales[source] = scale
         return self._parameters(source, scale, zero_point)
 
-    def _weight(self, product: Product, biases_O: npt.NDArray[np.float32] | None, scale: np.float32) -> str:
+    def _weight(self, op: QuantizableOp, biases_O: npt.NDArray[np.float32] | None, scale: np.float32) -> str:
         """Add the integers of a weight, once for all products that can share them; return the tensor to read."""
-        weight = self._weights.get(product.weight)
+        weight = self._weights.get(op.weight)
         if weight is None:
-            array = numpy_helper.to_array(self._tensors[product.weight])
-            weight = quantize_weight(array, axis=product.axis, bits=self._scheme.weight_bits)
-        roomy = weight if biases_O is None else with_room(weight, biases_O, input_scale=scale, axis=product.axis)
-        shared = roomy is weight and self._axes.setdefault(product.weight, product.axis) == product.axis
-        name = product.weight if shared else f"{product.weight}.{product.node}"
+            array = numpy_helper.to_array(self._tensors[op.weight])
+            weight = quantize_weight(array, axis=op.axis, bits=self._scheme.weight_bits)
+        roomy = weight if biases_O is None else with_room(weight, biases_O, input_scale=scale, axis=op.axis)
+        shared = roomy is weight and self._axes.setdefault(op.weight, op.axis) == op.axis
+        name = op.weight if shared else f"{op.weight}.{op.node}"
         output = f"{name}.dequantized"
         if output not in self._made:
             self._made[output] = roomy
             integers = f"{name}.quantized"
             self.added[integers] = numpy_helper.from_array(roomy.integers, integers)
             parameters = self._parameters(name, roomy.scales, np.zeros(len(roomy.scales), np.int8))
-            self._node("DequantizeLinear", [integers, *parameters], output, axis=product.axis)
+            self._node("DequantizeLinear", [integers, *parameters], output, axis=op.axis)
         return output
 
-    def _bias(self, product: Product, integers_O: npt.NDArray[np.int32], scales_O: npt.NDArray[np.float32]) -> str:
+    def _bias(self, op: QuantizableOp, integers_O: npt.NDArray[np.int32], scales_O: npt.NDArray[np.float32]) -> str:
         """Add the int32 bias of one product, in steps of its input's scale times its weight's."""
-        name = f"{product.node}.sum"
+        name = f"{op.node}.sum"
         self.added[f"{name}.quantized"] = numpy_helper.from_array(integers_O, f"{name}.quantized")
         parameters = self._parameters(name, scales_O, np.zeros(len(scales_O), np.int32))
         return self._node("DequantizeLinear", [f"{name}.quantized", *parameters], f"{name}.dequantized", axis=0)
 
-    def _pixels_moved(self, product: Product, weight: QuantizedWeight) -> npt.NDArray[np.int32] | None:
+    def _pixels_moved(self, op: QuantizableOp, weight: QuantizedWeight) -> npt.NDArray[np.int32] | None:
         """Return what is missing in each output where 128 was taken from every pixel; None where nothing is."""
-        if self._plan.ranges[product.input] != PIXELS or self._scheme.activation == "uint8":
+        if self._plan.ranges[op.input] != PIXELS or self._scheme.activation == "uint8":
             return None
-        others = tuple(axis for axis in range(weight.integers.ndim) if axis != product.axis)
+        others = tuple(axis for axis in range(weight.integers.ndim) if axis != op.axis)
         moved_O: npt.NDArray[np.int32] = _PIXELS_MIDDLE * weight.integers.sum(axis=others, dtype=np.int32)
         return moved_O
 

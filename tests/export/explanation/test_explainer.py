@@ -26,9 +26,9 @@ from vit_edge.cli import main
 from vit_edge.errors import DataRejected, EngineUnavailable, InputError, UsageError
 from vit_edge.export import QuantizationOptions, export_onnx, quantize
 from vit_edge.export.explanation.explainer import ExplainOptions, Explanation, Layer, explain, prepare_explanation
-from vit_edge.export.explanation.layer_noise import scaled_columns, sqnr_by_product
+from vit_edge.export.explanation.layer_noise import scaled_columns, sqnr_by_op
 from vit_edge.export.graph.macs import shapes_for_one_image
-from vit_edge.export.graph.matmuls import find_products
+from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.onnx_import.importer import adopt
 from vit_edge.export.quantization.algorithms.value_scaling import find_mixings, scale_values
 from vit_edge.export.quantization.calibration.observers import observe_channels
@@ -113,10 +113,10 @@ def test_what_is_made_again_is_the_file_bit_for_bit(made: Made) -> None:
 
 
 def test_every_layer_has_its_noise_and_its_time(made: Made) -> None:
-    products = find_products(onnx.load(made.reference))
+    ops = find_quantizable_ops(onnx.load(made.reference))
     layers = made.explained.layers
-    assert [layer.node for layer in layers] == [product.node for product in products]
-    left = set((open_model(made.model).manifest.quantization or {})["float_products"])
+    assert [layer.node for layer in layers] == [op.node for op in ops]
+    left = set((open_model(made.model).manifest.quantization or {})["float32_ops"])
     assert left
     for layer in layers:
         assert (layer.gmac or 0) > 0
@@ -174,12 +174,12 @@ def test_channels_at_another_scale_are_no_error_of_their_layer() -> None:
     mixings = find_mixings(graph, shapes)
     ranges = observe_channels(graph, [mixing.input for mixing in mixings], IMAGES)
     scaled = scale_values(graph, mixings, ranges)
-    products = find_products(graph)
-    columns = scaled_columns(graph, products)
+    ops = find_quantizable_ops(graph)
+    columns = scaled_columns(graph, ops)
     assert set(columns) == {"block.0.attention.qkv", "block.1.attention.key_value"}
-    exact = sqnr_by_product(graph, scaled, products, IMAGES[:4], scaled=columns)
+    exact = sqnr_by_op(graph, scaled, ops, IMAGES[:4], scaled=columns)
     assert min(exact.values()) > 90
-    plain = sqnr_by_product(graph, scaled, products, IMAGES[:4], scaled={})
+    plain = sqnr_by_op(graph, scaled, ops, IMAGES[:4], scaled={})
     assert {node for node, level in plain.items() if level < 60} == set(columns)
 
 
@@ -191,7 +191,7 @@ def test_other_calibration_images_are_refused_before_the_work(made: Made) -> Non
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("effort", "endless"), ("ranges", None), ("weights", {"bits": 3}), ("float_products", [["x"]])]
+    ("key", "value"), [("effort", "endless"), ("ranges", None), ("weights", {"bits": 3}), ("float32_ops", [["x"]])]
 )
 def test_a_manifest_that_does_not_say_how_it_was_quantized_is_refused(
     made: Made, tmp_path: Path, key: str, value: object

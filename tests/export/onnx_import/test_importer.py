@@ -18,9 +18,9 @@ from tests.conftest import vit_edge
 from vit_edge.errors import InputError, ModelRejected, UsageError
 from vit_edge.export.onnx_import.batch import choose_output, settle_batch
 from vit_edge.export.onnx_import.cleanup import tidy
-from vit_edge.export.onnx_import.importer import adopt, is_foreign_onnx
+from vit_edge.export.onnx_import.importer import adopt, is_third_party_onnx
 from vit_edge.export.onnx_import.interface import input_of
-from vit_edge.export.onnx_import.reference import ForeignReference
+from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.files import sha256_hex
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import open_model
@@ -65,7 +65,7 @@ def save(path: Path, model: onnx.ModelProto) -> Path:
 def settled(model: onnx.ModelProto, *, output: str | None = None) -> tuple[onnx.ModelProto, int | None, list[str]]:
     """Return the graph with its batch settled, that batch, and what was noted."""
     tidied = tidy(onnx.ModelProto.FromString(model.SerializeToString()))
-    reference = ForeignReference(model, input_of(tidied, PREPROCESSING, None), PREPROCESSING)
+    reference = ThirdPartyReference(model, input_of(tidied, PREPROCESSING, None), PREPROCESSING)
     notes: list[str] = []
     found = choose_output(tidied, reference, output, len(LABELS), notes)
     graph, batch = settle_batch(tidied, found, reference)
@@ -289,11 +289,11 @@ def test_what_is_no_float32_classifier_is_refused_by_name(kind: str, tmp_path: P
 def test_files_that_are_no_onnx_are_named(tmp_path: Path) -> None:
     for data, reason in ((b"", "empty"), (b"<html>", "HTML"), (b"\x93\x01 something", "not an ONNX model")):
         (tmp_path / "a.onnx").write_bytes(data)
-        assert not is_foreign_onnx(tmp_path / "a.onnx")
+        assert not is_third_party_onnx(tmp_path / "a.onnx")
         with pytest.raises(InputError, match=reason):
             adopt(tmp_path / "a.onnx", preprocessing=PREPROCESSING, labels=LABELS)
-    assert not is_foreign_onnx(tmp_path)
-    assert is_foreign_onnx(save(tmp_path / "b.onnx", network(*CONV, *HEAD, **WEIGHTS)))
+    assert not is_third_party_onnx(tmp_path)
+    assert is_third_party_onnx(save(tmp_path / "b.onnx", network(*CONV, *HEAD, **WEIGHTS)))
 
 
 def test_what_is_told_has_to_fit(tmp_path: Path) -> None:

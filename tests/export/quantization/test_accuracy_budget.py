@@ -60,8 +60,8 @@ def test_the_ruined_product_is_found_and_spared_and_the_bound_holds(folder: Path
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["verdict"] == "pass"
-    assert _BAD in result["float_products"]
-    assert len(result["float_products"]) <= 3
+    assert _BAD in result["float32_ops"]
+    assert len(result["float32_ops"]) <= 3
     rungs = result["budget"]["rungs"]
     assert [rung["verdict"] for rung in rungs[:-1]] == ["pass"] * (len(rungs) - 1)
     assert all(entry["drop_upper_bound_points"] <= 1.5 for entry in result["evaluation"])
@@ -69,7 +69,7 @@ def test_the_ruined_product_is_found_and_spared_and_the_bound_holds(folder: Path
     assert manifest.evaluation is not None
     assert manifest.quantization is not None
     assert manifest.evaluation["verdict"] == "pass"
-    assert manifest.quantization["float_products"] == result["float_products"]
+    assert manifest.quantization["float32_ops"] == result["float32_ops"]
     done = verified(folder, tmp_path / "q.onnx")
     assert done.returncode == 0, done.stderr
 
@@ -107,7 +107,7 @@ def test_without_labels_agreement_is_certified(folder: Path, tmp_path: Path) -> 
     result = quantized(folder, tmp_path / "q.onnx", options, data=tmp_path / "loose")
     assert result.verification is not None
     assert result.verification.verdict == "pass"
-    assert _BAD in result.float_products
+    assert _BAD in result.float32_ops
 
 
 def test_a_search_that_was_stopped_goes_on_and_ends_the_same(

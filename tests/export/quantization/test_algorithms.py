@@ -18,7 +18,7 @@ from tests.support.networks import FAMILIES, SIZE, write_checkpoint
 from vit_edge.errors import UsageError
 from vit_edge.export import export_onnx
 from vit_edge.export.graph.macs import macs_by_node, shapes_for_one_image
-from vit_edge.export.graph.matmuls import find_products
+from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.quantization.algorithms.mixed_precision import choose_float
 from vit_edge.export.quantization.algorithms.range_search import search_range
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, EFFORTS, RECIPES, Algorithm, choose_algorithms
@@ -69,7 +69,7 @@ def fitted(model: onnx.ModelProto, *algorithms: Algorithm, bits: int = 8, images
         model,
         start,
         limits,
-        find_products(model),
+        find_quantizable_ops(model),
         [image[None] for image in images],
         scheme=scheme,
         algorithms=frozenset(algorithms),
@@ -79,12 +79,14 @@ def fitted(model: onnx.ModelProto, *algorithms: Algorithm, bits: int = 8, images
 
 
 def test_segments_are_the_residual_blocks_and_together_the_network(graph: onnx.ModelProto) -> None:
-    segments = divide(graph, {product.node for product in find_products(graph)})
+    segments = divide(graph, {op.node for op in find_quantizable_ops(graph)})
     assert [node.name for segment in segments for node in segment.nodes] == [node.name for node in graph.graph.node]
     assert segments[0].input == "images"
     assert segments[-1].output == "logits"
     assert all(left.output == right.input for left, right in pairwise(segments))
-    holding = [{p.node for p in find_products(graph) if any(n.name == p.node for n in s.nodes)} for s in segments]
+    holding = [
+        {p.node for p in find_quantizable_ops(graph) if any(n.name == p.node for n in s.nodes)} for s in segments
+    ]
     assert {"block.1.fc1", "block.1.fc2"} in holding
     assert {"block.1.attention.qkv", "block.1.attention.proj"} in holding
     value: Array = IMAGES[:1]
@@ -192,14 +194,14 @@ def test_bias_correction_takes_away_what_is_wrong_on_average(graph: onnx.ModelPr
 
 
 def test_products_that_err_most_for_their_cost_stay_float(graph: onnx.ModelProto) -> None:
-    products, macs = find_products(graph), macs_by_node(graph)
+    ops, macs = find_quantizable_ops(graph), macs_by_node(graph)
     assert macs is not None
-    noise = {product.node: 1e-6 for product in products}
+    noise = {op.node: 1e-6 for op in ops}
     noise["head"], noise["block.0.fc2"] = 1e-3, 1e-2
-    left = choose_float(graph, products, noise)
+    left = choose_float(graph, ops, noise)
     assert {"head", "block.0.fc2"} <= left
     assert "patches" not in left
-    total = sum(macs[product.node] for product in products)
+    total = sum(macs[op.node] for op in ops)
     assert sum(macs[node] for node in left) <= 0.15 * total
 
 

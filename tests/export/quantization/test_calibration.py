@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import ROOT
-from tests.support.calibrating import IMAGES, inputs_of_products, small_graph, start_child
+from tests.support.calibrating import IMAGES, inputs_of_ops, small_graph, start_child
 from tests.support.networks import PREPROCESSING
 from vit_edge.data import find_images, pixel_hashes
 from vit_edge.errors import DataRejected, ModelRejected, UsageError
@@ -55,7 +55,7 @@ def graph() -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def tensors(graph: onnx.ModelProto) -> list[str]:
-    return inputs_of_products(graph)
+    return inputs_of_ops(graph)
 
 
 @pytest.fixture(scope="module")

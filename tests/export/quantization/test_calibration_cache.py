@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tests.support.calibrating import IMAGES, inputs_of_products, small_graph, start_child
+from tests.support.calibrating import IMAGES, inputs_of_ops, small_graph, start_child
 from tests.support.networks import SIZE
 from vit_edge.export.graph.intermediate_tensors import Activations
 from vit_edge.export.quantization.algorithms.reparameterisation import find_norms
@@ -37,7 +37,7 @@ def graph() -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def tensors(graph: onnx.ModelProto) -> list[str]:
-    return inputs_of_products(graph)
+    return inputs_of_ops(graph)
 
 
 @pytest.fixture(scope="module")

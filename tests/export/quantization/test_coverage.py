@@ -83,7 +83,7 @@ def test_a_product_of_integers_is_counted_in_full(engine: str, caplog: pytest.Lo
     found = coverage(_file(_right()), engine)
     assert found.integer_gmac == found.weight_gmac == found.total_gmac == TOKENS * IN * OUT / 1e9
     assert (found.percent, found.percent_of_all) == (100, 100)
-    assert (found.num_integer, found.num_products, found.float_products, found.alone) == (1, 1, (), ())
+    assert (found.num_integer, found.num_ops, found.float32_ops, found.alone) == (1, 1, (), ())
     assert found.engine == engine
     assert found.version
     assert caplog.text == ""
@@ -94,7 +94,7 @@ def test_attention_counts_among_all_products_only(engine: str) -> None:
     nodes = [*_rounded(), _weight(), _node("MatMul", "x.d w.d", "a"), _node("Transpose", "a", "t", perm=[0, 2, 1])]
     found = coverage(_file(_graph([*nodes, _node("MatMul", "a t", "y")], [TOKENS, IN])), engine)
     assert found.percent == 100
-    assert found.num_products == 1
+    assert found.num_ops == 1
     assert found.total_gmac - found.weight_gmac == pytest.approx(TOKENS * TOKENS * OUT / 1e9)
     assert found.percent_of_all == pytest.approx(100 * IN / (IN + TOKENS))
 
@@ -128,8 +128,8 @@ def test_what_an_engine_cannot_compute_in_integers_is_named_and_warned_of(
     with caplog.at_level(logging.WARNING):
         found = coverage(_file(make()), engine)
     assert found.percent == 0
-    assert [product.node for product in found.float_products] == ["node of y"]
-    assert found.float_products[0].gmac == found.weight_gmac > 0
+    assert [op.node for op in found.float32_ops] == ["node of y"]
+    assert found.float32_ops[0].gmac == found.weight_gmac > 0
     assert "node of y" in caplog.text
     assert f"{engine} computes 0.0 %" in caplog.text
     if make is _inputs_only:
@@ -151,7 +151,7 @@ def test_the_settings_of_the_runtime_are_those_that_count(monkeypatch: pytest.Mo
     monkeypatch.setattr(ort, "_DISABLED_OPTIMIZERS", [])
     found = coverage(file, "onnxruntime")
     assert found.percent == 0
-    assert [product.node for product in found.float_products] == ["node of p"]
+    assert [op.node for op in found.float32_ops] == ["node of p"]
 
 
 def _convolution(*, rounded_after: bool) -> onnx.ModelProto:
@@ -173,8 +173,8 @@ def test_onnxruntime_needs_integers_behind_a_convolution_and_openvino_does_not()
 def test_each_of_two_products_of_one_weight_is_looked_up_by_itself(engine: str) -> None:
     nodes = [*_rounded(), _weight(), _node("MatMul", "x.d w.d", "a"), _node("MatMul", "x w.d", "f")]
     found = coverage(_file(_graph([*nodes, _node("Mul", "a f", "y")], [TOKENS, IN])), engine)
-    assert (found.num_integer, found.num_products) == (1, 2)
-    assert [product.node for product in found.float_products] == ["node of f"]
+    assert (found.num_integer, found.num_ops) == (1, 2)
+    assert [op.node for op in found.float32_ops] == ["node of f"]
     assert found.percent == pytest.approx(50)
 
 

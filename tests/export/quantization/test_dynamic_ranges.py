@@ -18,7 +18,7 @@ from tests.conftest import vit_edge
 from tests.support.networks import SIZE
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export import ExportOptions, QuantizationOptions, export_onnx, quantize, verify
-from vit_edge.export.graph.matmuls import find_products
+from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.quantization.coverage import coverage
 from vit_edge.export.tracing.outputs import fix_batch
 from vit_edge.metrics import sqnr_db
@@ -75,16 +75,16 @@ def test_answers_are_near_the_float_ones_and_nearer_after_calibration(folder: Pa
 
 
 def test_onnxruntime_has_one_kernel_for_each_product_and_pixels_are_not_rounded(folder: Path, tmp_path: Path) -> None:
-    products = find_products(onnx.load(folder / "m.onnx"))
+    ops = find_quantizable_ops(onnx.load(folder / "m.onnx"))
     for name in ("plain.onnx", "near.onnx"):
         make_session(open_model(folder / name), EngineOptions(threads=1), optimised=tmp_path / "optimised.onnx")
         counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
         # The query, and keys with values, of the last block read the same tensor: it is measured once.
-        assert counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"] == len(products)
-        assert counts["DynamicQuantizeMatMul"] >= len(products) - 3
+        assert counts["DynamicQuantizeMatMul"] + counts["MatMulIntegerToFloat"] == len(ops)
+        assert counts["DynamicQuantizeMatMul"] >= len(ops) - 3
         assert not counts["MatMulInteger"] + counts["Cast"] + counts["DequantizeLinear"]
         assert coverage(open_model(folder / name), "onnxruntime").percent == 100
-        assert coverage(open_model(folder / name), "openvino").num_products == len(products)
+        assert coverage(open_model(folder / name), "openvino").num_ops == len(ops)
 
 
 def test_the_manifest_says_what_was_done_and_the_bytes_repeat(folder: Path) -> None:

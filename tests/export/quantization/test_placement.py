@@ -25,7 +25,7 @@ from vit_edge.export.quantization.qdq.integer_chains import only_for_onnxruntime
 from vit_edge.export.quantization.qdq.placement import (
     QuantizedWeight,
     Scheme,
-    find_products,
+    find_quantizable_ops,
     insert_qdq,
     quantize_weight,
     tensors_to_observe,
@@ -192,18 +192,18 @@ FORMS: dict[str, Callable[[], onnx.ModelProto]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_however_a_product_is_written_both_engines_compute_it_in_integers(form: str) -> None:
     model = FORMS[form]()
-    num_products = sum(node.op_type in ("MatMul", "Gemm") for node in model.graph.node)
+    num_ops = sum(node.op_type in ("MatMul", "Gemm") for node in model.graph.node)
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:]
     images = RNG.normal(size=(6, *shape)).astype(np.float32)
     expected = _run(model, images)
     prepared = prepare(model)
     assert np.abs(_run(prepared, images) - expected).max() < 1e-4
-    assert len(find_products(prepared)) == num_products
+    assert len(find_quantizable_ops(prepared)) == num_ops
     _check_numbers(model, images, least_db=28)
     quantized = _quantized(model, images)
     for engine in ENGINES:
         found = coverage(_file(quantized), engine)
-        assert (found.num_integer, found.num_products, found.alone) == (num_products, num_products, ())
+        assert (found.num_integer, found.num_ops, found.alone) == (num_ops, num_ops, ())
 
 
 def _traced(network: nn.Module, *, pixels: bool = True, size: tuple[int, int] = SIZE) -> onnx.ModelProto:
@@ -259,7 +259,7 @@ def test_integers_go_from_one_convolution_to_the_next(kind: str) -> None:
     quantized = _quantized(model, images)
     for engine in ENGINES:
         found = coverage(_file(quantized), engine)
-        assert (found.num_integer, found.num_products, found.alone) == (3, 3, ())
+        assert (found.num_integer, found.num_ops, found.alone) == (3, 3, ())
         assert found.percent == 100
 
 
@@ -294,11 +294,11 @@ def test_sums_and_poolings_stay_integers_and_openvino_leaves_out_what_it_does_no
     assert operators >= {"GlobalAveragePool"}
     for name in ENGINES:
         found = coverage(_file(quantized), name)
-        assert (found.num_integer, found.num_products) == (4, 4)
+        assert (found.num_integer, found.num_ops) == (4, 4)
         assert (found.alone == ()) == (name == "openvino")  # before HardSwish ONNX Runtime goes back to float
     skipped = only_for_onnxruntime(quantized)
     assert "first.dequantized" in skipped
-    assert not {f"{product.input}.dequantized" for product in find_products(prepare(model))} & set(skipped)
+    assert not {f"{op.input}.dequantized" for op in find_quantizable_ops(prepare(model))} & set(skipped)
 
 
 @needs_vnni
@@ -390,7 +390,7 @@ def test_a_convolution_over_patches_takes_pixels_as_they_are_whatever_normalises
     torch.manual_seed(0)
     model = _traced(nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(), nn.Linear(192, 400), nn.Linear(400, 5)))
     prepared = prepare(model)
-    first = find_products(prepared)[0]
+    first = find_quantizable_ops(prepared)[0]
     assert first.takes_pixels
     assert first.operator == "MatMul"
     images = _random_images(5)
@@ -422,7 +422,7 @@ def test_pixels_divided_and_shifted_in_another_order_are_folded_as_exactly() -> 
     prepared = prepare(model)
     images = RNG.integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
     assert _sqnr_db(_run(model, images), _run(prepared, images)) > 100
-    assert [product.takes_pixels for product in find_products(prepared)] == [True, False]
+    assert [op.takes_pixels for op in find_quantizable_ops(prepared)] == [True, False]
 
 
 def test_batch_normalisation_goes_into_the_convolution_before_it() -> None:
@@ -506,7 +506,7 @@ def test_what_is_excluded_stays_float_and_the_rest_does_not() -> None:
     quantized = _quantized(model, images, Scheme(exclude=frozenset(["a"])))
     for engine in ENGINES:
         found = coverage(_file(quantized), engine)
-        assert [product.node for product in found.float_products] == ["a"]
+        assert [op.node for op in found.float32_ops] == ["a"]
         assert found.percent == pytest.approx(50)
     everything = _quantized(model, images, Scheme(exclude=frozenset(["a", "b"])))
     assert {node.op_type for node in everything.graph.node} == {"MatMul", "Mul"}
@@ -532,9 +532,9 @@ def test_the_deploy_form_of_a_vision_transformer_needs_no_preparation() -> None:
     deployed = DeployedViT(random_network(small_config()), PREPROCESSING, pixels=True)
     model = trace(deployed.eval(), height=SIZE[0], width=SIZE[1])
     assert prepare(model).SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
-    products = find_products(model)
-    assert [product.takes_pixels for product in products] == [True, *[False] * (len(products) - 1)]
-    inputs = dict.fromkeys(product.input for product in products[1:])
+    ops = find_quantizable_ops(model)
+    assert [op.takes_pixels for op in ops] == [True, *[False] * (len(ops) - 1)]
+    inputs = dict.fromkeys(op.input for op in ops[1:])
     assert tensors_to_observe(model) == list(inputs)
     quantized = _quantized(model, _random_images(4))
     assert _quantized(model, _random_images(4)).SerializeToString() == quantized.SerializeToString()

@@ -18,7 +18,7 @@ from tests.support.kernels import run_as_defined, sums_exactly
 from vit_edge.data import find_images
 from vit_edge.errors import DataRejected, GoldenMismatch, ModelRejected, UsageError
 from vit_edge.export import QuantizationOptions, quantize
-from vit_edge.export.graph.matmuls import find_products
+from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS
 from vit_edge.export.quantization.calibration.observers import Range, observe_ranges
 from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq
@@ -35,14 +35,14 @@ def test_the_file_is_at_most_three_tenths_of_the_float_file(workspace: Workspace
 
 def test_integers_enter_every_constant_weight_product_and_nothing_else(workspace: Workspace) -> None:
     source, graph = onnx.load(workspace.float_model), onnx.load(workspace.int8_model).graph
-    products = {product.node for product in find_products(source)}
-    assert len(products) == 1 + 4 * 3 + 5 + 1  # patches, three whole blocks, one with its query apart, the head
+    ops = {op.node for op in find_quantizable_ops(source)}
+    assert len(ops) == 1 + 4 * 3 + 5 + 1  # patches, three whole blocks, one with its query apart, the head
     makers = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         integer = [makers[name].op_type for name in node.input if name in makers].count("DequantizeLinear")
-        assert integer == (2 if node.name in products else 0), node.name
+        assert integer == (2 if node.name in ops else 0), node.name
     counts = Counter(node.op_type for node in graph.node)
-    assert counts["QuantizeLinear"] == len({p.input for p in find_products(source) if not p.takes_pixels}) == 18
+    assert counts["QuantizeLinear"] == len({p.input for p in find_quantizable_ops(source) if not p.takes_pixels}) == 18
     assert "Cast" not in counts
 
 
@@ -164,7 +164,7 @@ def test_an_int8_file_is_not_quantized_again(workspace: Workspace, tmp_path: Pat
         quantize(workspace.int8_model, calibration=CALIBRATION, out=tmp_path / "m.onnx")
 
 
-def _one_product(weight: np.ndarray) -> onnx.ModelProto:  # type: ignore[type-arg]
+def _one_op(weight: np.ndarray) -> onnx.ModelProto:  # type: ignore[type-arg]
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="p")
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", len(weight)])
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", weight.shape[1]])
@@ -179,7 +179,7 @@ def test_a_quantized_product_is_near_the_float_one(low: float, bits: int) -> Non
     weight = rng.normal(size=(64, 16)).astype(np.float32)
     weight[:, 3] = 0  # a dead channel has no range of its own
     x = rng.uniform(low, 3, (10, 64)).astype(np.float32)
-    model = insert_qdq(_one_product(weight), {"x": Range(low=low, high=3.0)}, scheme=Scheme(weight_bits=bits))
+    model = insert_qdq(_one_op(weight), {"x": Range(low=low, high=3.0)}, scheme=Scheme(weight_bits=bits))
     onnx.checker.check_model(model, full_check=True)
     found = [run_as_defined(model, x)]
     if sums_exactly(bits):
@@ -191,7 +191,7 @@ def test_a_quantized_product_is_near_the_float_one(low: float, bits: int) -> Non
 
 def test_a_constant_activation_does_not_divide_by_zero() -> None:
     weight = np.ones((4, 2), dtype=np.float32)
-    model = insert_qdq(_one_product(weight), {"x": Range(low=0.0, high=0.0)}, scheme=Scheme(weight_bits=7))
+    model = insert_qdq(_one_op(weight), {"x": Range(low=0.0, high=0.0)}, scheme=Scheme(weight_bits=7))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert np.isfinite(session.run(None, {"x": np.zeros((1, 4), np.float32)})[0]).all()
 
@@ -199,7 +199,7 @@ def test_a_constant_activation_does_not_divide_by_zero() -> None:
 def test_ranges_are_means_over_images_and_include_zero(workspace: Workspace) -> None:
     model = onnx.load(workspace.float_model)
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-    tensors = [product.input for product in find_products(model) if not product.takes_pixels]
+    tensors = [op.input for op in find_quantizable_ops(model) if not op.takes_pixels]
     alone = [observe_ranges(model, tensors, [image]) for image in images]
     together = observe_ranges(model, tensors, images)
     for name in tensors:

@@ -216,8 +216,8 @@ def test_a_budget_keeps_float_what_the_recipe_leaves_float(tmp_path: Path) -> No
     result = quantize("m.onnx", calibration="cal", data="judge", out=tmp_path / "q.onnx", options=options)
     assert result.ladder is not None
     assert [rung.verdict for rung in result.ladder.rungs] == ["pass"] * len(result.ladder.rungs)
-    assert result.float_products  # though even all in integers would have passed
-    assert not result.ladder.float_products
+    assert result.float32_ops  # though even all in integers would have passed
+    assert not result.ladder.float32_ops
 
 
 @pytest.mark.parametrize("name", ["x86-vnni", "tensorrt", "qnn"])

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from tests.conftest import ROOT, Workspace
 from vit_edge.data import find_images
-from vit_edge.export.graph.matmuls import find_products
+from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.quantization.algorithms.reparameterisation import find_norms, reparameterise
 from vit_edge.export.quantization.calibration.observers import ChannelRange, observe_channels, observe_ranges
 from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq
@@ -56,7 +56,7 @@ def test_uneven_channels_lose_less_to_int8(workspace: Workspace) -> None:
     found = {}
     aligned = reparameterise(uneven, observe_channels(uneven, norms, images))
     for name, graph in (("plain", uneven), ("aligned", aligned)):
-        tensors = [product.input for product in find_products(graph) if not product.takes_pixels]
+        tensors = [op.input for op in find_quantizable_ops(graph) if not op.takes_pixels]
         quantized = insert_qdq(graph, observe_ranges(graph, tensors, images), scheme=Scheme(weight_bits=8))
         found[name] = sqnr_db(expected, _logits(quantized, images))
     assert found["aligned"] > found["plain"] + 3, found

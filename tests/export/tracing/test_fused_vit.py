@@ -91,8 +91,8 @@ def test_the_last_block_computes_only_what_pooling_reads(family: str, tokens: in
     deployed = DeployedViT(model, Preprocessing(resize=(24, 16), crop=(24, 16)))
     seen: list[tuple[int, ...]] = []
     for block in deployed.block:
-        product = block.get_submodule("fc1")
-        product.register_forward_hook(lambda _module, inputs, _output: seen.append(tuple(inputs[0].shape)))
+        op = block.get_submodule("fc1")
+        op.register_forward_hook(lambda _module, inputs, _output: seen.append(tuple(inputs[0].shape)))
     deployed(torch.zeros(5, 24, 16, 3, dtype=torch.uint8))
     all_tokens = model.config.num_prefix_tokens + model.config.num_patches
     assert seen == [(5, all_tokens, 24), (5, tokens, 24)]

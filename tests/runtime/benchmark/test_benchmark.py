@@ -25,7 +25,7 @@ from vit_edge.export.graph.macs import macs_per_image
 from vit_edge.model_file.artifact import open_model
 from vit_edge.runtime import BenchmarkOptions, Measurement, installed_engines, load, measure
 from vit_edge.runtime.benchmark.energy import open_meter
-from vit_edge.runtime.benchmark.mac_count import count_products
+from vit_edge.runtime.benchmark.mac_count import count_macs
 from vit_edge.runtime.benchmark.server_scenario import arrivals
 from vit_edge.runtime.benchmark.statistics import change, latency, quantiles_ms
 
@@ -223,7 +223,7 @@ def test_multiplications_are_those_of_the_graph_and_stand_beside_the_measured_pe
     import onnx
 
     for path in (workspace.float_model, workspace.int8_model):
-        found = count_products(open_model(path))
+        found = count_macs(open_model(path))
         assert found is not None
         total = macs_per_image(onnx.load(path))
         assert total is not None

@@ -13,7 +13,7 @@ from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
-from vit_edge.cli.workstation.third_party_options import foreign_options, read_told
+from vit_edge.cli.workstation.third_party_options import read_told, third_party_options
 from vit_edge.errors import UsageError
 from vit_edge.machine.cpu import MOST_THREADS
 
@@ -70,7 +70,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
 )
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Measure from file to labels too.")
 @click.option("--loadgen", "with_loadgen", is_flag=True, help="Measure with MLCommons LoadGen too.")
-@foreign_options
+@third_party_options
 @click.option("--no-peak", is_flag=True, help="Leave out the peak of the CPU.")
 @click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write what --json prints.")

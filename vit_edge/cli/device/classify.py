@@ -9,7 +9,7 @@ import click
 
 from vit_edge.cli.device.remote import classified, on_devices
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.cli.workstation.third_party_options import foreign_options, read_told
+from vit_edge.cli.workstation.third_party_options import read_told, third_party_options
 from vit_edge.errors import ImageRejected, printable
 
 
@@ -25,7 +25,7 @@ from vit_edge.errors import ImageRejected, printable
               help="fast: large JPEGs at the smallest scale above the network's input.")  # fmt: skip
 @click.option("--verify", type=click.Choice(["full", "hash", "none"]), default="full", show_default=True,
               help="Seal, operators and golden vectors; without golden vectors; without the seal.")  # fmt: skip
-@foreign_options
+@third_party_options
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each image.")
 @threads_option()
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)

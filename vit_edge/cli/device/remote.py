@@ -17,7 +17,7 @@ from vit_edge.errors import UsageError, VitEdgeError, printable
 from vit_edge.model_file.artifact import open_model
 from vit_edge.remote.device import Bundle, Device, Session, Setup
 from vit_edge.remote.fleet import Outcome, chosen_devices, failure, run_on
-from vit_edge.runtime.onnx_import.importer import is_foreign
+from vit_edge.runtime.onnx_import.importer import is_third_party
 
 __all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", "parts", "ran_on"]
 
@@ -213,7 +213,7 @@ def parts(path: Path) -> list[tuple[str, Path]]:
     if suffix != ".onnx":
         extension = suffix if suffix[1:].isalnum() and suffix.isascii() else ""
         return [(f"file{extension}", _readable(path))]
-    if is_foreign(path):
+    if is_third_party(path):
         return [("model.onnx", path)]
     weights = open_model(path, warn=False).manifest.weights
     beside = [] if weights is None else [(weights["file"], path.parent / weights["file"])]

@@ -126,11 +126,11 @@ def _resumable(*, kept: bool) -> Iterator[None]:
 
 def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
     """Return the float model file: as it is, or made of an ONNX classifier from elsewhere and what the options say."""
-    from vit_edge.export.onnx_import.importer import adopt, is_foreign_onnx
+    from vit_edge.export.onnx_import.importer import adopt, is_third_party_onnx
     from vit_edge.model_file.artifact import open_model
 
     told = [name for name in ("labels", "preprocessing", "image_size", "layout", "logits") if values[name] is not None]
-    if not is_foreign_onnx(model):
+    if not is_third_party_onnx(model):
         source = open_model(model)
         if told:
             reason = f"--{told[0].replace('_', '-')} is for an ONNX file made elsewhere; this one says it itself"
@@ -182,8 +182,8 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
         "recipe": result.recipe,
         "algorithms": list(result.algorithms),
         "num_calibration_images": result.num_calibration_images,
-        "num_products": result.num_products,
-        "float_products": list(result.float_products),
+        "num_ops": result.num_ops,
+        "float32_ops": list(result.float32_ops),
         "float_share": result.float_share,
         "coverage": [
             {**asdict(entry), "percent": entry.percent, "percent_of_all": entry.percent_of_all}
@@ -206,13 +206,13 @@ def _shown(result: QuantizationResult) -> list[Any]:
             ranges = "ranges found at run time: it takes one image at a time, its batch is 1"
         shown += [
             f"target: {result.target.describe()}",
-            f"{result.num_products} products take integers, {ranges}",
+            f"{result.num_ops} products take integers, {ranges}",
             f"algorithms: {', '.join(result.algorithms) or 'none'}",
         ]
-    if result.float_products:
-        more = " ..." if len(result.float_products) > _NUM_NAMED else ""
-        named = ", ".join(result.float_products[:_NUM_NAMED]) + more
-        number = len(result.float_products)
+    if result.float32_ops:
+        more = " ..." if len(result.float32_ops) > _NUM_NAMED else ""
+        named = ", ".join(result.float32_ops[:_NUM_NAMED]) + more
+        number = len(result.float32_ops)
         shown.append(f"{number} products stay float, {result.float_share:.1%} of the multiplications: {named}")
     rows = [(c.engine, f"{c.percent:.1f} %", f"{c.percent_of_all:.1f} %", str(len(c.alone))) for c in result.coverage]
     if rows:

@@ -11,14 +11,14 @@ import click
 
 from vit_edge.errors import InputError
 
-__all__ = ["foreign_options", "read_told"]
+__all__ = ["read_told", "third_party_options"]
 
 _PATH = click.Path(path_type=Path)
 _MAX_BYTES = 1_000_000
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def foreign_options(function: _Function) -> _Function:
+def third_party_options(function: _Function) -> _Function:
     """Give a command `--labels` and `--preprocessing`."""
     what = "JSON: resize, crop, interpolation, mean, std, for an ONNX file made elsewhere."
     more = click.option("--preprocessing", type=_PATH, metavar="FILE", help=what)
