@@ -27,7 +27,7 @@ from vit_edge.export.foreign_interface import ForeignInput, Layout, input_of, se
 from vit_edge.export.foreign_reference import ForeignReference
 from vit_edge.export.foreign_weights import with_weights
 from vit_edge.export.golden import choose_seeds, golden_header
-from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, check_parity
+from vit_edge.export.parity import Parity, check_parity, float32_tolerance
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.onnx_schema import parse
@@ -182,7 +182,7 @@ def _proven(
     preprocessing = model.manifest.preprocessing
     height, width = preprocessing.crop
     macs = macs_per_image(onnx.load_model_from_string(model.data))
-    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
+    seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     shown = list(pictures)
     parity: list[Parity] = []
@@ -193,7 +193,8 @@ def _proven(
         else:
             parity += found
     engines = list(dict.fromkeys(result.engine for result in parity))
-    expected = expectation(reference(images_NHWC), engines=engines, tolerance=FLOAT32_TOLERANCE)
+    expected_BK = reference(images_NHWC)
+    expected = expectation(expected_BK, engines=engines, tolerance=float32_tolerance(expected_BK))
     golden = {**golden_header(seeds, preprocessing), "expected": [expected]}
     return open_model(model.with_manifest(replace(model.manifest, golden=golden)), warn=False), parity
 

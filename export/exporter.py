@@ -34,6 +34,7 @@ from vit_edge.export.ir_conversion import convert_to_ir
 from vit_edge.export.network import (
     EXTRAS,
     Network,
+    exact_logits,
     from_checkpoint,
     from_module,
     reference_extras,
@@ -41,7 +42,7 @@ from vit_edge.export.network import (
     traced_form,
 )
 from vit_edge.export.options import ExportOptions
-from vit_edge.export.parity import FLOAT32_TOLERANCE, Parity, Reference, check_parity, half_tolerance
+from vit_edge.export.parity import Parity, Reference, check_parity, float32_tolerance, half_tolerance
 from vit_edge.export.tracing import trace
 from vit_edge.files import is_file, sha256_hex, write_together
 from vit_edge.image import Pixels, Preprocessing
@@ -159,10 +160,14 @@ class _Golden:
 def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Golden:
     height, width = network.preprocessing.crop
     reference = reference_logits(network.model, network.preprocessing)
-    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
+    seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     expected_BK = reference(images_NHWC)
-    tolerance = FLOAT32_TOLERANCE if options.precision == "fp32" else half_tolerance(expected_BK)
+    if options.precision == "fp32":
+        exact_BK = exact_logits(network.model, network.preprocessing, images_NHWC)
+        tolerance = float32_tolerance(expected_BK, exact_BK)
+    else:
+        tolerance = half_tolerance(expected_BK)
     expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
     fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
     return _Golden(images_NHWC=images_NHWC, expected_BK=expected_BK, tolerance=tolerance, fields=fields)
