@@ -1,7 +1,8 @@
 """Commands on a CPU without AVX-512 and VNNI, at native speed: the processor's answers are changed, not its work.
 
-MLAS, the kernels of ONNX Runtime, has no switch for instruction sets. ONEDNN_MAX_CPU_ISA is one of oneDNN only, and
-leaves a library's other kernels as they are. So what the processor says of itself is masked, for all libraries at once.
+Neither engine has a switch of its own. MLAS, the kernels of ONNX Runtime, has none. ONEDNN_MAX_CPU_ISA=AVX2 reaches only
+what OpenVINO 2026.4 leaves to oneDNN: its own kernels stay AVX-512 (both appear in one compiled digits network), and at
+its default bfloat16 that network no longer compiles. So what the processor says of itself is masked, for all libraries.
 Run as `python -m tests.support.masked_cpu COMMAND...` it runs a command there.
 """
 
@@ -18,30 +19,30 @@ from pathlib import Path
 
 from vit_edge import cpu
 
-__all__ = ["CannotMask", "build_mask", "masked_environment"]
+__all__ = ["CannotMaskError", "build_mask", "masked_environment"]
 
 _SOURCE = Path(__file__).with_name("cpu_without_avx512.c")
 _NO_FAULTING = 77
 
 
-class CannotMask(Exception):
+class CannotMaskError(Exception):
     """The reason why this machine cannot pretend."""
 
 
 def build_mask(folder: Path) -> Path:
-    """Return the library to preload, compiled into `folder`; raises CannotMask with the reason."""
+    """Return the library to preload, compiled into `folder`; raises CannotMaskError with the reason."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise CannotMask("CPUID is masked on x86-64 Linux only")
+        raise CannotMaskError("CPUID is masked on x86-64 Linux only")
     if not cpu.instructions().names & {"avx512f", *cpu.VNNI}:
-        raise CannotMask("this CPU has neither AVX-512 nor VNNI: it is of that class itself")
+        raise CannotMaskError("this CPU has neither AVX-512 nor VNNI: it is of that class itself")
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
-        raise CannotMask("no C compiler: apt-get install gcc")
+        raise CannotMaskError("no C compiler: apt-get install gcc")
     library = folder / "cpu_without_avx512.so"
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, _SOURCE, "-ldl"], check=True)
     tried = subprocess.run(["/bin/true"], env=masked_environment(library), capture_output=True, text=True, check=False)
     if tried.returncode == _NO_FAULTING:
-        raise CannotMask(tried.stderr.strip())
+        raise CannotMaskError(tried.stderr.strip())
     tried.check_returncode()
     return library
 
@@ -56,8 +57,8 @@ def main(command: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
         try:
             library = build_mask(Path(folder))
-        except CannotMask as error:
-            print(error, file=sys.stderr)
+        except CannotMaskError as error:
+            sys.stderr.write(f"{error}\n")
             return _NO_FAULTING
         return subprocess.run(command, env=masked_environment(library), check=False).returncode
 
