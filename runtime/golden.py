@@ -67,11 +67,9 @@ class Tolerance:
         if all(bound is None for bound in bounds):
             raise ValueError("a tolerance needs a bound on the logits")
 
-    def allowed(self, expected_BK: Logits) -> Logits | None:
-        """Return how far each logit may be off, [images, classes], None where only the others are bounds."""
-        if self.absolute is None and self.relative is None and self.spread is None:
-            return None
-        allowed_BK: Logits = np.full(expected_BK.shape, np.inf)
+    def allowed(self, expected_BK: Logits) -> Logits:
+        """Return how far each logit may be off, [images, classes]; infinite if neither size nor spread bounds it."""
+        allowed_BK: Logits = np.full(expected_BK.shape, np.inf, np.float32)
         if self.absolute is not None or self.relative is not None:
             allowed_BK = (self.absolute or 0.0) + (self.relative or 0.0) * np.abs(expected_BK)
         if self.spread is not None:
@@ -160,12 +158,11 @@ def differences(expected_BK: Logits, found_BK: Logits, tolerance: Tolerance) -> 
         return ["not every logit is finite"]
     problems = []
     allowed = tolerance.allowed(expected_BK)
-    if allowed is not None:
-        excess = np.abs(found_BK - expected_BK) - allowed
-        if excess.max() > 0:
-            row, column = np.unravel_index(int(excess.argmax()), excess.shape)
-            off, bound = abs(found_BK[row, column] - expected_BK[row, column]), allowed[row, column]
-            problems.append(f"a logit is off by {off:.3g}, more than {bound:.3g}")
+    excess = np.abs(found_BK - expected_BK) - allowed
+    if excess.max() > 0:
+        row, column = np.unravel_index(int(excess.argmax()), excess.shape)
+        off, bound = abs(found_BK[row, column] - expected_BK[row, column]), allowed[row, column]
+        problems.append(f"a logit is off by {off:.3g}, more than {bound:.3g}")
     if tolerance.sqnr_db is not None and (level := sqnr_db(expected_BK, found_BK)) < tolerance.sqnr_db:
         problems.append(f"SQNR is {level:.1f} dB, below {tolerance.sqnr_db:g} dB")
     if tolerance.top1_gap is not None:

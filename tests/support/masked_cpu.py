@@ -1,8 +1,8 @@
 """Commands on a CPU without AVX-512 and VNNI, at native speed: the processor's answers are changed, not its work.
 
-Neither engine has a switch of its own. MLAS, the kernels of ONNX Runtime, has none. ONEDNN_MAX_CPU_ISA=AVX2 reaches only
-what OpenVINO 2026.4 leaves to oneDNN: its own kernels stay AVX-512 (both appear in one compiled digits network), and at
-its default bfloat16 that network no longer compiles. So what the processor says of itself is masked, for all libraries.
+Neither engine has a switch that does. MLAS, the kernels of ONNX Runtime, has none. ONEDNN_MAX_CPU_ISA=AVX2 reaches
+only what OpenVINO 2026.4 leaves to oneDNN: its own kernels stay AVX-512 (one digits network has both), and
+at its default bfloat16 that network does not compile. So what the processor says of itself is masked, for all.
 Run as `python -m tests.support.masked_cpu COMMAND...` it runs a command there.
 """
 
