@@ -71,10 +71,11 @@ class Tolerance:
         """Return how far each logit may be off, [images, classes]; infinite if neither size nor spread bounds it."""
         allowed_BK: Logits = np.full(expected_BK.shape, np.inf, np.float32)
         if self.absolute is not None or self.relative is not None:
-            allowed_BK = (self.absolute or 0.0) + (self.relative or 0.0) * np.abs(expected_BK)
+            size_BK = np.abs(expected_BK)
+            allowed_BK = ((self.absolute or 0.0) + (self.relative or 0.0) * size_BK).astype(np.float32)
         if self.spread is not None:
             scale_B = np.maximum(np.ptp(expected_BK, axis=1), self.least_spread or 0.0)
-            allowed_BK = np.minimum(allowed_BK, self.spread * scale_B[:, None])
+            allowed_BK = np.minimum(allowed_BK, self.spread * scale_B[:, None]).astype(np.float32)
         return allowed_BK
 
 
