@@ -28,7 +28,8 @@ _PICTURES_AT_ONCE, _PICTURES_AT_A_TIME = 16, 512
 # How much depends on the network, so it is measured: PyTorch in float32 against float64, times 16, within these. On 24
 # random networks (1 to 8 blocks, width 8 to 128, spreads of 0.1 to 100) both engines differ by 1e-7 to 1e-5 of the
 # spread, AVX-512 and AVX2 alike; 1 % in a weight moves it by 7e-6 to 5e-3. No one bound parts the two: the networks
-# that round most (1.6e-5) show 1 % most (5e-4). Attention that hardly attends (1e-6) shows it to nobody.
+# that round most (1.6e-5) show 1 % at 5e-4 and more. A query of attention that hardly attends shows it at 1e-6: that is
+# not found. Two classes differ by up to 2e-4 of one image's own spread: hence the mean over the images as the least.
 _ROUNDINGS, _LEAST, _MOST = 16.0, 5e-6, 1e-4
 # Logits that all lie far from zero round as that distance does: 1e-6 of it is 16 units in the last place.
 _LEAST_SHARE = 0.01
