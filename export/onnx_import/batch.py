@@ -11,10 +11,11 @@ import numpy.typing as npt
 import onnx
 
 from vit_edge.errors import ModelRejected, UsageError
+from vit_edge.export.graph.editing import with_outputs
 from vit_edge.export.onnx_import.cleanup import free_batch, prune
 from vit_edge.export.onnx_import.interface import Output
 from vit_edge.export.onnx_import.reference import ThirdPartyReference
-from vit_edge.export.onnx_import.sandbox import probe, with_outputs
+from vit_edge.export.onnx_import.sandbox import probe
 from vit_edge.export.onnx_import.shape_folding import fold_shapes, open_batch, reshaped_tensors, shape_tensors
 from vit_edge.export.parity.parity import float32_tolerance
 from vit_edge.runtime.checks.golden import differences

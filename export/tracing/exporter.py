@@ -27,7 +27,7 @@ from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
 from vit_edge.export.parity.parity import Parity, Reference, check_parity, float32_tolerance, half_tolerance
 from vit_edge.export.tracing.external_data import move_weights_out
-from vit_edge.export.tracing.formats import may_write_format, write_folder, write_model
+from vit_edge.export.tracing.formats import may_write_format, write_folder
 from vit_edge.export.tracing.hf_folder import folder_of, require_vit
 from vit_edge.export.tracing.network import (
     EXTRAS,
@@ -47,6 +47,7 @@ from vit_edge.files import is_file, sha256_hex, write_together
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.releases import highest_versions
 from vit_edge.model_file.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack, weights_entry
+from vit_edge.model_file.writing import write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
