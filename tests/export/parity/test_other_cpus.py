@@ -49,7 +49,8 @@ def masked_deployment(tmp_path_factory: pytest.TempPathFactory, masked: Mapping[
     """Return the folder of a deployment that was made under the mask."""
     folder = tmp_path_factory.mktemp("masked")
     script = (
-        "import sys, pathlib; from tests.deployments import make_deployment; make_deployment(pathlib.Path(sys.argv[1]))"
+        "import sys, pathlib\nfrom tests.support.deployments import make_deployment\n"
+        "make_deployment(pathlib.Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", script, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=masked, timeout=600)
