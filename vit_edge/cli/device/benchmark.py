@@ -13,7 +13,7 @@ from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
-from vit_edge.cli.workstation.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_told, third_party_options
 from vit_edge.errors import UsageError
 from vit_edge.machine.cpu import MOST_THREADS
 

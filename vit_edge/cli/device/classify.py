@@ -9,7 +9,7 @@ import click
 
 from vit_edge.cli.device.remote import classified, on_devices
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.cli.workstation.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_told, third_party_options
 from vit_edge.errors import ImageRejected, printable
 
 
