@@ -13,7 +13,6 @@ from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.benchmark.candidate import WarmUp
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd
-from vit_edge.runtime.benchmark.loadgen import LoadgenRun
 from vit_edge.runtime.benchmark.mac_count import MacCounts
 from vit_edge.runtime.benchmark.machine_noise import Noise
 from vit_edge.runtime.benchmark.peak_rate import Peak
@@ -45,7 +44,6 @@ class BenchmarkOptions:
     min_seconds: float = 3.0
     min_queries: int = 200
     latency_bound_ms: float | None = None
-    with_loadgen: bool = False
     images: str | os.PathLike[str] | None = None
     has_peak: bool = True
     preprocessing: Preprocessing | Mapping[str, Any] | None = None
@@ -118,7 +116,6 @@ class Measurement:
     end_to_end: EndToEnd | None
     latency_bound_ms: float | None
     trials: tuple[Trial, ...]
-    loadgen: LoadgenRun | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

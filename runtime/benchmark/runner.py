@@ -22,7 +22,6 @@ from vit_edge.runtime.benchmark.candidate import Candidate, WarmUp, sample_in_tu
 from vit_edge.runtime.benchmark.cold_start import cold_start
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd, measure_stages
 from vit_edge.runtime.benchmark.energy import Meter, open_meter
-from vit_edge.runtime.benchmark.loadgen import LoadgenRun, check_loadgen, run_loadgen
 from vit_edge.runtime.benchmark.mac_count import MacCounts, count_macs
 from vit_edge.runtime.benchmark.machine_noise import Noise, Watch
 from vit_edge.runtime.benchmark.peak_rate import Peak, measure_peak, share_of_peak
@@ -52,8 +51,6 @@ def measure(
     cannot do is left out with a warning, unless nothing is left. Raises as `load` does.
     """
     options = options or BenchmarkOptions()
-    if options.with_loadgen:
-        check_loadgen()
     with ExitStack() as stack:
         told = _told(models, options)
         opened = _opened(models, told)
@@ -169,7 +166,6 @@ class _Extras:
     ops: dict[str, MacCounts | None] = field(default_factory=dict)
     peaks: dict[tuple[str, EngineOptions], Peak] = field(default_factory=dict)
     stages: dict[int, EndToEnd] = field(default_factory=dict)
-    loadgen: dict[int, LoadgenRun] = field(default_factory=dict)
     top1: dict[tuple[str, str], float] = field(default_factory=dict)
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -181,12 +177,6 @@ def _extras(
     if options.images is not None:
         stages = measure_stages(candidates, options.images, progress=progress)
         extras.stages.update({id(c): found for c, found in zip(candidates, stages, strict=True)})
-    for candidate in candidates if options.with_loadgen else ():
-        if not candidate.throughput_per_s:
-            continue  # a server of which no rate holds the bound
-        extras.loadgen[id(candidate)] = run_loadgen(
-            candidate, _scenario(candidate), min_seconds=options.min_seconds, min_queries=options.min_queries
-        )
     if options.has_peak:
         extras.ops.update({path: count_macs(model) for path, model in opened.items()})
         for candidate in candidates:
@@ -259,7 +249,6 @@ def _result(candidate: Candidate, first: Candidate, extras: _Extras) -> Measurem
         end_to_end=extras.stages.get(id(candidate)),
         latency_bound_ms=candidate.latency_bound_ms if isinstance(candidate, ServerCandidate) else None,
         trials=tuple(candidate.trials) if isinstance(candidate, ServerCandidate) else (),
-        loadgen=extras.loadgen.get(id(candidate)),
     )
 
 

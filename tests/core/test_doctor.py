@@ -136,7 +136,7 @@ def test_a_missing_extra_comes_with_the_command_that_installs_it(monkeypatch: py
         "onnx", "onnxscript", "scipy", "openvino", "threadpoolctl", "jinja2", "pyyaml",
     ]  # fmt: skip
     assert missing["export"]["command"] == 'pip install "vit-edge[export]"'
-    assert set(missing) == {"openvino", "export", "train", "timm", "huggingface", "loadgen"}
+    assert set(missing) == {"openvino", "export", "train", "timm", "huggingface"}
 
 
 def test_the_extras_are_those_of_the_package() -> None:

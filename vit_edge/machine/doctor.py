@@ -52,7 +52,6 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "timm": ("weights and networks of timm", ("timm",)),
     "huggingface": ("weights from Hugging Face", ("huggingface_hub",)),
-    "loadgen": ("benchmark with MLCommons LoadGen", ("mlcommons-loadgen",)),
 }
 # They all install the folder `onnxruntime` and overwrite each other's files (onnxruntime#26996).
 _ONNXRUNTIME_WHEELS = (

@@ -69,7 +69,6 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     "--min-queries", type=click.IntRange(1), default=200, show_default=True, help="Fewest queries for each candidate."
 )
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Measure from file to labels too.")
-@click.option("--loadgen", "with_loadgen", is_flag=True, help="Measure with MLCommons LoadGen too.")
 @third_party_options
 @click.option("--no-peak", is_flag=True, help="Leave out the peak of the CPU.")
 @click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV.")
@@ -119,7 +118,6 @@ def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
         min_seconds=measured["min_seconds"],
         min_queries=measured["min_queries"],
         latency_bound_ms=measured["latency_bound"],
-        with_loadgen=measured["with_loadgen"],
         images=measured["images"],
         has_peak=not measured["no_peak"],
         **read_told(measured),
