@@ -195,7 +195,7 @@ def test_the_command_line_asks_for_the_labels_and_finishes_from_them(
     assert sorted(pair.labelled.rglob("*")) == before
 
     assert main(arguments) == 2
-    assert "flips.csv - the file exists - give it with --flips" in capsys.readouterr().err
+    assert "flips.csv: the file exists\ntry: give it with --flips" in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 6
     for row in rows:
         row["label"] = str(pair.label_of(row["pixels_sha256"], unlabelled))
