@@ -122,7 +122,7 @@ def test_golden_vectors_pass_on_an_emulated_cpu_without_vnni(int8_model: Path) -
 class DefinedByOnnx:
     """An engine that computes every operator as ONNX defines it, in numpy: no kernel of an engine has a say in it."""
 
-    name, device, float_precision, batch_size = "onnxruntime", "cpu", "f32", None
+    name, device, float_precision, batch_size = "onnxruntime", "cpu", "float32", None
     version = "onnx.reference"
 
     def __init__(self, model: Path) -> None:
