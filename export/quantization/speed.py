@@ -6,15 +6,18 @@ import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.statistics import Ratio, ratio
 from vit_edge.runtime.benchmark.timing import time_calls
 from vit_edge.runtime.checks.golden import golden_images
+from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
 
@@ -90,10 +93,14 @@ def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> npt
         for number in range(_WARM_UP_ROUNDS + _ROUNDS):
             progress(stage, number, _WARM_UP_ROUNDS + _ROUNDS)
             for classifier, kept in zip(loaded, rounds, strict=True):
-                taken_ns = time_calls(lambda _, one=classifier: one.logits(image_NHWC), seconds=_TURN_S)
+                taken_ns = time_calls(partial(_ask, classifier, image_NHWC), seconds=_TURN_S)
                 kept.append(statistics.median(taken_ns) / 1e6)
         progress(stage, _WARM_UP_ROUNDS + _ROUNDS, _WARM_UP_ROUNDS + _ROUNDS)
         return np.asarray(rounds)[:, _WARM_UP_ROUNDS:]
     finally:
         for classifier in loaded:
             classifier.close()
+
+
+def _ask(classifier: Classifier, image_NHWC: Pixels, _number: int) -> None:
+    classifier.logits(image_NHWC)

@@ -152,7 +152,9 @@ def test_what_is_saved_can_be_compared_and_a_slower_one_fails(workspace: Workspa
         result = saved["results"][0]
         old = {**saved, "results": [{**result, "by_round_ms": [ms * factor for ms in result["by_round_ms"]]}]}
         (tmp_path / "old.json").write_text(json.dumps(old))
-        done = vit_edge(*given, "--compare", "old.json", "--fail-if-slower", "5%", "--json", cwd=tmp_path)
+        done = vit_edge(
+            *given, "--compare", "old.json", "--fail-if-slower", "5%", "--allow-invalid", "--json", cwd=tmp_path
+        )
         assert done.returncode == code, done.stderr
         printed = json.loads(done.stdout)
         assert printed["results"]
@@ -161,9 +163,14 @@ def test_what_is_saved_can_be_compared_and_a_slower_one_fails(workspace: Workspa
     (tmp_path / "old.json").write_text(json.dumps(noisy))
     done = vit_edge(*given, "--compare", "old.json", cwd=tmp_path)
     assert (done.returncode, "took 1.50 of a core" in done.stderr) == (0, True)
+    judged = (*given, "--compare", "old.json", "--fail-if-slower", "900%")
+    refused = vit_edge(*judged, cwd=tmp_path)
+    assert (refused.returncode, "INVALID" in refused.stderr) == (6, True)
+    assert "--allow-invalid" in refused.stderr
+    assert vit_edge(*judged, "--allow-invalid", cwd=tmp_path).returncode == 0
     (tmp_path / "old.json").write_text(json.dumps({**saved, "results": [{**result, "threads": 7}]}))
     done = vit_edge(*given, "--compare", "old.json", cwd=tmp_path)
-    assert (done.returncode, "no result of the same" in done.stderr) == (3, True)
+    assert (done.returncode, "no result with the same" in done.stderr) == (3, True)
     done = vit_edge(*given, "--save", "run.json", cwd=tmp_path)
     assert (done.returncode, "--force" in done.stderr) == (2, True)
 

@@ -80,9 +80,10 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     "--fail-if-slower",
     callback=_percent,
     metavar="PERCENT",
-    help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
+    help="With --compare: exit with code 6 if a result is slower by more than this, with 95 % confidence.",
 )
-@click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
+@click.option("--allow-invalid", is_flag=True, help="Let --fail-if-slower compare runs that are marked INVALID.")
+@click.option("--fail-if-noisy", is_flag=True, help="Exit with code 6 if the machine was too noisy (INVALID).")
 @on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices, here=OUTPUTS, begin=begin)
 def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
     """Measure how fast MODELS answer, in every mix of the options, alternately in rounds.
