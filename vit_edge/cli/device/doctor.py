@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.device.remote import on_devices, ran_on
 from vit_edge.cli.output import Result, command, make_table, megabytes
 from vit_edge.errors import EngineUnavailable
-from vit_edge.remote.fleet import Outcome
+
+if TYPE_CHECKING:
+    from vit_edge.remote.fleet import Outcome
 
 
 def _reported(outcomes: Sequence[Outcome]) -> list[Any]:

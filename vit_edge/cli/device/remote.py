@@ -7,24 +7,24 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.core import ParameterSource
 
 from vit_edge.cli.output import Result, make_table
 from vit_edge.errors import UsageError, VitEdgeError, printable
-from vit_edge.model_file.artifact import open_model
-from vit_edge.remote.device import Bundle, Device, Session, Setup
-from vit_edge.remote.fleet import Outcome, chosen_devices, failure, run_on
-from vit_edge.runtime.onnx_import.importer import is_third_party
+
+if TYPE_CHECKING:
+    from vit_edge.remote.device import Bundle, Device, Session, Setup
+    from vit_edge.remote.fleet import Outcome
 
 __all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", "parts", "ran_on"]
 
 # A command's tables for people, of what each device printed.
-Shown = Callable[[Sequence[Outcome]], list[Any]]
+Shown: TypeAlias = "Callable[[Sequence[Outcome]], list[Any]]"
 # Given what was told of the result, returns what is done with it.
-Begin = Callable[[dict[str, Any]], Callable[[Result], Result]]
+Begin: TypeAlias = Callable[[dict[str, Any]], Callable[[Result], Result]]
 _OWN = ("on", "device_list", "tags", "install", "wheels", "python", "device_timeout")
 _COMMON = ("as_json", "verbose", "quiet", "config")
 _PATH = click.Path(path_type=Path)
@@ -100,6 +100,8 @@ def merged(outcomes: Sequence[Outcome], shown: list[Any]) -> Result:
     data["devices"] = devices
     if any("results" in (outcome.value or {}) for outcome in outcomes):
         data["results"] = [entry for outcome in outcomes for entry in labelled(outcome)]
+    from vit_edge.remote.fleet import failure
+
     failed = [f"{ran_on(o)}: {o.error}" for o in outcomes if o.error is not None and len(outcomes) > 1]
     return Result(data=data, shown=[*shown, *failed], error=failure(outcomes))
 
@@ -124,6 +126,9 @@ def _asked(told: dict[str, Any]) -> Remote | None:
             option = f"--{given[0].removesuffix('s') if given[0] == 'tags' else given[0]}"
             raise UsageError("cannot choose a device", reason=f"{option} is for one", remedy="name it with --on")
         return None
+    from vit_edge.remote.device import Setup
+    from vit_edge.remote.fleet import chosen_devices
+
     devices = chosen_devices(told["on"], file=told["device_list"], tags=told["tags"], python=told["python"])
     setup = Setup(install=told["install"], wheels=told["wheels"], seconds=told["device_timeout"])
     return Remote(devices=tuple(devices), setup=setup)
@@ -132,6 +137,9 @@ def _asked(told: dict[str, Any]) -> Remote | None:
 def _run_there(
     remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool, here: Sequence[str]
 ) -> Result:
+    from vit_edge.remote.device import Bundle
+    from vit_edge.remote.fleet import run_on
+
     context = click.get_current_context()
     given = list(_given(context, uploads, here))
     files = {path: parts(path) for _, values, is_file in given if is_file for path in map(Path, values)}
@@ -205,6 +213,9 @@ def _arguments(
 
 def parts(path: Path) -> list[tuple[str, Path]]:
     """Return the file and what belongs to it, each with a name for it there; raises what is wrong with a model file."""
+    from vit_edge.model_file.artifact import open_model
+    from vit_edge.runtime.onnx_import.importer import is_third_party
+
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UsageError("cannot send a folder", file=path, reason="devices take files", remedy="name its files")
