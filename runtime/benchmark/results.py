@@ -31,8 +31,8 @@ class BenchmarkOptions:
     No engine named is all that are installed. `threads` None is what the container grants, `float_precisions` None what
     `load` takes. `scenario` None is single-stream for batch 1, else multi-stream. Each candidate gets at least
     `min_seconds` and `min_queries`. `latency_bound_ms` is for the server scenario. `images` is a folder of images to
-    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` are told of
-    files made elsewhere, as `load` takes them.
+    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` describe
+    third-party ONNX models, as in `load`.
     """
 
     engines: tuple[str, ...] = ()

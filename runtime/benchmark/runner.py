@@ -52,14 +52,14 @@ def measure(
     """
     options = options or BenchmarkOptions()
     with ExitStack() as stack:
-        told = _told(models, options)
-        opened = _opened(models, told)
+        third_party = _third_party(models, options)
+        opened = _opened(models, third_party)
         candidates = _candidates(opened, options, stack)
         meter, energy_meter = open_meter()
         if meter:
             stack.callback(meter.close)
         noise = _sample(candidates, options, meter, progress)
-        extras = replace(_extras(candidates, opened, options, progress), told=told)
+        extras = replace(_extras(candidates, opened, options, progress), third_party=third_party)
         results = tuple(_result(candidate, candidates[0], extras) for candidate in candidates)
         return Benchmark(
             results=results,
@@ -71,15 +71,15 @@ def measure(
         )
 
 
-def _opened(models: Sequence[str | os.PathLike[str]], told: Mapping[str, dict[str, Any]]) -> dict[str, Model]:
+def _opened(models: Sequence[str | os.PathLike[str]], third_party: Mapping[str, dict[str, Any]]) -> dict[str, Model]:
     paths = [os.fspath(model) for model in models]
     for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
         _log.warning("%s is given more than once: it is measured once", path)
-    return {path: open_any(path, **told.get(path, {})) for path in dict.fromkeys(paths)}
+    return {path: open_any(path, **third_party.get(path, {})) for path in dict.fromkeys(paths)}
 
 
-def _told(models: Sequence[str | os.PathLike[str]], options: BenchmarkOptions) -> dict[str, dict[str, Any]]:
-    """Return for every file that was made elsewhere what `load` is to be told of it, as JSON-ready values."""
+def _third_party(models: Sequence[str | os.PathLike[str]], options: BenchmarkOptions) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `load` for every third-party ONNX model, as JSON-ready values."""
     preprocessing, labels = options.preprocessing, options.labels
     if preprocessing is None and labels is None:
         return {}
@@ -88,8 +88,8 @@ def _told(models: Sequence[str | os.PathLike[str]], options: BenchmarkOptions) -
     paths = [path for path in (os.fspath(model) for model in models) if not path.lower().endswith(".xml")]
     found = {path: {"preprocessing": preprocessing, "labels": labels} for path in paths if is_third_party(path)}
     if not found:
-        reason = "no file given was made elsewhere, and ours say their preprocessing and labels themselves"
-        raise UsageError("cannot measure", reason=reason, remedy="leave preprocessing and labels out")
+        reason = "preprocessing and labels are for third-party ONNX models, and no file is one"
+        raise UsageError("cannot measure", reason=reason, remedy="omit preprocessing and labels")
     return found
 
 
@@ -167,7 +167,7 @@ class _Extras:
     peaks: dict[tuple[str, EngineOptions], Peak] = field(default_factory=dict)
     stages: dict[int, EndToEnd] = field(default_factory=dict)
     top1: dict[tuple[str, str], float] = field(default_factory=dict)
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    third_party: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _extras(
@@ -227,7 +227,11 @@ def _harness(candidate: Candidate) -> Harness:
 def _result(candidate: Candidate, first: Candidate, extras: _Extras) -> Measurement:
     what, mix = candidate.classifier.describe(), candidate.options
     cold = cold_start(
-        candidate.path, what["engine"], mix, candidate.batch_size, told=extras.told.get(candidate.path, {})
+        candidate.path,
+        what["engine"],
+        mix,
+        candidate.batch_size,
+        third_party=extras.third_party.get(candidate.path, {}),
     )
     same = ("name", "sha256", "engine", "engine_version", "device", "precision", "float_precision", "threads")
     return Measurement(

@@ -225,12 +225,12 @@ def engine_version(name: str) -> str:
 
 
 def installed_version(name: str) -> str:
-    """Return the version of an installed engine as its distribution says it, without importing it where that is told.
+    """Return the version of an installed engine from its distribution, without importing the engine.
 
     An engine that is not to run must not be imported: OpenVINO takes 0.3 s and 20 MB, and starts a thread.
     """
-    told = [f"{known} {version(known)}" for known in _DISTRIBUTIONS[name] if _is_distribution(known)]
-    return ", ".join(told) or engine_version(name)
+    distributions = [f"{known} {version(known)}" for known in _DISTRIBUTIONS[name] if _is_distribution(known)]
+    return ", ".join(distributions) or engine_version(name)
 
 
 def _is_distribution(name: str) -> bool:

@@ -13,7 +13,7 @@ from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
-from vit_edge.cli.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
 from vit_edge.errors import UsageError
 from vit_edge.machine.cpu import MOST_THREADS
 
@@ -121,7 +121,7 @@ def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
         latency_bound_ms=measured["latency_bound"],
         images=measured["images"],
         has_peak=not measured["no_peak"],
-        **read_told(measured),
+        **read_third_party_options(measured),
     )
     with progress_bar() as progress:
         return measure(models, options, progress=progress)

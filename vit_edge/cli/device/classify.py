@@ -9,7 +9,7 @@ import click
 
 from vit_edge.cli.device.remote import classified, on_devices
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.cli.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
 from vit_edge.errors import ImageRejected, printable
 
 
@@ -48,7 +48,7 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
     from vit_edge.runtime.loading import load
 
     refuse_null(values["engine"])
-    values |= read_told(values)
+    values |= read_third_party_options(values)
     rows, answered, rejected = [], [], []
     with load(model, **values) as classifier, progress_bar() as progress:
         described = classifier.describe()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _reported(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Return what each device is told to have."""
+    """Return the report of each device."""
     return [entry for outcome in outcomes for entry in _shown(outcome.value, ran_on(outcome))]
 
 

@@ -23,7 +23,7 @@ __all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", 
 
 # A command's tables for people, of what each device printed.
 Shown: TypeAlias = "Callable[[Sequence[Outcome]], list[Any]]"
-# Given what was told of the result, returns what is done with it.
+# Takes the options about the result, and returns the function that uses them.
 Begin: TypeAlias = Callable[[dict[str, Any]], Callable[[Result], Result]]
 _OWN = ("on", "device_list", "tags", "install", "wheels", "python", "device_timeout")
 _COMMON = ("as_json", "verbose", "quiet", "config")
@@ -68,8 +68,8 @@ def on_devices(
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def run(**values: Any) -> Result:
-            told = {name: values.pop(name) for name in _OWN}
-            remote = _asked(told)
+            options = {name: values.pop(name) for name in _OWN}
+            remote = _asked(options)
             if own:
                 return function(**values, remote=remote)
             if remote is None:
@@ -119,9 +119,9 @@ def _fields(error: VitEdgeError) -> dict[str, Any]:
     return error_fields(error)
 
 
-def _asked(told: dict[str, Any]) -> Remote | None:
-    if not told["on"] and told["device_list"] is None:
-        given = [name for name in ("tags", "install", "wheels") if told[name]]
+def _asked(options: dict[str, Any]) -> Remote | None:
+    if not options["on"] and options["device_list"] is None:
+        given = [name for name in ("tags", "install", "wheels") if options[name]]
         if given:
             option = f"--{given[0].removesuffix('s') if given[0] == 'tags' else given[0]}"
             raise UsageError("cannot choose a device", reason=f"{option} is for one", remedy="name it with --on")
@@ -129,8 +129,8 @@ def _asked(told: dict[str, Any]) -> Remote | None:
     from vit_edge.remote.device import Setup
     from vit_edge.remote.fleet import chosen_devices
 
-    devices = chosen_devices(told["on"], file=told["device_list"], tags=told["tags"], python=told["python"])
-    setup = Setup(install=told["install"], wheels=told["wheels"], seconds=told["device_timeout"])
+    devices = chosen_devices(options["on"], file=options["device_list"], tags=options["tags"], python=options["python"])
+    setup = Setup(install=options["install"], wheels=options["wheels"], seconds=options["device_timeout"])
     return Remote(devices=tuple(devices), setup=setup)
 
 
@@ -192,7 +192,7 @@ def _given(
 def _arguments(
     context: click.Context, given: Sequence[tuple[click.Parameter, list[Any], bool]], bundle: Bundle, engine: str | None
 ) -> tuple[str | None, list[str]]:
-    """Return the engine that is asked for, if any, and the command line there; a device's own engine unless told."""
+    """Return the engine that is asked for, if any, and the command line there; a device's own engine by default."""
     options, arguments = list[str](), list[str]()
     for parameter, values, is_file in given:
         texts = [bundle.name_there(Path(value)) if is_file else str(value) for value in values]
