@@ -31,6 +31,7 @@ from vit_edge.runtime.engines.protocol import (
     available_devices,
     chosen_engines,
     engines_with,
+    installed_engines,
     make_engine,
 )
 from vit_edge.runtime.onnx_import.importer import adopt, is_third_party
@@ -166,7 +167,8 @@ def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, Eng
         return engine, options
     if isinstance(model, IrModel):
         return "openvino", options
-    chosen_engines()  # raises where none is installed
+    if not installed_engines():
+        chosen_engines()  # raises what to install
     if options.device == "cpu" and options.float_precision is None and options.batch_size is None:
         configuration = tuned_configuration(model)
         if configuration is not None:

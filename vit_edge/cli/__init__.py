@@ -26,7 +26,8 @@ from vit_edge.cli.workstation.quantize import quantize
 from vit_edge.cli.workstation.report import report
 from vit_edge.cli.workstation.train import train
 from vit_edge.cli.workstation.verify import verify
-from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
+from vit_edge.errors import EngineUnavailable, Interrupted, ResourceExhausted, VitEdgeError
+from vit_edge.machine.package_versions import conflicts
 
 __all__ = ["cli", "main"]
 
@@ -99,6 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bug() -> int:
+    """Report releases of packages that do not fit each other as such; everything else is our own bug."""
+    misfits = conflicts()
+    if misfits:
+        reason = f"{'; '.join(what for what, _ in misfits)} ({type(sys.exc_info()[1]).__name__})"
+        return _fail(EngineUnavailable("cannot use the packages", reason=reason, remedy=misfits[0][1]))
     traceback.print_exc()
     click.echo("error: this is a bug in vit-edge; please report the lines above", err=True)
     return 1
