@@ -14,6 +14,7 @@ from rich.text import Text
 
 __all__ = ["make_table"]
 
+_FIELDS = 2
 _NUMBER = re.compile(r"-?[\d.e+-]+( %| MB| GB)?")
 
 
@@ -24,7 +25,10 @@ class _Table(Table):
         texts = [[str(column.header), *map(str, column.cells)] for column in self.columns]
         least = [max((cell_len(word) for text in each for word in text.split()), default=1) for each in texts]
         spare = options.max_width - self._extra_width - sum(least) - len(least)
-        if spare >= 0:
+        if spare < 0 and len(least) == _FIELDS:  # names and values: only a value may be longer than a line
+            least[1] += spare
+            spare = 0
+        if spare >= 0 and min(least) > 0:
             _widen(self, least, [max(map(cell_len, each)) for each in texts], spare)
             yield from super().__rich_console__(console, options)
             return
