@@ -70,10 +70,8 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
       vit-edge classify theirs.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
-    from vit_edge.runtime.engines.protocol import refuse_null
     from vit_edge.runtime.loading import load
 
-    refuse_null(values["engine"])
     values |= read_third_party_options(values)
     rows, classified_images, rejected = [], [], []
     with load(model, **values) as classifier, progress_bar() as progress:
