@@ -1,0 +1,51 @@
+"""Tables that never break a word: if a table is wider than the terminal, each row becomes lines of `column: value`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["FittingTable"]
+
+# Between two columns of the box that is used.
+_GAP = 2
+
+
+class FittingTable(Table):
+    """A table: text to the left, numbers (given as text) to the right if the first row has them."""
+
+    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        super().__init__(
+            title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True
+        )
+        self.names, self.cells = tuple(columns), [tuple(map(str, row)) for row in rows]
+        for at, name in enumerate(self.names):
+            numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", self.cells[0][at]) is not None
+            least = max(_longest_word(row[at]) for row in (self.names, *self.cells))
+            self.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
+        for row in self.cells:
+            self.add_row(*row)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        if sum((column.min_width or 0) + _GAP for column in self.columns) <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        yield Text(str(self.title)) if self.title else ""
+        for first, *others in self.cells:
+            yield Padding(Text(first or "-"), (0, 0, 0, 2))
+            for name, value in zip(self.names[1:], others, strict=True):
+                if value:
+                    yield Padding(Text(f"{name}: {value}" if name else value), (0, 0, 0, 6))
+        yield ""
+
+
+def _longest_word(text: str) -> int:
+    return max((cell_len(word) for word in text.split()), default=0)
