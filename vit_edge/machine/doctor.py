@@ -143,7 +143,7 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
         what = f"{len(wheels)} builds of ONNX Runtime are installed over each other: {', '.join(wheels)}"
         advice = f'pip uninstall -y {" ".join(wheels)}, then pip install "vit-edge[onnxruntime]" or "vit-edge[gpu]"'
         found.append(Finding(kind="problem", what=what, advice=advice))
-    for misfit in report["misfits"]:
+    for misfit in report.get("misfits", ()):
         advice = f"pip install --upgrade {misfit['package'].split()[0]} {misfit['beside'].split()[0]}"
         what = f"{misfit['package']} cannot be imported with {misfit['beside']}: {misfit['why']}"
         found.append(Finding(kind="problem", what=what, advice=advice))
