@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vit_edge.cli.tables import make_table
+from vit_edge.cli.output import make_table
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
-from vit_edge.cli.tables import make_table
+from vit_edge.cli.streams import holds_unicode
+from vit_edge.cli.tables import FittingTable
 from vit_edge.errors import UsageError, VitEdgeError
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
@@ -121,6 +122,11 @@ def bar(*columns: Any) -> Bar:
     console = Console(stderr=True)
     quiet = click.get_current_context().meta.get("quiet", False)
     return Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittingTable:
+    """Return a table that breaks no word: on a narrow terminal its rows are stacked."""
+    return FittingTable(title, columns, rows)
 
 
 def megabytes(size_bytes: int) -> str:
@@ -232,6 +238,8 @@ class _Collector(logging.Handler):
         self.quiet, self.messages = quiet, list[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() in self.messages:  # the same files are looked through more than once
+            return
         if record.levelno >= logging.WARNING:
             self.messages.append(record.getMessage())
         if not self.quiet:
@@ -263,7 +271,7 @@ def error_fields(error: VitEdgeError) -> dict[str, Any]:
 
 def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
     everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
-    click.echo(json.dumps(finite(everything), ensure_ascii=False, default=str))
+    click.echo(json.dumps(finite(everything), ensure_ascii=not holds_unicode(), default=str))
 
 
 def print_error_json(name: str, error: dict[str, Any]) -> None:
@@ -273,8 +281,9 @@ def print_error_json(name: str, error: dict[str, Any]) -> None:
 
 def _show(shown: Sequence[Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH_WITHOUT_TERMINAL
+    if not console.is_terminal:
+        width = int(os.environ.get("COLUMNS", "")) if os.environ.get("COLUMNS", "").isdigit() else None
+        console = Console(highlight=False, markup=False, emoji=False, width=width or _WIDTH_WITHOUT_TERMINAL)
     for entry in shown:
         # In a terminal a line ends between words; in a file a sentence stays one line.
         console.print(entry, soft_wrap=isinstance(entry, str) and not console.is_terminal)

@@ -16,13 +16,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from vit_edge import __version__
+from vit_edge.errors import version_of
 from vit_edge.machine.cpu import VNNI, cpu_report, is_arm, is_x86
-from vit_edge.machine.package_versions import conflicts
 from vit_edge.machine.targets import TARGETS, choose
 from vit_edge.model_file.onnx_schema import one_node
 
@@ -115,9 +114,9 @@ def examine() -> dict[str, Any]:
         "cpu": cpu,
         "memory": _memory(),
         "engines": engines,
+        "misfits": _misfits(installed),
         "onnxruntime_wheels": {name: installed[name] for name in _ONNXRUNTIME_WHEELS if name in installed},
         "missing_extras": _missing_extras(installed),
-        "version_conflicts": [{"what": what, "advice": advice} for what, advice in conflicts()],
     }
     chosen, reason = choose(report)
     report["target"] = {"name": chosen.name, "verified": chosen.verified, "reason": reason}
@@ -128,8 +127,7 @@ def examine() -> dict[str, Any]:
 
 def findings(report: Mapping[str, Any]) -> list[Finding]:
     """Return what a report shows to be wrong or improvable, problems first."""
-    fit = [Finding(kind="problem", **entry) for entry in report.get("version_conflicts", ())]
-    found = [*fit, *_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
+    found = [*_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
     if report["python"]["bits"] < 64:
         what = f"Python has {report['python']['bits']} bits"
         advice = "install a 64-bit system: engines have no wheels for others"
@@ -143,6 +141,10 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
     if len(wheels) > 1:
         what = f"{len(wheels)} builds of ONNX Runtime are installed over each other: {', '.join(wheels)}"
         advice = f'pip uninstall -y {" ".join(wheels)}, then pip install "vit-edge[onnxruntime]" or "vit-edge[gpu]"'
+        found.append(Finding(kind="problem", what=what, advice=advice))
+    for misfit in report.get("misfits", ()):
+        advice = f"pip install --upgrade {misfit['package'].split()[0]} {misfit['beside'].split()[0]}"
+        what = f"{misfit['package']} cannot be imported with {misfit['beside']}: {misfit['why']}"
         found.append(Finding(kind="problem", what=what, advice=advice))
     for engine in report["engines"]:
         if engine["installed"] and engine["error"]:
@@ -267,15 +269,20 @@ def _why(returncode: int, errors: Sequence[str]) -> str:
 def _installed() -> dict[str, str]:
     """Return the version of every package that extras and engines are about, by name."""
     names = {package for _, packages in EXTRAS.values() for package in packages} | set(_ONNXRUNTIME_WHEELS)
-    versions = {name: _version(name) for name in sorted(names)}
+    versions = {name: version_of(name) for name in sorted(names)}
     return {name: version for name, version in versions.items() if version is not None}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _misfits(installed: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return onnx, if it cannot be imported with the protobuf that is installed, and why."""
+    if "onnx" not in installed:
+        return []
+    command = [sys.executable, "-c", f"{_PREAMBLE}import onnx"]
+    done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    if not done.returncode:
+        return []
+    why = _why(done.returncode, _lines(done.stderr))
+    return [{"package": f"onnx {installed['onnx']}", "beside": f"protobuf {version_of('protobuf')}", "why": why}]
 
 
 def _missing_extras(installed: Mapping[str, str]) -> list[dict[str, Any]]:

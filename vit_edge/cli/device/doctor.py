@@ -93,7 +93,7 @@ def _extras(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _unusable(report: dict[str, Any]) -> EngineUnavailable | None:
     works = any(engine["installed"] and not engine["error"] for engine in report["engines"])
-    if works and not report["version_conflicts"]:
+    if works and not report.get("misfits"):
         return None
     problems = [finding for finding in report["findings"] if finding["kind"] == "problem"]
     reason = "; ".join(finding["what"] for finding in problems)
