@@ -72,7 +72,7 @@ FAULTS = [
     ("classify page.onnx image.png", 3, "page.onnx: it is an HTML page"),
     ("classify image.png image.png", 3, "it is a PNG image"),
     ("classify damaged.onnx image.png", 4, "damaged.onnx: its bytes are not those that were sealed"),
-    ("classify model.onnx image.png --engine tensorrt9", 7, "onnxruntime, openvino"),
+    ("classify model.onnx image.png --engine tensorrt9", 2, "'onnxruntime', 'openvino'"),
     ("classify model.onnx image.png --device cuda", 7, "'cuda'"),
     ("classify model.onnx", 2, "Missing argument"),
     ("quantize model.onnx --calibration empty", 3, "empty: it holds no image"),
@@ -103,12 +103,12 @@ FAULTS = [
     ("benchmark model.onnx --latency-bound 5", 2, "--scenario server"),
     ("benchmark model.onnx --scenario server --latency-bound nan", 2, "latency bound is nan"),
     ("benchmark model.onnx --fail-if-slower 5%", 2, "--compare"),
-    ("benchmark model.onnx --compare gone.json --fail-if-slower much", 2, "per cent"),
+    ("benchmark model.onnx --compare gone.json --fail-if-slower much", 2, "percentage"),
     ("benchmark model.onnx --compare gone.json", 3, "gone.json"),
-    ("benchmark model.onnx --compare notanimage.txt", 3, "it holds no results"),
+    ("benchmark model.onnx --compare notanimage.txt", 3, "the file holds no results"),
     ("benchmark model.onnx --save model.onnx", 2, "the file exists"),
     ("benchmark model.onnx --device abacus", 7, "abacus"),
-    ("benchmark model.onnx --images empty --min-seconds 0.01 --min-queries 1", 3, "it holds no image"),
+    ("benchmark model.onnx --images empty --min-seconds 0.01 --min-queries 1", 3, "the folder holds no image"),
     ("seal notanimage.txt", 3, "it is not an ONNX model"),
     ("train empty --out run", 3, "it holds no image"),
     ("train gone --out run", 3, "there is no such folder"),
@@ -261,7 +261,7 @@ def test_inspect_tells_the_contract(workspace: Workspace) -> None:
     assert printed["manifest"]["precision"] == "int8"
     assert printed["size_bytes"] == workspace.int8_model.stat().st_size
     done = vit_edge("inspect", workspace.int8_model)
-    for text in ("int8", "portable", "1437", "averaged min-max", "checkpoint_sha256", "8 inputs, 2 images"):
+    for text in ("int8", "portable", "1437", "averaged min-max", "checkpoint sha256", "8 inputs and 2 images"):
         assert text in done.stdout
 
 

@@ -73,7 +73,7 @@ def test_packages_that_do_not_fit_are_named_with_their_versions(tmp_path: Path) 
 
 def test_a_package_that_the_command_line_itself_needs_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['google.protobuf.message_factory'] = None"
-    done = run("-h", cwd=tmp_path, code=code)
+    done = run("doctor", cwd=tmp_path, code=code)
     assert done.returncode == 7
     assert b"Traceback" not in done.stderr
     assert b"cannot start vit-edge" in done.stderr
