@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from vit_edge.export.verification.paired_run import (
     EvaluationImages,
     OpenCandidate,
     PairedRun,
+    ReferenceRun,
     find_evaluation_images,
     run_both,
 )
@@ -169,15 +170,19 @@ def verify_models(
     threads: int | None = None,
     progress: Progress = silent,
     candidate: OpenCandidate | None = None,
+    reference_run: ReferenceRun | None = None,
 ) -> Verification:
-    """Return what `verify` returns, for files that were opened already."""
+    """Return what `verify` returns, for files that were opened already.
+
+    With `reference_run`, of the same reference and data, what an earlier verification decoded and computed is used.
+    """
     check_comparable(model, reference)
     asked = _Asked.of(data, reference, max_drop_points, min_agreement, unlabelled=unlabelled, flips=flips is not None)
     models_sha256 = sha256_hex(f"{model.sha256} {reference.sha256}".encode())
     given = _given(flips, reference, None if carry_labels else models_sha256)
     runs, results = list[PairedRun](), list[EngineResult]()
-    how: dict[str, Any] = {"threads": threads, "progress": progress, "candidate": candidate}
-    for run in _each_engine(asked, model, reference, engines=engines, **how):
+    shared = reference_run or ReferenceRun(reference, asked.images, threads=threads)
+    for run in _each_engine(model, shared, engines=engines, progress=progress, candidate=candidate):
         runs.append(run)
         results.append(_result(run, given, asked, strict=not carry_labels))
     return Verification(
@@ -252,28 +257,20 @@ class _Asked:
 
 
 def _each_engine(
-    asked: _Asked,
     model: ModelFile,
-    reference: ModelFile,
+    reference: ReferenceRun,
     *,
     engines: Sequence[str],
-    threads: int | None,
     progress: Progress,
     candidate: OpenCandidate | None,
 ) -> Iterator[PairedRun]:
     """Yield the answers in one engine after another, on the very same images; the first run checks these."""
-    first, images = None, asked.images
-    for engine in chosen_engines(engines):
-        how: dict[str, Any] = {"threads": threads, "progress": progress, "candidate": candidate}
-        run = run_both(images, model, reference, engine=engine, **how)
-        if first is None:
+    for number, engine in enumerate(chosen_engines(engines)):
+        run = run_both(reference, model, engine=engine, progress=progress, candidate=candidate)
+        if number == 0:
             refuse_overlap((model.manifest.quantization or {}).get("images", ()), run.path_of)
-            if images.labelled:
-                _check_reference(run, reference)
-            first, images = run, run.images
-        elif run.hashes != first.hashes:
-            reason, remedy = "images changed while they were read", "run it again"
-            raise DataRejected("cannot verify on these images", reason=reason, remedy=remedy)
+            if reference.images.labelled:
+                _check_reference(run, reference.reference)
         yield run
 
 
