@@ -34,8 +34,9 @@ from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.quantization.speed import Speed, compare_speed
 from vit_edge.export.tracing.outputs import fix_batch
 from vit_edge.export.verification.paired_run import find_evaluation_images
+from vit_edge.export.verification.results import Verification
 from vit_edge.export.verification.verdict import Budget
-from vit_edge.export.verification.verifier import Verification, verify_models
+from vit_edge.export.verification.verifier import verify
 from vit_edge.files import may_write, sha256_hex, write_atomic
 from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import DEFAULT_TARGET, Target, resolve_target
@@ -276,7 +277,7 @@ def _judge(
     progress: Progress,
 ) -> Verification:
     assert data is not None
-    return verify_models(
+    return verify(
         candidate,
         reference=reference,
         data=data,

@@ -15,10 +15,10 @@ import numpy as np
 
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.parity.parity import BATCHES
-from vit_edge.export.tracing.formats import write_model
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import NO_SEAL, seal_ir
+from vit_edge.model_file.writing import write_model
 from vit_edge.runtime.checks.golden import Tolerance, differences
 from vit_edge.runtime.checks.sandbox import start_of
 from vit_edge.runtime.engines.protocol import Logits

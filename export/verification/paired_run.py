@@ -1,4 +1,4 @@
-"""Both models on the same images, one after another, in one engine: what each answers, and on which images."""
+"""Both models on the same images in one engine: what each predicts, and on which images."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from vit_edge.runtime.loading import load_model
 from vit_edge.similarity import fingerprint
 
 __all__ = [
-    "Answering",
     "EvaluationImages",
     "OpenCandidate",
     "PairedRun",
+    "Predictor",
     "ReferenceRun",
     "find_evaluation_images",
     "run_both",
@@ -39,20 +39,20 @@ _MOST_KEPT_BYTES = 2**28
 _log = logging.getLogger(__name__)
 
 
-class Answering(Protocol):
-    """What gives logits: a classifier here, or a model on a device."""
+class Predictor(Protocol):
+    """Anything that gives logits: a classifier here, or a model on a device."""
 
     def logits(self, images_NHWC: Pixels) -> Logits:
         """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]."""
 
 
-# Given an engine's name, the candidate loaded in it: somewhere else than here.
-OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Answering]]
+# Given the name of an engine, the candidate loaded in it, on a device for example.
+OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Predictor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationImages:
-    """The images that judge, sorted, and the class of each; UNKNOWN where they are taken without labels."""
+    """The evaluation images, sorted, and the class of each; UNKNOWN if they are used without labels."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
@@ -64,7 +64,7 @@ class EvaluationImages:
 
     @property
     def num_images(self) -> int:
-        """Return how many there are; copies of each other, and images that cannot be read, are not yet known."""
+        """Return how many there are; duplicates and unreadable images are not known yet."""
         return len(self.paths)
 
     def at(self, positions: Sequence[int]) -> EvaluationImages:
@@ -77,7 +77,7 @@ class EvaluationImages:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedRun:
-    """The answers of both models in one engine; each different image once, with the hash of its pixels."""
+    """The predictions of both models in one engine; each distinct image once, with the hash of its pixels."""
 
     engine: str
     answers: PairedAnswers
@@ -95,14 +95,14 @@ class PairedRun:
 def find_evaluation_images(
     data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool
 ) -> EvaluationImages:
-    """Return the images in `data`, with their labels unless `unlabelled` or lying loose; raises DataRejected."""
+    """Return the images in `data`, with labels unless `unlabelled` or not in class folders; raises DataRejected."""
     try:
         if not unlabelled and not lies_loose(data, splits=EVALUATION_SPLITS):
             found = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names)
             return EvaluationImages(paths=found.paths, labels=found.labels)
     except DataRejected as error:
         read_unlabelled(data, splits=EVALUATION_SPLITS)  # raises what is wrong with more than the labels
-        error.remedy += "; or take the images as unlabelled (--unlabelled)"
+        error.remedy += "; or use the images without labels (--unlabelled)"
         raise
     paths = read_unlabelled(data, splits=EVALUATION_SPLITS)
     return EvaluationImages(paths=paths, labels=(UNKNOWN,) * len(paths))
@@ -189,7 +189,7 @@ def run_both(
     progress: Progress,
     candidate: OpenCandidate | None = None,
 ) -> PairedRun:
-    """Return what `model` and its `reference` predict on the images in one engine; copies count once, with a warning.
+    """Return what `model` and its `reference` predict on the images in one engine; duplicates count once.
 
     With `candidate` the model runs where this opens it; the reference always runs here. Raises DataRejected if images
     cannot be used, GoldenMismatch and more if a model cannot be loaded.
@@ -198,11 +198,11 @@ def run_both(
     options, answers, done = EngineOptions(threads=reference.threads), list[PairedAnswers](), 0
     with (
         reference.predicting(engine) as expected,
-        candidate(engine) if candidate else load_model(model, engine=engine, options=options) as answering,
+        candidate(engine) if candidate else load_model(model, engine=engine, options=options) as predictor,
     ):
         for number, images_NHWC in enumerate(reference.batches()):
             progress(f"verifying in {engine}", done, reference.images.num_images)
-            answers.append(pair_answers(expected(number, images_NHWC), answering.logits(images_NHWC)))
+            answers.append(pair_answers(expected(number, images_NHWC), predictor.logits(images_NHWC)))
             done += len(images_NHWC)
     progress(f"verifying in {engine}", reference.images.num_images, reference.images.num_images)
     return reference.against(answers, engine)
@@ -216,7 +216,7 @@ class _Decoded:
         self.fingerprints: list[str] = []
 
     def stream(self, paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Pixels]:
-        """Yield batches of different images; copies would prove the same thing again."""
+        """Yield batches of different images; duplicates prove nothing more."""
         batch: list[Pixels] = []
         num_seen = 0
         for position, pixels in stream_pixels(paths, preprocessing):
@@ -233,4 +233,4 @@ class _Decoded:
         if batch:
             yield np.stack(batch)
         if num_seen > len(self.positions):
-            _log.warning("%d images are copies of others and were not counted again", num_seen - len(self.positions))
+            _log.warning("%d images are duplicates of others and were counted once", num_seen - len(self.positions))
