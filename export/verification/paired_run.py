@@ -133,13 +133,18 @@ class ReferenceRun:
                 pass
         return self._hashes
 
+    @property
+    def path_of(self) -> dict[str, Path]:
+        """Return the path of each different image by its pixel hash."""
+        return dict(zip(self.hashes, self.images.paths, strict=True))
+
     def batches(self) -> Iterator[Pixels]:
         """Yield the different images, 16 at a time; raises DataRejected if images cannot be used or have changed."""
         if self._batches:
             yield from self._batches
             return
-        found, kept = _Decoded(), []
-        for images_NHWC in found.stream(self.images.paths, self.reference.manifest.preprocessing):
+        found, kept, images = _Decoded(), [], self.images  # another thread may set the latter meanwhile
+        for images_NHWC in found.stream(images.paths, self.reference.manifest.preprocessing):
             yield images_NHWC
             if self._keeps:
                 kept.append(images_NHWC)
@@ -147,7 +152,7 @@ class ReferenceRun:
             reason, remedy = "images changed while they were read", "run it again"
             raise DataRejected("cannot verify on these images", reason=reason, remedy=remedy)
         self._batches, self._hashes, self._fingerprints = kept, tuple(found.positions), tuple(found.fingerprints)
-        self.images = self.images.at(list(found.positions.values()))
+        self.images = images.at(list(found.positions.values()))
 
     @contextmanager
     def predicting(self, engine: str) -> Iterator[Callable[[int, Pixels], Logits]]:

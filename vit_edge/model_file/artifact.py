@@ -81,10 +81,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "quantization": _OPTIONAL_OBJECT,
     "evaluation": _OPTIONAL_OBJECT,
     "golden": _OPTIONAL_OBJECT,
+    "macs": _OPTIONAL_OBJECT,
     "weights": _OPTIONAL_OBJECT,
 }
 # Keys of manifests that were written before a term changed, and the keys that mean the same now.
-_RENAMED = {"golden": {"pictures": "images"}, "quantization": {"float_products": "float32_ops"}}
+_RENAMED = {
+    "golden": {"pictures": "images"},
+    "quantization": {"float_products": "float32_ops"},
+    "evaluation": {"rungs": "steps"},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +110,7 @@ class Manifest:
     quantization: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
+    macs: Mapping[str, int] | None = None  # multiply-accumulates for one image, by precision
     weights: Mapping[str, Any] | None = None  # the file beside it, of a network over 2 GiB
     assumed: tuple[str, ...] = ()  # what nobody told and was filled in by default
     unknown: Mapping[str, Any] = field(default_factory=dict)
@@ -150,7 +156,7 @@ class Manifest:
         known["preprocessing"] = self.preprocessing.to_dict()
         for name in ("labels", "assumed", "outputs"):
             known[name] = list(known[name])
-        defaults: dict[str, Any] = {"assumed": [], "weights": None, "activation": "softmax"}
+        defaults: dict[str, Any] = {"assumed": [], "macs": None, "weights": None, "activation": "softmax"}
         known = {name: value for name, value in known.items() if name not in defaults or value != defaults[name]}
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 
