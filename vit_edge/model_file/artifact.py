@@ -136,6 +136,8 @@ class Manifest:
             raise ValueError("the manifest's list of what was assumed is not a list of texts")
         if self.weights is not None and not is_plain_name(self.weights.get("file")):
             raise ValueError(f"the manifest's weights lie in {self.weights.get('file')!r}, not in a file beside it")
+        if not all(isinstance(number, int) and number >= 0 for number in (self.macs or {}).values()):
+            raise ValueError(f"the manifest's multiply-accumulates are {dict(self.macs or {})!r}")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
