@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_edge.export.quantization.quantizer import QuantizationOptions, QuantizationResult, quantize, quantize_model
+    from vit_edge.export.quantization.options import QuantizationOptions
+    from vit_edge.export.quantization.quantizer import QuantizationResult, quantize
     from vit_edge.export.tracing.exporter import ExportResult, export_onnx
     from vit_edge.export.tracing.options import ExportOptions
     from vit_edge.export.verification.results import Verification
@@ -23,19 +24,17 @@ __all__ = [
     "Verification",
     "export_onnx",
     "quantize",
-    "quantize_model",
     "verify",
 ]
 
 _MODULES = {
     "ExportOptions": "tracing.options",
     "ExportResult": "tracing.exporter",
-    "QuantizationOptions": "quantization.quantizer",
+    "QuantizationOptions": "quantization.options",
     "QuantizationResult": "quantization.quantizer",
     "Verification": "verification.results",
     "export_onnx": "tracing.exporter",
     "quantize": "quantization.quantizer",
-    "quantize_model": "quantization.quantizer",
     "verify": "verification.verifier",
 }
 

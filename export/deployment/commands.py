@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_edge.errors import printable
-from vit_edge.export.quantization.quantizer import QuantizationOptions
+from vit_edge.export.quantization.options import QuantizationOptions
 
 __all__ = ["step_commands"]
 
@@ -52,7 +52,7 @@ def step_commands(
 def _words(options: QuantizationOptions) -> list[Any]:
     """Return the options of `vit-edge quantize` for what is not as it is by default."""
     words: list[Any] = []
-    for name, value in options.told.items():
+    for name, value in options.specified.items():
         if name in _FLAGS:
             words.append(_FLAGS[name])
         elif name == "time_limit_s":

@@ -19,7 +19,8 @@ import vit_edge
 from vit_edge.convert import open_source
 from vit_edge.errors import InputError, NotTrusted, UsageError, printable
 from vit_edge.export.deployment.commands import step_commands
-from vit_edge.export.quantization.quantizer import QuantizationOptions, quantize
+from vit_edge.export.quantization.options import QuantizationOptions
+from vit_edge.export.quantization.quantizer import quantize
 from vit_edge.export.quantization.speed import compare_speed, ratio_of_rounds
 from vit_edge.export.tracing.exporter import export_onnx
 from vit_edge.export.verification.results import Verification

@@ -19,7 +19,6 @@ SURFACE = {
         "Verification",
         "export_onnx",
         "quantize",
-        "quantize_model",
         "verify",
     ],
     "vit_edge.runtime": [
