@@ -1,4 +1,4 @@
-"""A report is one page that holds everything; a model card is what Hugging Face reads."""
+"""A report is one page with everything; a model card is what Hugging Face reads."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def everything(results: Path) -> list[Path]:
     ]
 
 
-def test_one_page_has_tables_images_flips_and_manifests(results: Path, tmp_path: Path) -> None:
+def test_one_page_has_headline_tables_images_flips_and_manifests(results: Path, tmp_path: Path) -> None:
     page = Page(write_report(everything(results), out=tmp_path / "report.html", title="<b>Ours & theirs</b>"))
     assert "<b>Ours & theirs</b>" in page.text  # as text, not as a tag
     judged = json.loads((results / "verified.json").read_text())
@@ -108,16 +108,21 @@ def test_one_page_has_tables_images_flips_and_manifests(results: Path, tmp_path:
         assert wanted in page.text
     for model in ("model.onnx", "model.int8.onnx"):
         assert open_model(results / model).sha256 in page.text
-    assert page.text.count("looks here") == 2 * len(changed)
+    assert page.text.count("attention, float32") == page.text.count("attention, INT8") == len(changed)
     assert page.text.count("attention overlaps by") == len(changed)
     assert len(page.images) == 3 * len(changed) + 1  # and the latencies
     for data in page.images:
         Image.open(io.BytesIO(data)).load()
     for change in changed.values():
         assert f"label {change['label']}" in page.text
+    head = page.text.partition("Accuracy: model.int8.onnx")[0]
+    worst = max(judged["results"], key=lambda entry: entry["drop_upper_bound_points"])
+    for wanted in (f"no more than {worst['drop_upper_bound_points']:.2f}", "times as fast", " MB", judged["verdict"]):
+        assert wanted in head
+    assert re.search(r"\d{4}-\d\d-\d\d, vit-edge", head)
 
 
-def test_the_page_asks_for_nothing_from_outside(results: Path, tmp_path: Path) -> None:
+def test_the_page_loads_nothing_from_outside(results: Path, tmp_path: Path) -> None:
     written = write_report(everything(results), out=tmp_path / "report.html")
     assert all(re.fullmatch(r"#s\d+", link) for link in Page(written).links)
     text = written.read_text(encoding="utf-8")
@@ -133,9 +138,30 @@ def test_a_deployment_reports_itself(deployed: Path, tmp_path: Path) -> None:
     assert done.returncode == (0 if printed["verdict"] == "pass" else 6), done.stderr
     page = Page(tmp_path / "f" / printed["report"])
     for claim in printed["claims"]:
-        assert claim in page.text
-    assert "looks here" in page.text
+        assert f"{claim['subject']}: {claim['verdict']}, {claim['text']}" in page.text
+    assert "attention, INT8" in page.text
     assert "not shown" not in page.text
+
+
+def test_a_check_from_another_folder_updates_record_and_report(deployed: Path, tmp_path: Path) -> None:
+    shutil.copytree(deployed, tmp_path / "f")
+    (tmp_path / "elsewhere").mkdir()
+    done = vit_edge("deploy", "--check", "../f/out/record.json", "--no-speed", "--json", cwd=tmp_path / "elsewhere")
+    printed = json.loads(done.stdout)
+    assert done.returncode == (0 if printed["verdict"] == "pass" else 6), done.stderr
+    record = json.loads((tmp_path / "f" / "out" / "record.json").read_text())
+    assert record["verdict"] == printed["verdict"]
+    assert [claim["subject"] for claim in record["claims"]] == ["accuracy"]
+    page = Page(tmp_path / "f" / "out" / "report.html")
+    assert record["claims"][0]["text"] in page.text
+    assert "not shown" not in page.text
+    (tmp_path / "f" / "data").rename(tmp_path / "moved")
+    lost = vit_edge("deploy", "--check", "f/out/record.json", "--no-speed", cwd=tmp_path)
+    assert lost.returncode == 3
+    assert "--data" in lost.stderr
+    found = vit_edge("deploy", "--check", "f/out/record.json", "--no-speed", "--data", "moved", cwd=tmp_path)
+    assert found.returncode == done.returncode, found.stderr
+    assert "../../moved" in (tmp_path / "f" / "out" / "record.json").read_text()
 
 
 def test_images_that_moved_are_found_and_others_are_not_taken_for_them(
@@ -165,9 +191,10 @@ def test_images_that_moved_are_found_and_others_are_not_taken_for_them(
 def test_without_its_models_a_verification_shows_the_images_alone(results: Path, tmp_path: Path) -> None:
     page = Page(write_report([results / "verified.json"], out=tmp_path / "r.html", most_flips=1))
     assert len(page.images) == 1
-    assert "Give both model files too" in page.text
+    assert "Add both model files" in page.text
     none = Page(write_report([results / "verified.json"], out=tmp_path / "n.html", most_flips=0))
     assert not none.images
+    assert "Predictions that changed" in none.text  # by name, in view
 
 
 def test_accuracy_of_a_verification_is_drawn_beside_the_speed(results: Path) -> None:
@@ -198,7 +225,7 @@ def test_attention_is_that_of_the_export(family: str, deploy_form: bool, tmp_pat
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
 
 
-def test_what_is_no_transformer_has_no_attention(results: Path, tmp_path: Path) -> None:
+def test_a_network_that_is_no_transformer_has_no_attention(results: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
     model = open_model(results / "model.onnx")
@@ -215,10 +242,10 @@ def test_what_is_no_transformer_has_no_attention(results: Path, tmp_path: Path) 
     ("text", "said"),
     [
         ("", "results"),
-        ("[]", "it is no object"),
+        ("[]", "not a JSON object"),
         ('{"schema": 1}', "command"),
         ('{"schema": 2, "command": "verify"}', "schema 2"),
-        ('{"schema": 1, "command": "classify"}', "no place"),
+        ('{"schema": 1, "command": "classify"}', "cannot show"),
         ('{"schema": 1, "command": "verify", "error": {"reason": "it broke"}}', "it broke"),
         ('{"schema": 1, "command": "verify", "results": [{}], "verdict": "pass"}', "results"),
         ('{"schema": 1, "command": "verify", "results": [], "verdict": "pass"}', "no result of an engine"),
@@ -270,7 +297,7 @@ def test_a_model_card_needs_a_model_and_says_what_it_does_not_know(results: Path
         write_model_card([results / "verified.json"], out=tmp_path / "README.md")
     done = vit_edge("report", results / "model.onnx", "--model-card", "-o", tmp_path / "README.md")
     assert done.returncode == 0, done.stderr
-    assert "no license is stated" in done.stderr
+    assert "the card states no license" in done.stderr
     assert "license:" not in (tmp_path / "README.md").read_text()
     for wrong in (("--title", "x"), ("--data", "x"), ("--max-flips", "3")):
         assert vit_edge("report", results / "model.onnx", "--model-card", *wrong).returncode == 2

@@ -21,6 +21,7 @@ from vit_edge.cli.device.tune import tune
 from vit_edge.cli.output import error_fields, print_error_json
 from vit_edge.cli.workstation.convert import convert
 from vit_edge.cli.workstation.deploy import deploy
+from vit_edge.cli.workstation.explain import explain
 from vit_edge.cli.workstation.export import export
 from vit_edge.cli.workstation.quantize import quantize
 from vit_edge.cli.workstation.report import report
@@ -31,7 +32,8 @@ from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
 __all__ = ["cli", "main"]
 
 _COMMANDS = (
-    train, convert, export, quantize, verify, classify, tune, bundle, benchmark, deploy, report, inspect, doctor, seal,
+    train, convert, export, quantize, verify, explain, classify, tune, bundle, benchmark, deploy, report, inspect,
+    doctor, seal,
 )  # fmt: skip
 
 
