@@ -46,7 +46,7 @@ def test_a_image_is_named_and_described(workspace: Workspace, engine: str) -> No
         assert first.to_dict()["answers"][0]["label"] == first.label
         described = classifier.describe()
     assert (described["engine"], described["precision"], described["threads"]) == (engine, "int8", 1)
-    assert described["float_precision"] == "f32"
+    assert described["float_precision"] == "float32"
     assert described["instruction_set"] == instruction_set()
 
 

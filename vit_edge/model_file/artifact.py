@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from vit_edge.errors import ModelRejected, NotTrusted, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.onnx_schema import parse, property_bytes
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = [
     "MANIFEST_KEY",
@@ -197,6 +200,19 @@ class ModelFile:
     manifest: Manifest
     source: str
     weights: bytes | None = None  # of the file beside it, for a network over 2 GiB
+
+    @classmethod
+    def from_graph(cls, graph: Any, manifest: Manifest, *, weights: bytes | None = None) -> ModelFile:
+        """Return the sealed model file of a ModelProto; equal graphs and manifests give equal bytes."""
+        return open_model(pack(graph.SerializeToString(deterministic=True), manifest), weights=weights, warn=False)
+
+    def graph(self) -> onnx.ModelProto:
+        """Return the graph as a new onnx.ModelProto to work on, without the manifest and the seal."""
+        import onnx  # the runtime, which uses `proto`, has no onnx package
+
+        model = onnx.load_model_from_string(self.data)
+        del model.metadata_props[:]
+        return model
 
     @property
     def sha256(self) -> str:
