@@ -92,7 +92,7 @@ def explain(
     *,
     reference: Model,
     data: str | os.PathLike[str],
-    options: ExplanationOptions = ExplanationOptions(),
+    options: ExplanationOptions | None = None,
     progress: Progress = silent,
 ) -> Explanation:
     """Return where the error of a quantized file comes from: stage by stage and layer by layer, with times.
@@ -104,6 +104,7 @@ def explain(
     The images in `data` need no labels. Raises DataRejected if no image can be read or the calibration images are
     others, ModelRejected or VerificationFailed if a form of the network does not run, InputError and UsageError.
     """
+    options = options or ExplanationOptions()
     prepared = prepare_explanation(model, reference=reference, data=data, options=options, progress=progress)
     return _explained(prepared, progress)
 

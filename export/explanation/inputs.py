@@ -66,7 +66,7 @@ def prepare_explanation(
     *,
     reference: Model,
     data: str | os.PathLike[str],
-    options: ExplanationOptions = ExplanationOptions(),
+    options: ExplanationOptions,
     progress: Progress = silent,
 ) -> Preparation:
     """Return the inputs of `explain`, checked; raises every error that can be known before the work.

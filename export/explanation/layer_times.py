@@ -148,6 +148,7 @@ class _Timed:
 
 
 def _run(timed: Sequence[_Timed], stage: str, progress: Progress) -> None:
+    progress(stage, 0, _ROUNDS)
     for entry in timed:
         for _ in range(_WARM_UP):
             entry.run()

@@ -114,6 +114,7 @@ def run_both(
     """
     refuse_null(engine)
     options, kept = EngineOptions(threads=threads), _Kept()
+    progress(f"verifying in {engine}", 0, images.num_images)
     with (
         load_model(reference, engine=engine, options=options) as expected,
         candidate(engine) if candidate else load_model(model, engine=engine, options=options) as predictor,

@@ -314,6 +314,7 @@ frame.onload = () => {{
     width: page.documentElement.scrollWidth, clientWidth: page.documentElement.clientWidth,
     broken: [...page.images].filter(i => !i.complete || !i.naturalWidth).length, images: page.images.length,
     sections: page.querySelectorAll("section").length, small: small.length,
+    cut: [...page.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth + 1).length,
     tallest: Math.max(...[...page.querySelectorAll(".flip")].map(e => e.getBoundingClientRect().width)),
   }});
 }};
@@ -321,19 +322,40 @@ frame.srcdoc = {page};
 </script>"""
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-def test_chromium_shows_it_on_a_phone_and_on_a_desk(width: int, results: Path, tmp_path: Path) -> None:
+def _chromium(tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Open the page that is named last; skips the test if no Chromium is installed."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium is installed: Debian's package is called chromium")
+    *options, page = arguments
+    common = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+              "--disable-component-update", "--disable-sync", "--disable-quic", "--enable-logging=stderr",
+              f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
+    command = [browser, *common, *options, Path(page).as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_print_of_the_page_has_every_table_and_folded_part(results: Path, tmp_path: Path) -> None:
+    if shutil.which("pdftotext") is None:
+        pytest.skip("no pdftotext is installed: Debian's package is called poppler-utils")
+    page = write_report(everything(results), out=tmp_path / "report.html")
+    done = _chromium(tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'page.pdf'}", page)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = subprocess.run(["pdftotext", "-raw", tmp_path / "page.pdf", "-"], capture_output=True, text=True, check=True)
+    printed = " ".join(read.stdout.split())
+    judged = json.loads((results / "verified.json").read_text())
+    for wanted in ("SQNR, dB", "verdict", "memory, MB", "margin, candidate", '"preprocessing"'):
+        assert wanted in printed
+    for entry in judged["results"]:
+        assert f"{entry['sqnr_db']:.1f} {entry['verdict']}" in printed
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_chromium_shows_it_on_a_phone_and_on_a_desk(width: int, results: Path, tmp_path: Path) -> None:
     page = write_report(everything(results), out=tmp_path / "report.html").read_text(encoding="utf-8")
     quoted = json.dumps(page).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(_FRAME.format(width=width, page=quoted), encoding="utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-               "--disable-component-update", "--disable-sync", "--disable-quic", "--enable-logging=stderr",
-               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom")  # fmt: skip
-    command = [browser, *options, (tmp_path / "frame.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = _chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", tmp_path / "frame.html")
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
     assert title, done.stderr[-2000:]
     seen = json.loads(title[1])
@@ -342,5 +364,6 @@ def test_chromium_shows_it_on_a_phone_and_on_a_desk(width: int, results: Path, t
     assert seen["images"] == len(Page(tmp_path / "report.html").images)
     assert seen["sections"] >= 6
     assert seen["small"] == 0
+    assert seen["cut"] == 0  # no table has to be scrolled
     assert seen["tallest"] <= width
     assert "Content Security Policy" not in done.stderr

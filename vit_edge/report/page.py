@@ -41,7 +41,7 @@ MOST_FLIPS = 24
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 # Longer lists of a manifest are counted, not shown: labels, hashes of images, golden logits.
-_MOST_ENTRIES = 24
+_MOST_ENTRIES, _MOST_CHARACTERS = 24, 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,11 +291,13 @@ def _manifests(models: Sequence[ModelFile]) -> Iterator[_Section]:
 
 
 def _shortened(value: Any) -> Any:
-    """Return a manifest with long lists as their length."""
+    """Return a manifest with long lists and texts as their length."""
     if isinstance(value, Mapping):
         if len(value) > _MOST_ENTRIES:
             return f"({len(value)} entries)"
         return {key: _shortened(each) for key, each in value.items()}
     if isinstance(value, list):
         return f"({len(value)} entries)" if len(value) > _MOST_ENTRIES else [_shortened(each) for each in value]
+    if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
+        return f"({len(value)} characters)"
     return value

@@ -185,7 +185,7 @@ def test_channels_at_another_scale_are_no_error_of_their_layer() -> None:
 
 
 def test_other_calibration_images_are_refused_before_the_work(made: Made) -> None:
-    with pytest.raises(DataRejected, match=r"12 of the 12 calibration images .* are missing, and the folder holds 9 others"):
+    with pytest.raises(DataRejected, match=r"12 of the 12 .* are missing, and the folder holds 9 others"):
         prepare_explanation(made.model, **made.about, options=ExplanationOptions(calibration=made.data))
     with pytest.raises(UsageError, match="does not say how the file was quantized"):
         prepare_explanation(made.reference, **made.about, options=ExplanationOptions(calibration=made.calibration))

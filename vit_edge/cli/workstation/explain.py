@@ -173,7 +173,7 @@ def _shown(explanation: Explanation) -> Iterator[Any]:
 
 
 def _layers_table(layers: Sequence[Layer], entry: EngineTimes) -> Table:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             layer.node,
             times.precision,
