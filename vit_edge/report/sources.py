@@ -154,7 +154,7 @@ def _add_json(found: Sources, path: Path) -> None:
 def _add(found: Sources, given: Given, folder: Path) -> None:
     values = given.values
     if not isinstance(values["schema"], int) or values["schema"] > SCHEMA:
-        raise ValueError(f"the schema is {values['schema']!r}; this vit-edge reads {SCHEMA}")
+        raise ValueError(f"schema {values['schema']!r} is not supported; this vit-edge reads {SCHEMA}")
     command = "record" if "steps" in values else values["command"]
     if command in _COMMANDS and not values.keys() & {"results", "record", "sha256", "stages"}:
         error = values.get("error") or {}

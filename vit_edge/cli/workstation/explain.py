@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from vit_edge.files import may_write
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vit_edge.export.explanation.explainer import Explanation, Layer
+    from vit_edge.export.explanation.explainer import Explanation
     from vit_edge.export.explanation.layer_times import EngineTimes
 
 __all__ = ["explain"]
@@ -168,11 +168,11 @@ def _shown(explanation: Explanation) -> Iterator[Any]:
     title = f"Error by stage: SQNR against {explanation.stages[0].name}, and against the stage before"
     yield make_table(title, columns, rows)
     for entry in explanation.engines:
-        yield _layers_table(explanation.layers, entry)
+        yield _layers_table(explanation, entry)
     yield from (f"note: {note}" for note in explanation.notes)
 
 
-def _layers_table(layers: Sequence[Layer], entry: EngineTimes) -> Table:
+def _layers_table(explanation: Explanation, entry: EngineTimes) -> Table:
     rows: list[tuple[str, ...]] = [
         (
             layer.node,
@@ -182,12 +182,12 @@ def _layers_table(layers: Sequence[Layer], entry: EngineTimes) -> Table:
             _decibels(layer.sqnr_db),
             "-" if layer.noise_share is None else f"{layer.noise_share:.1f} %",
         )
-        for layer, times in zip(layers, entry.layers, strict=True)
+        for layer, times in zip(explanation.layers, entry.layers, strict=True)
     ]
     rest = [(f"({other.operator})", other.reference_ms, other.candidate_ms) for other in entry.rest]
     for name, before, after in [*rest, ("the whole network", entry.reference_ms, entry.candidate_ms)]:
         rows.append((name, "", _milliseconds(before), _milliseconds(after), "", ""))
-    columns = ("layer", "runs in", "reference, ms", "candidate, ms", "SQNR dB", "noise")
+    columns = ("layer", "runs in", "float32 ms", f"{explanation.precision} ms", "SQNR dB", "noise")
     how = f"batch {entry.batch_size}, one thread, median of {entry.num_runs}"
     return make_table(f"Layers in {entry.engine} {entry.version}, {how}", columns, rows)
 
