@@ -45,7 +45,7 @@ def show(args: argparse.Namespace, folder: Path) -> None:
     like = [] if args.like is None else ["--like", args.like]
     run("export", args.checkpoint.resolve(), *like, *labels, "-o", models[0])
     # With their accuracy in them, which the image of the benchmark draws.
-    run("quantize", models[0], "--precision", "fp16", "--data", data, "-o", models[1])
+    run("quantize", models[0], "--precision", "float16", "--data", data, "-o", models[1])
     run("quantize", models[0], "--calibration", calibration, "--data", data, "-o", models[2], "--no-speed")
     found = [folder / f"{model.stem}.json" for model in models[1:]]
     for model, file in zip(models[1:], found, strict=True):

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vit_edge.export.deployment.deployer import Deployment, DeploymentOptions, deploy
     from vit_edge.export.explanation.explainer import Explanation, explain
     from vit_edge.export.explanation.inputs import ExplanationOptions
-    from vit_edge.export.quantization.quantizer import QuantizationOptions, QuantizationResult, quantize, quantize_model
+    from vit_edge.export.quantization.options import QuantizationOptions
+    from vit_edge.export.quantization.quantizer import QuantizationResult, quantize
     from vit_edge.export.tracing.exporter import ExportResult, export_onnx
     from vit_edge.export.tracing.options import ExportOptions
     from vit_edge.export.verification.results import Verification
@@ -32,7 +33,6 @@ __all__ = [
     "explain",
     "export_onnx",
     "quantize",
-    "quantize_model",
     "verify",
 ]
 
@@ -43,14 +43,13 @@ _MODULES = {
     "ExplanationOptions": "explanation.inputs",
     "ExportOptions": "tracing.options",
     "ExportResult": "tracing.exporter",
-    "QuantizationOptions": "quantization.quantizer",
+    "QuantizationOptions": "quantization.options",
     "QuantizationResult": "quantization.quantizer",
     "Verification": "verification.results",
     "deploy": "deployment.deployer",
     "explain": "explanation.explainer",
     "export_onnx": "tracing.exporter",
     "quantize": "quantization.quantizer",
-    "quantize_model": "quantization.quantizer",
     "verify": "verification.verifier",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.export.deployment.record import FLOAT32_FILE, INT8_FILE, RECORD_FILE, relative
-from vit_edge.export.quantization.quantizer import QuantizationOptions
+from vit_edge.export.quantization.options import QuantizationOptions
 
 __all__ = ["step_commands"]
 
@@ -58,7 +58,7 @@ def step_commands(
 def _words(options: QuantizationOptions, folder: Path) -> list[str]:
     """Return the options of `vit-edge quantize` that differ from their defaults."""
     words: list[Any] = []
-    for name, value in options.told.items():
+    for name, value in options.specified.items():
         if name in _FLAGS:
             words.append(_FLAGS[name])
         elif name == "time_limit_s":

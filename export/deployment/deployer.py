@@ -33,7 +33,8 @@ from vit_edge.export.deployment.record import (
     write_record,
 )
 from vit_edge.export.deployment.steps import Steps
-from vit_edge.export.quantization.quantizer import QuantizationOptions, quantize
+from vit_edge.export.quantization.options import QuantizationOptions
+from vit_edge.export.quantization.quantizer import quantize
 from vit_edge.export.quantization.speed import compare_speed
 from vit_edge.export.tracing.exporter import export_onnx
 from vit_edge.export.verification.flips import path_below

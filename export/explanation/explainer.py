@@ -260,8 +260,8 @@ def _counted(images: Iterator[Array], total: int, progress: Progress) -> Iterato
 def _scaled(prepared: Preparation, graph: onnx.ModelProto, ops: Sequence[QuantizableOp]) -> Mapping[str, Columns]:
     """Return the channels that the file scales, by op; none if the manifest does not list that algorithm."""
     quantization = prepared.model.manifest.quantization
-    algorithms = (quantization or {}).get("algorithms", ("value-scaling",))
-    if quantization is None or not isinstance(algorithms, list | tuple) or "value-scaling" not in algorithms:
+    algorithms = (quantization or {}).get("algorithms", ("cross-layer-equalization",))
+    if quantization is None or not isinstance(algorithms, list | tuple) or "cross-layer-equalization" not in algorithms:
         return {}
     return scaled_columns(graph, ops)
 

@@ -13,7 +13,7 @@ import onnx
 from vit_edge.export.graph.intermediate_tensors import Activations
 from vit_edge.export.graph.macs import shapes_for_one_image
 from vit_edge.export.graph.matmuls import QuantizableOp
-from vit_edge.export.quantization.algorithms.value_scaling import find_mixings
+from vit_edge.export.quantization.algorithms.cross_layer_equalization import find_mixings
 from vit_edge.metrics import decibels
 
 __all__ = ["Columns", "result_tensors", "scaled_columns", "sqnr_by_op"]
@@ -45,7 +45,7 @@ def result_tensors(graph: onnx.GraphProto, ops: Iterable[QuantizableOp]) -> dict
 
 
 def scaled_columns(model: onnx.ModelProto, ops: Sequence[QuantizableOp]) -> dict[str, Columns]:
-    """Return the channels that "value-scaling" gives another scale and shift, by the node of their op."""
+    """Return the channels that cross-layer equalization scales and shifts, by the node of their op."""
     shapes = {name: shape for name, shape in shapes_for_one_image(model).items() if shape is not None}
     columns = {mixing.value_weight: mixing.columns_D for mixing in find_mixings(model, shapes)}
     return {op.node: columns[op.weight] for op in ops if op.weight in columns}

@@ -10,11 +10,11 @@ from typing import Any
 
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import DataRejected, UsageError
-from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, EFFORTS
+from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, EARLIER_NAMES, EFFORTS
 from vit_edge.export.quantization.calibrated_graph import CalibratedGraph, Plan, calibrate
 from vit_edge.export.quantization.calibration.cache import CalibrationCache
 from vit_edge.export.quantization.calibration.images import CalibrationImages
-from vit_edge.export.quantization.calibration.observers import METHODS
+from vit_edge.export.quantization.calibration.observers import EARLIER_METHODS, METHODS
 from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.tracing.outputs import fix_batch
 from vit_edge.image import pixel_hash
@@ -26,11 +26,11 @@ __all__ = ["Recorded", "RemadeStage", "calibration_images", "recorded", "remade_
 _SCHEME = "static QDQ"
 # What each algorithm changes.
 _NOTES = {
-    "repq": "the channels of a normalised tensor get one range; exact in float",
-    "value-scaling": "the channels that a projection reads get nearer ranges; exact in float",
-    "range-search": "ranges searched against the output of each block",
-    "rounding": "weights rounded together, so that their errors make up for each other",
-    "bias-correction": "what outputs lack on average goes into the biases",
+    "repq": "one range for all channels of a normalized tensor; exact in float32",
+    "cross-layer-equalization": "similar ranges for the channels that a projection reads; exact in float32",
+    "range-search": "ranges that minimize the error at the output of each block",
+    "gptq-rounding": "weights rounded jointly, so that their errors cancel",
+    "bias-correction": "the mean error of each output goes into its bias",
 }
 
 
@@ -64,7 +64,9 @@ def recorded(model: ModelFile) -> Recorded:
     """Return how `model` was quantized; raises UsageError if the manifest does not say how."""
     says: Mapping[str, Any] = model.manifest.quantization or {}
     try:
-        scheme, algorithms, method = says["scheme"], says["algorithms"], says["ranges"]["method"]
+        scheme, method = says["scheme"], says["ranges"]["method"]
+        method = EARLIER_METHODS.get(method, method)
+        algorithms = [EARLIER_NAMES.get(name, name) for name in says["algorithms"]]
         left = frozenset(says["float32_ops"])
         if scheme != _SCHEME or method not in METHODS or not set(algorithms) <= set(ALGORITHMS):
             raise ValueError(f"{scheme!r}, ranges by {method!r}, {algorithms!r}")

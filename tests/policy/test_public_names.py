@@ -25,7 +25,6 @@ SURFACE = {
         "explain",
         "export_onnx",
         "quantize",
-        "quantize_model",
         "verify",
     ],
     "vit_edge.runtime": [

@@ -31,7 +31,7 @@ from vit_edge.export.explanation.layer_noise import scaled_columns, sqnr_by_op
 from vit_edge.export.graph.macs import shapes_for_one_image
 from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.onnx_import.importer import adopt
-from vit_edge.export.quantization.algorithms.value_scaling import find_mixings, scale_values
+from vit_edge.export.quantization.algorithms.cross_layer_equalization import equalize, find_mixings
 from vit_edge.export.quantization.calibration.observers import observe_channels
 from vit_edge.model_file.artifact import open_model, reseal
 
@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     write_checkpoint(checkpoint)
     export_onnx(checkpoint, out=reference)
     calibration, data = images(folder / "cal", count=12, seed=0), images(folder / "data", count=9, seed=1)
-    every = ("repq", "value-scaling", "range-search", "rounding", "bias-correction", "mixed-precision")
+    every = ("repq", "cross-layer-equalization", "range-search", "gptq-rounding", "bias-correction", "mixed-precision")
     options = QuantizationOptions(algorithms=every, effort="fast", measure_speed=False, use_cache=False)
     quantize(reference, calibration=calibration, out=model, options=options)
     asked = ExplanationOptions(checkpoint=str(checkpoint), calibration=calibration, num_images=6)
@@ -91,9 +91,9 @@ def test_the_stages_come_in_the_order_of_the_quantization(made: Made) -> None:
         ("fused graph", "onnxruntime"),
         ("INT8, plain", "onnxruntime"),
         ("+ repq", "onnxruntime"),
-        ("+ value-scaling", "onnxruntime"),
+        ("+ cross-layer-equalization", "onnxruntime"),
         ("+ range-search", "onnxruntime"),
-        ("+ rounding", "onnxruntime"),
+        ("+ gptq-rounding", "onnxruntime"),
         ("+ bias-correction", "onnxruntime"),
         ("+ mixed-precision", "onnxruntime"),
         ("the file", "onnxruntime"),
@@ -174,7 +174,7 @@ def test_channels_at_another_scale_are_no_error_of_their_layer() -> None:
     shapes = {name: shape for name, shape in shapes_for_one_image(graph).items() if shape is not None}
     mixings = find_mixings(graph, shapes)
     ranges = observe_channels(graph, [mixing.input for mixing in mixings], IMAGES)
-    scaled = scale_values(graph, mixings, ranges)
+    scaled = equalize(graph, mixings, ranges)
     ops = find_quantizable_ops(graph)
     columns = scaled_columns(graph, ops)
     assert set(columns) == {"block.0.attention.qkv", "block.1.attention.key_value"}
