@@ -29,7 +29,7 @@ from vit_edge.export.parity.isolated_run import load_elsewhere
 from vit_edge.export.parity.parity import Parity, check_parity, float32_tolerance
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
-from vit_edge.model_file.artifact import PRODUCER, Manifest, ModelFile, open_model, pack, seal_state, warn_of_assumed
+from vit_edge.model_file.artifact import PRODUCER, Manifest, ModelFile, open_model, seal_state, warn_of_assumed
 from vit_edge.model_file.onnx_schema import parse
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import expectation, golden_images
@@ -145,7 +145,7 @@ def _taken(path: str | os.PathLike[str], told: _Told, notes: list[str]) -> tuple
         assumed=told.assumed,
         provenance={**hashes, "form": "plain", "changes": list(notes), **_VERSIONS},
     )
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
+    model = ModelFile.from_graph(graph, manifest)
     _guard(model)
     return model, reference
 
@@ -181,7 +181,7 @@ def _proven(
     """Return the file with golden vectors, and the figures of each engine that answers as the file it came from."""
     preprocessing = model.manifest.preprocessing
     height, width = preprocessing.crop
-    macs = macs_per_image(onnx.load_model_from_string(model.data))
+    macs = macs_per_image(model.graph())
     seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     shown = list(real_images)

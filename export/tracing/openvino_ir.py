@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.parity.parity import BATCHES
@@ -64,8 +63,7 @@ def main(name: str) -> int:
 
     folder = Path(name)
     model = open_model(folder / _MODEL, warn=False)
-    graph = onnx.load_model_from_string(model.data)
-    del graph.metadata_props[:]
+    graph = model.graph()
     # By path: weights that lie beside the file are found from there.
     (folder / _BARE).write_bytes(graph.SerializeToString(deterministic=True))
     core = openvino.Core()

@@ -200,7 +200,7 @@ def _tolerance(entry: Mapping[str, Any], engine: Engine, manifest: Manifest) -> 
     float parts run in fewer bits than those of the record, it is that of integers.
     """
     tolerance = Tolerance(**entry["tolerance"])
-    if engine.float_precision not in ("f32", "none"):
+    if engine.float_precision not in ("float32", "none"):
         return _REDUCED
     as_recorded = engine.batch_size == manifest.batch and entry.get("made_on") == made_here(engine)
     if tolerance.sqnr_db is not None and as_recorded:

@@ -49,7 +49,8 @@ def masked_deployment(tmp_path_factory: pytest.TempPathFactory, masked: Mapping[
     """Return the folder of a deployment that was made under the mask."""
     folder = tmp_path_factory.mktemp("masked")
     script = (
-        "import sys, pathlib; from tests.deployments import make_deployment; make_deployment(pathlib.Path(sys.argv[1]))"
+        "import sys, pathlib\nfrom tests.support.deployments import make_deployment\n"
+        "make_deployment(pathlib.Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", script, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=masked, timeout=600)
@@ -121,7 +122,7 @@ def test_golden_vectors_pass_on_an_emulated_cpu_without_vnni(int8_model: Path) -
 class DefinedByOnnx:
     """An engine that computes every operator as ONNX defines it, in numpy: no kernel of an engine has a say in it."""
 
-    name, device, float_precision, batch_size = "onnxruntime", "cpu", "f32", None
+    name, device, float_precision, batch_size = "onnxruntime", "cpu", "float32", None
     version = "onnx.reference"
 
     def __init__(self, model: Path) -> None:

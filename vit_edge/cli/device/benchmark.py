@@ -43,11 +43,11 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
 )
 @click.option("--device", "devices", multiple=True, default=("cpu",), show_default=True, help="Repeatable.")
 @click.option(
-    "--precision",
-    "precisions",
+    "--float-precision",
+    "float_precisions",
     multiple=True,
-    type=click.Choice(["f32", "f16", "bf16", "tf32"]),
-    help="Of the float parts, repeatable  [default: f32 on a CPU].",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Precision of the float part; repeatable  [default: float32 on a CPU].",
 )
 @click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Images a query, repeatable.")
 @click.option(
@@ -112,7 +112,7 @@ def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
     options = BenchmarkOptions(
         engines=measured["engines"],
         devices=measured["devices"],
-        precisions=measured["precisions"] or (None,),
+        float_precisions=measured["float_precisions"] or (None,),
         batch_sizes=batch_sizes,
         threads=measured["threads"] or (None,),
         scenario=scenario,
