@@ -19,7 +19,7 @@ from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
-from vit_edge.runtime.checks.operators import check_graph, check_ir
+from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (
@@ -164,7 +164,10 @@ def load_model(
 
 def _try_first(trial: Trial, sandbox: Sandbox) -> None:
     """Run the trial in a sandbox if the file is not known here, or if every file is to be tried."""
-    if trial.engine not in installed_engines() or sandbox == "never" or (sandbox == "auto" and is_known(trial)):
+    if trial.engine not in installed_engines() or (sandbox == "auto" and is_known(trial)):
+        return
+    check_sizes(trial.model)
+    if sandbox == "never":
         return
     from vit_edge.runtime.checks.sandbox import try_in_sandbox  # a known file does not pay for its imports
 

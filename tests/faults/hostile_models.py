@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from vit_edge.model_file.artifact import MANIFEST_KEY, open_model, seal
 
-__all__ = ["breaks_in_a_batch", "resealed"]
+__all__ = ["appended", "breaks_in_a_batch", "resealed"]
 
 
 def resealed(path: Path, change: Callable[[onnx.ModelProto], object]) -> bytes:
@@ -35,3 +35,19 @@ def breaks_in_a_batch(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(numpy_helper.from_array(np.array([3, *values[1:]], np.int64), tensor.name))
             return
     raise AssertionError("no Reshape keeps the batch free")
+
+
+def appended(
+    operator: str, *inputs: str, output: str = "planted", **constants: np.ndarray
+) -> Callable[[onnx.ModelProto], None]:
+    """Return a change that appends one node; the constants become initializers and its last inputs."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value, np.int64), f"{output}.{name}")
+            for name, value in constants.items()
+        )
+        names = [*inputs, *(f"{output}.{name}" for name in constants)]
+        model.graph.node.append(onnx.helper.make_node(operator, names, [output], name=output))
+
+    return change
