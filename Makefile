@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-emulated test-arm64 qemu lint clean
+.PHONY: demo test test-avx2 test-emulated test-arm64 qemu lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -11,6 +11,10 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The suite as an x86 CPU without AVX-512 and VNNI runs it, at native speed; PYTEST_ARGS=tests/FILE.py runs that file.
+test-avx2: $(VENV)/.dev-installed
+	$(BIN)/python -m tests.support.masked_cpu $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 # An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file,
 # ENGINE=openvino in that engine.

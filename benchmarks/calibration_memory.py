@@ -89,8 +89,6 @@ def calibrate(model: Path, folder: Path, method: str, num_images: int, batch: in
 
 def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batch: int) -> None:
     """Calibrate, and print ranges and the peak memory of this process."""
-    import onnx
-
     from vit_edge.data import find_images
     from vit_edge.export.quantization.calibration.images import CalibrationImages
     from vit_edge.export.quantization.calibration.observers import observe_ranges
@@ -98,7 +96,7 @@ def calibrate_here(model: Path, folder: Path, method: Any, num_images: int, batc
     from vit_edge.model_file.artifact import open_model
 
     opened = open_model(model)
-    graph = onnx.load_model_from_string(opened.data)
+    graph = opened.graph()
     tensors = [op.input for op in find_quantizable_ops(graph) if not op.takes_pixels]
     images = CalibrationImages(find_images(folder)[:num_images], opened.manifest)
     ranges = observe_ranges(graph, tensors, images, method=method, batch_size=batch)

@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = {form: export(arguments.checkpoint, Path(folder), form) for form in FORMS}
         samples_ms, described = measure(files, rounds=arguments.rounds, queries=arguments.queries)
-        gmac = {form: (costs(open_model(path).data).macs_per_image or 0) / 1e9 for form, path in files.items()}
+        gmac = {form: (costs(open_model(path).graph()).macs_per_image or 0) / 1e9 for form, path in files.items()}
     result = summary(samples_ms, gmac) | {"ran": described, "machine": machine()}
     print(json.dumps(result, indent=1))
     write_section("deploy-form", table(result))

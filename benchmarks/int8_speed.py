@@ -2,7 +2,7 @@
 
     python benchmarks/int8_speed.py FLOAT.onnx INT8.onnx... [--calibration DIR] [--plain PLAIN.onnx] [--json FILE]
 
-Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in f32). With --calibration the peers are
+Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in float32). With --calibration the peers are
 made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF with
 `model_type=TRANSFORMER`. Our deploy form makes these faster too; with --plain, the same network from
 `vit-edge export --no-deploy-form`, they are made from that as well: it is what they get elsewhere. Needs the machine
@@ -105,7 +105,7 @@ def table(result: dict[str, Any]) -> str:
     peers = f"Peers, with their defaults from {source} ({plain}): {ORT_STATIC} and {NNCF_TRANSFORMER}. "
     peers = peers if result["calibration_images"] else ""
     lines = [
-        f"Batch 1, 1 thread, {asked}; OpenVINO computes in f32. {where}.",
+        f"Batch 1, 1 thread, {asked}; OpenVINO computes in float32. {where}.",
         "",
         f"{means}. {peers}{' '.join(result['notes'])}".strip(),
         "",

@@ -157,7 +157,7 @@ def table(result: dict[str, Any]) -> str:
     """Return the section."""
     judged = f"{result['images']} images judge, {result['calibration_images']} others calibrate"
     made = "Every tool has its defaults, all threads and a process of its own, whose seconds and peak memory are given"
-    timed = f"Latency: batch 1, 1 thread, {result['queries']} queries of each, in turn; OpenVINO computes in f32"
+    timed = f"Latency: batch 1, 1 thread, {result['queries']} queries of each, in turn; OpenVINO computes in float32"
     where = f"{result['machine']}, {result['versions']}. The machine: {result['load']['said']}"
     lines = [
         f"{judged}. {made}. {timed}. {where}. {' '.join(result['notes'])}".strip(),

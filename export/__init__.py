@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vit_edge.export.quantization.quantizer import QuantizationOptions, QuantizationResult, quantize, quantize_model
     from vit_edge.export.tracing.exporter import ExportResult, export_onnx
     from vit_edge.export.tracing.options import ExportOptions
-    from vit_edge.export.verification.verifier import Verification, verify
+    from vit_edge.export.verification.results import Verification
+    from vit_edge.export.verification.verifier import verify
 
 __all__ = [
     "ExportOptions",
@@ -31,7 +32,7 @@ _MODULES = {
     "ExportResult": "tracing.exporter",
     "QuantizationOptions": "quantization.quantizer",
     "QuantizationResult": "quantization.quantizer",
-    "Verification": "verification.verifier",
+    "Verification": "verification.results",
     "export_onnx": "tracing.exporter",
     "quantize": "quantization.quantizer",
     "quantize_model": "quantization.quantizer",

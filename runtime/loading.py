@@ -50,7 +50,7 @@ def load(
     *,
     engine: EngineName | Literal["auto"] = "auto",
     device: str = "cpu",
-    precision: FloatPrecision | None = None,
+    float_precision: FloatPrecision | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
     decode: Decoding = "full",
@@ -67,7 +67,7 @@ def load(
     - `device` is "cpu", a provider of ONNX Runtime ("cuda", "tensorrt", "openvino", "coreml", "qnn", "directml",
       "xnnpack", "webgpu"), or a device of OpenVINO ("gpu", "npu", "auto"). One that is not here raises; with
       `allow_fallback` the CPU runs instead, the log warns, and `describe()` says why.
-    - `precision` is that of the float parts ("f32", "f16", "bf16", "tf32"); None is f32, on an NPU f16.
+    - `float_precision` is that of the float part ("float32", "float16", "bfloat16"); None is float32 (NPU: float16).
     - `threads` None is what `vit-edge tune` found, else what the container grants.
     - `batch_size` gives the engine a static shape; other batches still run, in parts.
     - `decode` "fast" decodes large JPEGs at the smallest scale above the network's input.
@@ -85,7 +85,11 @@ def load(
         'pizza'
     """
     options = EngineOptions(
-        device=device, precision=precision, threads=threads, batch_size=batch_size, allow_fallback=allow_fallback
+        device=device,
+        float_precision=float_precision,
+        threads=threads,
+        batch_size=batch_size,
+        allow_fallback=allow_fallback,
     )
     _check_choice("verify", verify, get_args(Verify))
     check_sandbox(sandbox)
@@ -188,7 +192,7 @@ def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, Eng
     if isinstance(model, IrModel):
         return "openvino", options
     chosen_engines()  # raises where none is installed
-    if options.device == "cpu" and options.precision is None and options.batch_size is None:
+    if options.device == "cpu" and options.float_precision is None and options.batch_size is None:
         verdict = verdict_for(model)
         if verdict is not None:
             return verdict.apply(options)

@@ -18,7 +18,7 @@
     |  `- MissingExtra                     a package has to be installed first
     `- Interrupted               exit 130  stopped by the user, work saved
 
-A message reads: what failed - which file - why - what to do.
+A message has two lines: `cannot read FILE: reason`, then `try: what to do`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class VitEdgeError(Exception):
         super().__init__(what, reason, remedy)
 
     def __str__(self) -> str:
-        return " - ".join(part for part in (self.what, self.file, self.reason, self.remedy) if part)
+        subject = " ".join(part for part in (self.what, self.file) if part)
+        return f"{subject}: {self.reason}" + (f"\ntry: {self.remedy}" if self.remedy else "")
 
 
 class UsageError(VitEdgeError):

@@ -97,14 +97,6 @@ def _inputs(model: ModelFile, calibration: str) -> list[Any]:
     return [manifest.network_input(pixels[None]) for _, pixels in images]
 
 
-def _graph(model: ModelFile) -> Any:
-    import onnx
-
-    graph = onnx.load_model_from_string(model.data)
-    del graph.metadata_props[:]
-    return graph
-
-
 def _ort_static(model: ModelFile, job: dict[str, Any]) -> int:
     """Quantize with the defaults: QDQ, min-max, every operator it knows, inputs and outputs.
 
@@ -123,14 +115,14 @@ def _ort_static(model: ModelFile, job: dict[str, Any]) -> int:
             found = next(self.left, None)
             return None if found is None else {model.manifest.input["name"]: found}
 
-    quantize_static(_graph(model), job["out"], Reader())
+    quantize_static(model.graph(), job["out"], Reader())
     return len(inputs)
 
 
 def _ort_dynamic(model: ModelFile, job: dict[str, Any]) -> int:
     from onnxruntime.quantization import quantize_dynamic
 
-    quantize_dynamic(_graph(model), job["out"])
+    quantize_dynamic(model.graph(), job["out"])
     return 0
 
 

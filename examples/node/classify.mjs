@@ -156,12 +156,13 @@ async function checkGolden(session, manifest, file) {
   const [height, width] = manifest.preprocessing.crop;
   const found = await run(session, manifest, Buffer.concat(seeds.map((seed) => mosaic(seed, height, width))));
   let [signal, noise, largest, changed, excess] = [0, 0, 0, 0, 0];
-  const { absolute, relative, sqnr_db: leastDb, top1_gap: gap } = tolerance;
+  const { sqnr_db: leastDb, top1_gap: gap } = tolerance;
   expected.forEach((promise, row) => {
+    const allowed = allowedOf(promise, tolerance);
     promise.forEach((value, column) => {
       const difference = Math.abs(found[row][column] - value);
       [signal, noise, largest] = [signal + value ** 2, noise + difference ** 2, Math.max(largest, difference)];
-      excess = Math.max(excess, difference - ((absolute ?? 0) + (relative ?? 0) * Math.abs(value)));
+      excess = Math.max(excess, difference - allowed[column]);
     });
     const [first, second = -Infinity] = [...promise].sort((a, b) => b - a);
     if (gap != null && first - second > gap && best(promise)[0] !== best(found[row])[0]) changed += 1;
@@ -169,10 +170,18 @@ async function checkGolden(session, manifest, file) {
   const level = 10 * Math.log10(signal / noise);
   const problems = [];
   if (!found.every((row) => row.every(Number.isFinite))) problems.push('not every logit is finite');
-  if ((absolute != null || relative != null) && excess > 0) problems.push(`a logit is ${excess} beyond its bound`);
+  if (excess > 0) problems.push(`a logit is ${excess} beyond its bound`);
   if (leastDb != null && !(level >= leastDb)) problems.push(`SQNR is ${level.toFixed(1)} dB, below ${leastDb} dB`);
   if (changed) problems.push(`${changed} clear answers changed`);
   return { inputs: seeds.length, largest_difference: largest, sqnr_db: noise ? level : null, problems };
+}
+
+/** Return how far each logit of one image may be off: a share of their spread, or in older files of its own size. */
+function allowedOf(logits, { absolute, relative, spread, least_spread: leastSpread }) {
+  const scale = Math.max(Math.max(...logits) - Math.min(...logits), leastSpread ?? 0);
+  const most = spread == null ? Infinity : spread * scale;
+  const isEach = absolute != null || relative != null;
+  return logits.map((value) => Math.min(most, isEach ? (absolute ?? 0) + (relative ?? 0) * Math.abs(value) : Infinity));
 }
 
 /** Return the seeds, and the logits and tolerance that the file promises for ONNX Runtime. */
@@ -187,8 +196,8 @@ function promised({ golden, labels }, file) {
   const bytes = Buffer.from(entry.logits, 'base64');
   const values = Float32Array.from({ length: bytes.length / 4 }, (_, position) => bytes.readFloatLE(4 * position));
   if (values.length !== seeds.length * labels.length) throw reject(`it has ${values.length} golden logits`);
-  const { absolute, relative, sqnr_db: leastDb } = entry.tolerance;
-  if ((absolute ?? relative ?? leastDb) == null) throw reject('its tolerance has no bound');
+  const { absolute, relative, spread, sqnr_db: leastDb } = entry.tolerance;
+  if ((absolute ?? relative ?? spread ?? leastDb) == null) throw reject('its tolerance has no bound');
   return { seeds, expected: rows(values, labels.length), tolerance: entry.tolerance };
 }
 

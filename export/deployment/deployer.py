@@ -22,8 +22,9 @@ from vit_edge.export.deployment.commands import step_commands
 from vit_edge.export.quantization.quantizer import QuantizationOptions, quantize
 from vit_edge.export.quantization.speed import compare_speed, ratio_of_rounds
 from vit_edge.export.tracing.exporter import export_onnx
+from vit_edge.export.verification.results import Verification
 from vit_edge.export.verification.verdict import SEVERITY
-from vit_edge.export.verification.verifier import Verification, verify
+from vit_edge.export.verification.verifier import verify
 from vit_edge.files import finite, read_file, sha256_hex, write_atomic
 from vit_edge.machine.cpu import cpu_name, instruction_set, usable_threads
 from vit_edge.model_file.artifact import open_model

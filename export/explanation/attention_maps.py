@@ -31,7 +31,7 @@ def attention_maps(model: ModelFile, images_NHWC: Pixels) -> npt.NDArray[np.floa
     if config is None or model.weights is not None:
         return None
     check_graph(model)
-    graph = onnx.load_model_from_string(model.data)
+    graph = model.graph()
     inputs = list(model.manifest.network_input(images_NHWC))
     for tensor in _softmaxes(graph):
         activations = Activations(graph, [tensor])

@@ -58,7 +58,7 @@ class _OnnxRuntime:
         from vit_edge.runtime.engines.ort import make_session
 
         folder.mkdir()
-        self._graph, self._optimised = onnx.load_model_from_string(model.data).graph, folder / "optimised.onnx"
+        self._graph, self._optimised = model.graph().graph, folder / "optimised.onnx"
         self._feed, self._num_runs = _feed(model), 0
         self._session = make_session(
             model, EngineOptions(threads=1), optimised=self._optimised, profile=folder / "profile"
@@ -94,7 +94,7 @@ class _OpenVino:
     def __init__(self, model: ModelFile, folder: Path) -> None:
         from vit_edge.runtime.engines.ov import compile_model
 
-        self._graph, self._feed = onnx.load_model_from_string(model.data).graph, _feed(model)
+        self._graph, self._feed = model.graph().graph, _feed(model)
         self._compiled = compile_model(model, EngineOptions(threads=1), profile=True)
         self._request = self._compiled.create_infer_request()
         self._sums: dict[tuple[str, str], list[float]] = {}

@@ -21,7 +21,7 @@ from vit_edge.export.graph.preparation import prepare
 from vit_edge.export.quantization.algorithms.sensitivity import noise_by_op
 from vit_edge.image import Pixels
 from vit_edge.metrics import Logits, decibels, sqnr_db
-from vit_edge.model_file.artifact import PIXELS_INPUT, ModelFile, open_model, pack
+from vit_edge.model_file.artifact import PIXELS_INPUT, ModelFile, open_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
@@ -208,7 +208,7 @@ class _Waterfall:
 def _layers(prepared: Preparation, images_NHWC: Pixels, last: RemadeStage | None, progress: Progress) -> list[Layer]:
     """Return every product of the float file in graph order."""
     manifest = prepared.reference.manifest
-    float_graph, graph = (_graph(file) for file in (prepared.reference, prepared.model))
+    float_graph, graph = (file.graph() for file in (prepared.reference, prepared.model))
     float_graph = prepare(float_graph)
     ops = find_quantizable_ops(float_graph)
     levels = sqnr_by_op(
@@ -281,12 +281,6 @@ def _pixels(prepared: Preparation, progress: Progress) -> Pixels:
     return np.stack(found)
 
 
-def _graph(model: ModelFile) -> onnx.ModelProto:
-    graph = onnx.load_model_from_string(model.data)
-    del graph.metadata_props[:]
-    return graph
-
-
 def _left_out(prepared: Preparation) -> Iterator[str]:
     if prepared.network is None:
         yield "without --checkpoint the stages before the reference file are left out"
@@ -312,4 +306,4 @@ def _plain_file(network: Network, reference: ModelFile) -> ModelFile:
         evaluation=None,
         provenance={"form": "plain"},
     )
-    return open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
+    return ModelFile.from_graph(graph, manifest)

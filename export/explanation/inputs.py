@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vit_edge.errors import InputError, UsageError
 from vit_edge.export.explanation.stages import calibration_images, recorded
 from vit_edge.export.verification.paired_run import find_evaluation_images
-from vit_edge.export.verification.verifier import check_comparable
+from vit_edge.export.verification.request import check_comparable
 from vit_edge.files import is_file
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.progress import Progress, silent

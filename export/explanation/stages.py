@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, EFFORTS
@@ -20,7 +18,7 @@ from vit_edge.export.quantization.calibration.observers import METHODS
 from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.tracing.outputs import fix_batch
 from vit_edge.image import pixel_hash
-from vit_edge.model_file.artifact import ModelFile, open_model, pack
+from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 
 __all__ = ["Recorded", "RemadeStage", "calibration_images", "recorded", "remade_stages"]
@@ -59,7 +57,7 @@ class RemadeStage:
         if candidate.manifest.batch is not None:
             fix_batch(graph.graph, candidate.manifest.batch)
         manifest = replace(candidate.manifest, golden=None, evaluation=None)
-        return open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
+        return ModelFile.from_graph(graph, manifest)
 
 
 def recorded(model: ModelFile) -> Recorded:
@@ -114,8 +112,7 @@ def remade_stages(
     """
     record, found = recorded(model), None
     steps = tuple(name for name in record.plan.algorithms if name in _NOTES)
-    graph = onnx.load_model_from_string(reference.data)
-    del graph.metadata_props[:]
+    graph = reference.graph()
     cache = CalibrationCache(preprocessing=reference.manifest.preprocessing)
     for number in range(len(steps) + 1):
         name = f"+ {steps[number - 1]}" if number else "INT8, plain"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-__all__ = ["Rewriting"]
+__all__ = ["Rewriting", "with_outputs"]
 
 
 class Rewriting:
@@ -78,3 +78,12 @@ class Rewriting:
     def transpose(source: str, output: str, order: Sequence[int]) -> onnx.NodeProto:
         """Return a node that transposes."""
         return helper.make_node("Transpose", [source], [output], name=output, perm=list(order))
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
+    """Return the graph, serialized, with these tensors among its outputs."""
+    present = {value.name for value in model.graph.output}
+    asked = onnx.ModelProto()
+    asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    data: bytes = model.SerializeToString() + asked.SerializeToString()  # messages that follow one another merge
+    return data

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 
 from vit_edge.errors import ModelRejected
-from vit_edge.export.onnx_import.sandbox import with_outputs
+from vit_edge.export.graph.editing import with_outputs
 from vit_edge.machine.cpu import usable_threads
 
 __all__ = ["Activations", "logits_of"]

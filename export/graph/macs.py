@@ -35,13 +35,12 @@ class Costs:
     size_by_kind: Mapping[str, int]
 
 
-def costs(data: bytes) -> Costs:
-    """Return the costs of a serialized ModelProto.
+def costs(model: onnx.ModelProto) -> Costs:
+    """Return what a graph costs.
 
     Multiply-accumulates are those of all matrix products, attention's too, and convolutions; additions, norms and
     activations do not count, as is usual. They are None where a shape is not known.
     """
-    model = onnx.load_model_from_string(data)
     kinds = _kinds(model.graph)
     sizes: Counter[str] = Counter()
     for tensor in model.graph.initializer:

@@ -26,10 +26,10 @@ from vit_edge.export.onnx_import.interface import Layout, ThirdPartyInput, input
 from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
-from vit_edge.export.parity.parity import FLOAT32_TOLERANCE, Parity, check_parity
+from vit_edge.export.parity.parity import Parity, check_parity, float32_tolerance
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
-from vit_edge.model_file.artifact import PRODUCER, Manifest, ModelFile, open_model, pack, seal_state, warn_of_assumed
+from vit_edge.model_file.artifact import PRODUCER, Manifest, ModelFile, open_model, seal_state, warn_of_assumed
 from vit_edge.model_file.onnx_schema import parse
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import expectation, golden_images
@@ -145,7 +145,7 @@ def _taken(path: str | os.PathLike[str], told: _Told, notes: list[str]) -> tuple
         assumed=told.assumed,
         provenance={**hashes, "form": "plain", "changes": list(notes), **_VERSIONS},
     )
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
+    model = ModelFile.from_graph(graph, manifest)
     _guard(model)
     return model, reference
 
@@ -181,8 +181,8 @@ def _proven(
     """Return the file with golden vectors, and the figures of each engine that answers as the file it came from."""
     preprocessing = model.manifest.preprocessing
     height, width = preprocessing.crop
-    macs = macs_per_image(onnx.load_model_from_string(model.data))
-    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
+    macs = macs_per_image(model.graph())
+    seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     shown = list(real_images)
     parity: list[Parity] = []
@@ -193,7 +193,8 @@ def _proven(
         else:
             parity += found
     engines = list(dict.fromkeys(result.engine for result in parity))
-    expected = expectation(reference(images_NHWC), engines=engines, tolerance=FLOAT32_TOLERANCE)
+    expected_BK = reference(images_NHWC)
+    expected = expectation(expected_BK, engines=engines, tolerance=float32_tolerance(expected_BK))
     golden = {**golden_header(seeds, preprocessing), "expected": [expected]}
     return open_model(model.with_manifest(replace(model.manifest, golden=golden)), warn=False), parity
 

@@ -11,8 +11,9 @@ import onnx
 import onnxruntime
 
 from vit_edge.errors import ModelRejected
+from vit_edge.export.graph.editing import with_outputs
 from vit_edge.export.onnx_import.interface import ThirdPartyInput
-from vit_edge.export.onnx_import.sandbox import probe, with_outputs
+from vit_edge.export.onnx_import.sandbox import probe
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.cpu import usable_threads
 from vit_edge.runtime.checks.golden import golden_images

@@ -14,12 +14,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from vit_edge.machine.cpu import usable_threads
 from vit_edge.runtime.checks.sandbox import limit_memory, run_apart
 
-__all__ = ["main", "probe", "with_outputs"]
+__all__ = ["main", "probe"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -43,15 +42,6 @@ def probe(model: bytes, feeds: Sequence[Mapping[str, Array]], outputs: Sequence[
         answer = run_apart("vit_edge.export.onnx_import.sandbox", [name, job], timeout_s=_TIMEOUT_S)
         errors: list[str] = json.loads(answer)
         return [error or _read(folder / f"found{number}.npz", outputs) for number, error in enumerate(errors)]
-
-
-def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
-    """Return the graph, serialized, with these tensors among its outputs."""
-    present = {value.name for value in model.graph.output}
-    asked = onnx.ModelProto()
-    asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    data: bytes = model.SerializeToString() + asked.SerializeToString()  # messages that follow one another merge
-    return data
 
 
 def _read(path: Path, outputs: Sequence[str]) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from vit_edge.errors import VitEdgeError
 from vit_edge.export.parity.isolated_run import answer_elsewhere
 from vit_edge.image import Pixels
-from vit_edge.model_file.artifact import ModelFile, open_model, pack
+from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.engines.protocol import Array
 
 __all__ = ["describe_first_apart", "first_apart"]
@@ -65,7 +65,7 @@ def first_apart(
 
 
 def _float_tensors(model: ModelFile) -> list[str]:
-    graph = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(model.data)).graph
+    graph = onnx.shape_inference.infer_shapes(model.graph()).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
     made = [name for node in graph.node for name in node.output]
     return [name for name in made if types.get(name) in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)]
@@ -73,15 +73,14 @@ def _float_tensors(model: ModelFile) -> list[str]:
 
 def _tensors_of(model: ModelFile, engine: str, names: Sequence[str], image_NHWC: Pixels) -> dict[str, Array]:
     """Return every one of `names` from a copy of the graph that has them as outputs."""
-    graph = onnx.load_model_from_string(model.data)
-    del graph.metadata_props[:]
+    graph = model.graph()
     for value in (*graph.graph.input, *graph.graph.output):  # one image, whatever batch is asked for
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     free = {key: value for key, value in model.manifest.input.items() if key != "batch"}
     manifest = replace(model.manifest, golden=None, input=free)
     present = {value.name for value in graph.graph.output}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    opened = open_model(pack(graph.SerializeToString(), manifest), weights=model.weights, warn=False)
+    opened = ModelFile.from_graph(graph, manifest, weights=model.weights)
     found = answer_elsewhere(opened, engine=engine, batches=[image_NHWC], outputs=names)
     return found[0]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_edge.export.parity.parity import float32_tolerance
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.runtime.checks.acceptance import accept_own
@@ -33,7 +34,6 @@ _INTEGER_TOLERANCE = Tolerance(sqnr_db=20.0, top1_gap=0.5)
 
 def choose_seeds(
     run: Callable[[Pixels], Logits],
-    tolerance: Tolerance,
     *,
     height: int,
     width: int,
@@ -51,8 +51,7 @@ def choose_seeds(
     batches = [golden_images(seeds[i : i + _BATCH], height=height, width=width) for i in seeds[::_BATCH]]
     logits = np.concatenate([run(batch) for batch in batches])
     gaps = top2_gap(logits)
-    allowed = (tolerance.absolute or 0.0) + (tolerance.relative or 0.0) * np.abs(logits).max(axis=1)
-    fit = gaps > 3 * allowed
+    fit = gaps > 3 * np.max(float32_tolerance(logits).allowed(logits), axis=1)
     if fit.sum() < NUM_INPUTS:
         fit = np.isin(seeds, np.argsort(-gaps, kind="stable")[:NUM_INPUTS])
     chosen: list[int] = []

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from vit_edge.errors import ModelRejected, VerificationFailed, VitEdgeError
-from vit_edge.export.tracing.formats import write_model
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
+from vit_edge.model_file.writing import write_model
 from vit_edge.runtime.checks.acceptance import accept_own
 from vit_edge.runtime.checks.sandbox import run_apart
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, answers, make_engine

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vit_edge.errors import InputError, VitEdgeError
+from vit_edge.export.verification.results import Verification
 from vit_edge.export.verification.verdict import SEVERITY, Verdict
-from vit_edge.export.verification.verifier import Verification
 from vit_edge.files import read_file, sha256_hex, write_atomic
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent

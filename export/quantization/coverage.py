@@ -100,7 +100,7 @@ def coverage(model: ModelFile, engine: str) -> Coverage:
         reason = f"no optimised graph is to be had from {engine!r}"
         raise EngineUnavailable("cannot tell the coverage", reason=reason, remedy=f"choose {' or '.join(_LOOKUPS)}")
     version = str(require(engine, extra=engine, what="tell the coverage").__version__)
-    proto = onnx.load_model_from_string(model.data)
+    proto = model.graph()
     weights = _weights(proto.graph)
     ops = {_name(node): node for node in proto.graph.node if _name(node) in weights}
     is_integer, alone = _LOOKUPS[engine](model, proto, ops)

@@ -10,7 +10,7 @@ import onnx
 from vit_edge.export.graph.float16 import STORAGE_NOT_SPEED, to_half
 from vit_edge.export.parity.isolated_run import load_elsewhere
 from vit_edge.export.parity.parity import check_parity, half_tolerance
-from vit_edge.model_file.artifact import ModelFile, open_model, pack
+from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import expectation, golden_images
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, make_engine
@@ -29,8 +29,8 @@ def halved(source: ModelFile, *, progress: Progress = silent) -> ModelFile:
     """
     _log.warning(STORAGE_NOT_SPEED)
     progress("float16", 0, _STAGES)
-    graph = onnx.load_model_from_string(source.data)
-    del graph.metadata_props[:], graph.graph.value_info[:]
+    graph = source.graph()
+    del graph.graph.value_info[:]
     to_half(graph.graph)
     manifest = replace(
         source.manifest,
@@ -39,7 +39,7 @@ def halved(source: ModelFile, *, progress: Progress = silent) -> ModelFile:
         golden=None,
         provenance={**source.manifest.provenance, "float_model_sha256": source.sha256, "onnx": onnx.__version__},
     )
-    model = open_model(pack(graph.SerializeToString(deterministic=True), manifest), warn=False)
+    model = ModelFile.from_graph(graph, manifest)
     golden = source.manifest.golden or {}
     promised = {name for entry in golden.get("expected", ()) for name in entry["engines"]}
     engines = [name for name in installed_engines() if name in promised]

@@ -12,7 +12,7 @@ from vit_edge.export.quantization.calibrated_graph import CalibratedGraph
 from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import Range
 from vit_edge.export.quantization.qdq.dynamic_ranges import BATCH
-from vit_edge.export.verification.verifier import Verification
+from vit_edge.export.verification.results import Verification
 from vit_edge.files import finite
 from vit_edge.machine.targets import Target
 from vit_edge.model_file.artifact import ModelFile, open_model

@@ -34,12 +34,13 @@ from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.quantization.speed import Speed, compare_speed
 from vit_edge.export.tracing.outputs import fix_batch
 from vit_edge.export.verification.paired_run import find_evaluation_images
+from vit_edge.export.verification.results import Verification
 from vit_edge.export.verification.verdict import Budget
-from vit_edge.export.verification.verifier import Verification, verify_models
+from vit_edge.export.verification.verifier import verify
 from vit_edge.files import may_write, sha256_hex, write_atomic
 from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import DEFAULT_TARGET, Target, resolve_target
-from vit_edge.model_file.artifact import ModelFile, open_model, pack
+from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
 from vit_edge.runtime.loading import load_model
@@ -276,7 +277,7 @@ def _judge(
     progress: Progress,
 ) -> Verification:
     assert data is not None
-    return verify_models(
+    return verify(
         candidate,
         reference=reference,
         data=data,
@@ -338,8 +339,7 @@ def _calibrated(
     options: QuantizationOptions,
     progress: Progress,
 ) -> CalibratedGraph:
-    graph = onnx.load_model_from_string(source.data)
-    del graph.metadata_props[:]
+    graph = source.graph()
     plan = Plan(
         algorithms=choose_algorithms(options.recipe, algorithms=options.algorithms, without=options.without),
         effort=EFFORTS[options.effort],
@@ -383,7 +383,7 @@ def _finished(source: ModelFile, found: CalibratedGraph, left: frozenset[str], r
     if skips:
         record = {**record, "openvino_skips": skips}
     manifest = replace(manifest, quantization=dict(record))
-    packed = open_model(pack(quantized.SerializeToString(deterministic=True), manifest), warn=False)
+    packed = ModelFile.from_graph(quantized, manifest)
     return with_answers(packed, source)
 
 

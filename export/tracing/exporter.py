@@ -25,13 +25,14 @@ from vit_edge.export.graph.macs import macs_per_image
 from vit_edge.export.parity.divergence import describe_first_apart
 from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
-from vit_edge.export.parity.parity import FLOAT32_TOLERANCE, Parity, Reference, check_parity, half_tolerance
+from vit_edge.export.parity.parity import Parity, Reference, check_parity, float32_tolerance, half_tolerance
 from vit_edge.export.tracing.external_data import move_weights_out
-from vit_edge.export.tracing.formats import may_write_format, write_folder, write_model
+from vit_edge.export.tracing.formats import may_write_format, write_folder
 from vit_edge.export.tracing.hf_folder import folder_of, require_vit
 from vit_edge.export.tracing.network import (
     EXTRAS,
     Network,
+    exact_logits,
     from_checkpoint,
     from_module,
     reference_extras,
@@ -46,6 +47,7 @@ from vit_edge.files import is_file, sha256_hex, write_together
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.releases import highest_versions
 from vit_edge.model_file.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack, weights_entry
+from vit_edge.model_file.writing import write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
@@ -159,10 +161,14 @@ class _Golden:
 def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Golden:
     height, width = network.preprocessing.crop
     reference = reference_logits(network.model, network.preprocessing)
-    seeds = choose_seeds(reference, FLOAT32_TOLERANCE, height=height, width=width, macs_per_image=macs)
+    seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     expected_BK = reference(images_NHWC)
-    tolerance = FLOAT32_TOLERANCE if options.precision == "fp32" else half_tolerance(expected_BK)
+    if options.precision == "fp32":
+        exact_BK = exact_logits(network.model, network.preprocessing, images_NHWC)
+        tolerance = float32_tolerance(expected_BK, exact_BK)
+    else:
+        tolerance = half_tolerance(expected_BK)
     expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
     fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
     return _Golden(images_NHWC=images_NHWC, expected_BK=expected_BK, tolerance=tolerance, fields=fields)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from vit_edge.errors import UsageError, printable
 from vit_edge.export.tracing.options import ExportOptions
-from vit_edge.files import may_write, write_atomic, write_together
-from vit_edge.model_file.artifact import ModelFile
+from vit_edge.files import may_write, write_atomic
 
-__all__ = ["may_write_format", "write_folder", "write_model"]
+__all__ = ["may_write_format", "write_folder"]
 
 # All that a Hugging Face folder of ours holds: only a folder of these files is ever replaced.
 _FOLDER_FILES = {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model.onnx.data"}
@@ -39,15 +38,6 @@ def may_write_format(
     if options.format == "onnx":  # a network over 2 GiB needs a second file
         may_write(target.with_name(f"{target.name}.data"), force=force, made_from=made_from)
     return may_write(target, force=force, made_from=made_from)
-
-
-def write_model(path: Path, model: ModelFile) -> None:
-    """Write a model file and, of a network over 2 GiB, first the weights beside it under the name that it knows."""
-    entry = model.manifest.weights
-    beside = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
-    write_together({**beside, path: model.data})
-    if not beside:  # what an older and larger model left there
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ __all__ = [
     "EXTRAS",
     "Network",
     "PlainNetwork",
+    "exact_logits",
     "from_checkpoint",
     "from_module",
     "reference_extras",
@@ -168,6 +171,16 @@ def reference_logits(model: nn.Module, preprocessing: Preprocessing) -> Callable
         return logits_BK
 
     return run
+
+
+def exact_logits(model: nn.Module, preprocessing: Preprocessing, images_NHWC: Pixels) -> npt.NDArray[np.float64] | None:
+    """Return the logits in float64, None for networks that are not our own: they may ask for float32 inside."""
+    if not isinstance(model, VisionTransformer):
+        return None
+    with torch.inference_mode():
+        images_NCHW = torch.from_numpy(preprocessing.normalise(images_NHWC)).double()
+        logits_BK: npt.NDArray[np.float64] = copy.deepcopy(model).double()(images_NCHW).numpy()
+    return logits_BK
 
 
 def reference_extras(model: VisionTransformer, preprocessing: Preprocessing) -> Callable[[Pixels], dict[str, Array]]:

@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.parity.parity import BATCHES
-from vit_edge.export.tracing.formats import write_model
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import NO_SEAL, seal_ir
+from vit_edge.model_file.writing import write_model
 from vit_edge.runtime.checks.golden import Tolerance, differences
 from vit_edge.runtime.checks.sandbox import start_of
 from vit_edge.runtime.engines.protocol import Logits
@@ -64,8 +63,7 @@ def main(name: str) -> int:
 
     folder = Path(name)
     model = open_model(folder / _MODEL, warn=False)
-    graph = onnx.load_model_from_string(model.data)
-    del graph.metadata_props[:]
+    graph = model.graph()
     # By path: weights that lie beside the file are found from there.
     (folder / _BARE).write_bytes(graph.SerializeToString(deterministic=True))
     core = openvino.Core()

@@ -1,8 +1,8 @@
-"""Label only the flips: the few images whose answer changed, written out to be labelled, and read back.
+"""Label only the flips: the few images whose prediction changed, written out to be labelled, and read back.
 
-Where both models answer the same, both are right or both are wrong, and the image cancels in the drop. So the labels
-of the changed ones give the drop, its bound and McNemar's counts exactly as labels of all would. Rows are known by the
-hash of the image's pixels; everything else in them is for whoever fills in the labels.
+If both models predict the same class, both are right or both are wrong, and the image cancels in the drop. So the
+labels of the flips give the drop, its bound and McNemar's counts exactly as labels of all images would. The hash of
+the pixels identifies a row; its other cells help the person who fills in the labels.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _BETWEEN_ENGINES = " | "
 _NEITHER = "none"
 _MAX_BYTES = 100_000_000
 _NUM_NAMED = 5
-# Spreadsheets take a cell that begins so for a formula.
+# Spreadsheets read a cell that begins with one of these as a formula.
 _FORMULA = ("=", "+", "-", "@")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """An image whose answer changed: both answers, how far each led over the next class, and what the label says.
+    """An image whose prediction changed: both predictions, their margins over the next class, and the label.
 
-    `effect` is "worse" where the reference was right, "better" where the candidate is; None where nobody knows.
+    `effect` is "worse" if the reference is right, "better" if the candidate is, None if there is no label.
     """
 
     path: str
@@ -73,20 +73,20 @@ class FlipLabels:
     rows: Mapping[str, Mapping[str, str]]
 
     def of(self, run: PairedRun) -> npt.NDArray[np.int64]:
-        """Return the label of each image, UNKNOWN where the file has none."""
+        """Return the label of each image, UNKNOWN if the file has none."""
         return np.array([self.labels.get(digest, UNKNOWN) for digest in run.hashes], dtype=np.int64)
 
     def check(self, run: PairedRun, found: Sequence[Change]) -> None:
-        """Raise DataRejected where the file is not of these images, or not of these answers."""
+        """Raise DataRejected if the file belongs to other images or other predictions."""
         strange = [self.rows[digest]["file"] for digest in self.rows.keys() - set(run.hashes)]
         if strange:
-            reason = f"{len(strange)} of its images are not among those that judge: {_named(strange)}"
-            raise _rejected(self.file, reason, "give the folder that it was made from, its images unchanged")
+            reason = f"{len(strange)} images in the file are not among the evaluation images: {_named(strange)}"
+            raise _rejected(self.file, reason, "give the --data that the file was made from, images unchanged")
         missing = [change.path for change in found if change.pixels_sha256 not in self.rows]
         if missing:
-            reason = f"{len(missing)} answers that change in {run.engine} are not in it: {_named(missing)}"
+            reason = f"{len(missing)} predictions that change in {run.engine} are missing: {_named(missing)}"
             raise _rejected(
-                self.file, reason, "make it anew (--flips-out takes over the labels), then fill in the rest"
+                self.file, reason, "write a new file with --flips-out, which keeps the labels, and fill in the rest"
             )
         for change in found:
             self._check_answers(self.rows[change.pixels_sha256], change, run.engine)
@@ -99,19 +99,21 @@ class FlipLabels:
                 written[engines.index(engine)] if len(written) == len(engines) and engine in engines else row[column]
             )
             if engine in engines and not _same(wanted, answer) and not _same(row[column], answer):
-                reason = f"the {column}'s answer for {row['file']} is {wanted!r} in it, and {answer!r} in {engine} here"
-                raise _rejected(self.file, reason, "fill in the labels only, or make it anew where it is to be read")
+                reason = (
+                    f"for {row['file']} the file says the {column} predicts {wanted!r}; here {engine} gives {answer!r}"
+                )
+                raise _rejected(self.file, reason, "fill in labels only, or write a new file on this machine")
 
 
 def class_titles(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names as people read them: unprintable characters escaped, and the index where two share a name."""
+    """Return the names as people read them: unprintable characters escaped, an index added if two share a name."""
     plain = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names]
     counts = Counter(plain)
     return tuple(name if counts[name] == 1 else f"{name} [{index}]" for index, name in enumerate(plain))
 
 
 def changes(run: PairedRun, labels_B: npt.NDArray[np.int64], titles: Sequence[str]) -> tuple[Change, ...]:
-    """Return every image whose answer changed, in the order of the paths."""
+    """Return every image whose prediction changed, in the order of the paths."""
     answers = run.answers
     return tuple(
         Change(
@@ -129,7 +131,7 @@ def changes(run: PairedRun, labels_B: npt.NDArray[np.int64], titles: Sequence[st
 
 
 def flips_csv(found: Mapping[str, Sequence[Change]], *, folder: str | os.PathLike[str], models_sha256: str) -> bytes:
-    """Return the flips file of what changed in each engine: one row an image, its label empty unless known."""
+    """Return the flips file of the changes in each engine: one row per image, its label empty unless known."""
     by_image: dict[str, dict[str, Change]] = {}
     for engine, entries in found.items():
         for change in entries:
@@ -155,10 +157,10 @@ def flips_csv(found: Mapping[str, Sequence[Change]], *, folder: str | os.PathLik
 
 
 def may_write_flips(path: str | os.PathLike[str], *, force: bool) -> Path:
-    """Return `path` if flips may be written there; raises UsageError. Labels filled in are kept, even with `force`."""
+    """Return `path` if flips may be written there; raises UsageError. Filled-in labels are kept, even with `force`."""
     if os.path.lexists(path) and not force:
-        remedy = "give it with --flips once its labels are filled in, or choose another name with --flips-out"
-        raise UsageError("will not overwrite", file=path, reason="the file exists", remedy=remedy)
+        remedy = "fill in the labels and add --flips, or choose another name with --flips-out"
+        raise UsageError("cannot write", file=path, reason="the file exists", remedy=remedy)
     target = may_write(path, force=force)
     if not target.exists():
         return target
@@ -166,10 +168,10 @@ def may_write_flips(path: str | os.PathLike[str], *, force: bool) -> Path:
         filled = sum(bool(row["label"]) for row in _rows(target))
     except DataRejected as error:
         remedy = "choose another name with --flips-out"
-        raise UsageError("will not overwrite", file=path, reason="it is no flips file", remedy=remedy) from error
+        raise UsageError("cannot overwrite", file=path, reason="the file is not a flips file", remedy=remedy) from error
     if filled:
-        remedy = "use them with --flips, or choose another name with --flips-out"
-        raise UsageError("will not overwrite", file=path, reason=f"{filled} labels are filled in", remedy=remedy)
+        remedy = "use the labels with --flips, or choose another name with --flips-out"
+        raise UsageError("cannot overwrite", file=path, reason=f"{filled} labels are filled in", remedy=remedy)
     return target
 
 
@@ -178,14 +180,14 @@ def read_flips(
 ) -> FlipLabels:
     """Return the labels of a flips file, as spreadsheet programs leave it too; raises DataRejected.
 
-    A label is a name or an index of a class, "none" for an image of none of them, or empty. With `models_sha256` it
-    has to be made with these models.
+    A label is the name or index of a class, "none" for an image of no class, or empty. With `models_sha256` the file
+    must have been made with these models.
     """
     rows = _rows(Path(file))
     others = sum(row["models_sha256"] != models_sha256 for row in rows)
     if models_sha256 is not None and others:
-        reason = f"{others} of its {len(rows)} rows were made with other models"
-        remedy = "give the models it was made with, or make it anew (--flips-out takes over the labels)"
+        reason = f"{others} of {len(rows)} rows were made with other models"
+        remedy = "give those models, or write a new file with --flips-out, which keeps the labels"
         raise _rejected(file, reason, remedy)
     labels, unknown, parse = dict[str, int](), list[str](), _Labels(class_names)
     for row in rows:
@@ -193,17 +195,17 @@ def read_flips(
         if label is None or labels.setdefault(row["pixels_sha256"], label) != label:
             unknown.append(f"{row['label']!r} for {row['file']}")
     if unknown:
-        reason = f"{len(unknown)} labels are no class of the model, or name two: {_named(unknown)}"
+        reason = f"{len(unknown)} labels match no class of the model, or two: {_named(unknown)}"
         raise _rejected(file, reason, f'write the name or the index of a class, or "{_NEITHER}"')
     return FlipLabels(file=printable(file), labels=labels, rows={row["pixels_sha256"]: row for row in rows})
 
 
 class _Labels:
-    """Make a class index of what a person wrote; None where it is no class, or may be two."""
+    """Turn what a person wrote into a class index; None if it matches no class, or two."""
 
     def __init__(self, names: Sequence[str]) -> None:
         titles = class_titles(names)
-        # Where a name is a number, a number is a name: index 3 must not be taken for class "3" or the other way round.
+        # If a class name is a number, numbers are names: index 3 must not be read as class "3", or the other way round.
         self.num_indices = 0 if any(re.fullmatch(r"\d+", name.strip()) for name in names) else len(names)
         self.exact = {title: index for index, title in enumerate(titles)}
         folded = Counter(title.strip().casefold() for title in titles)
@@ -237,12 +239,12 @@ def _rows(file: Path) -> list[dict[str, str]]:
             [cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         ]
     except csv.Error as error:
-        raise _rejected(file, str(error), "save it as CSV") from error
+        raise _rejected(file, str(error), "save the file as CSV") from error
     header = lines[0] if lines else []
     lacking = [column for column in COLUMNS if header.count(column) != 1]
     if lacking:
         raise _rejected(
-            file, f"it lacks the columns {', '.join(lacking)}", "keep the columns as `vit-edge verify` wrote them"
+            file, f"the columns {', '.join(lacking)} are missing", "keep the columns that `vit-edge verify` wrote"
         )
     rows = []
     for number, line in enumerate(lines[1:], start=2):
@@ -254,7 +256,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
             or any(line[len(header) :])
             or not re.fullmatch("[0-9a-f]{64}", row["pixels_sha256"])
         ):
-            raise _rejected(file, f"row {number} is damaged", "fill in the column label only, and keep the others")
+            raise _rejected(file, f"row {number} is damaged", "fill in only the column label")
         rows.append(row)
     return rows
 
@@ -263,7 +265,7 @@ def _decoded(data: bytes, file: Path) -> str:
     for encoding in ("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "cp1252"):
         with contextlib.suppress(UnicodeDecodeError):
             return data.decode(encoding)
-    raise _rejected(file, "it is not text", "save it as CSV in UTF-8")
+    raise _rejected(file, "the file is not text", "save the file as CSV in UTF-8")
 
 
 def _relative(path: str, folder: str | os.PathLike[str]) -> str:
@@ -272,7 +274,7 @@ def _relative(path: str, folder: str | os.PathLike[str]) -> str:
 
 
 def _joined(values: Iterable[str]) -> str:
-    """Return the one value that all engines have, or those of each in the order of the engines."""
+    """Return the value that all engines share, or one value per engine in their order."""
     each = list(values)
     return each[0] if len(set(each)) == 1 else _BETWEEN_ENGINES.join(each)
 
@@ -302,4 +304,4 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _rejected(file: str | os.PathLike[str], reason: str, remedy: str) -> DataRejected:
-    return DataRejected("cannot use the flips", file=file, reason=reason, remedy=remedy)
+    return DataRejected("cannot use the flips file", file=file, reason=reason, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Both models on the same images, one after another, in one engine: what each answers, and on which images."""
+"""Both models on the same images in one engine: what each predicts, and on which images."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from vit_edge.runtime.engines.protocol import EngineOptions, refuse_null
 from vit_edge.runtime.loading import load_model
 from vit_edge.similarity import fingerprint
 
-__all__ = ["Answering", "EvaluationImages", "OpenCandidate", "PairedRun", "find_evaluation_images", "run_both"]
+__all__ = ["EvaluationImages", "OpenCandidate", "PairedRun", "Predictor", "find_evaluation_images", "run_both"]
 
 _BATCH = 16
 _log = logging.getLogger(__name__)
 
 
-class Answering(Protocol):
-    """What gives logits: a classifier here, or a model on a device."""
+class Predictor(Protocol):
+    """Anything that gives logits: a classifier here, or a model on a device."""
 
     def logits(self, images_NHWC: Pixels) -> Logits:
         """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]."""
 
 
-# Given an engine's name, the candidate loaded in it: somewhere else than here.
-OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Answering]]
+# Given the name of an engine, the candidate loaded in it, on a device for example.
+OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Predictor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationImages:
-    """The images that judge, sorted, and the class of each; UNKNOWN where they are taken without labels."""
+    """The evaluation images, sorted, and the class of each; UNKNOWN if they are used without labels."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
@@ -55,13 +55,13 @@ class EvaluationImages:
 
     @property
     def num_images(self) -> int:
-        """Return how many there are; copies of each other, and images that cannot be read, are not yet known."""
+        """Return how many there are; duplicates and unreadable images are not known yet."""
         return len(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedRun:
-    """The answers of both models in one engine; each different image once, with the hash of its pixels."""
+    """The predictions of both models in one engine; each distinct image once, with the hash of its pixels."""
 
     engine: str
     answers: PairedAnswers
@@ -77,21 +77,21 @@ class PairedRun:
 
     @property
     def images(self) -> EvaluationImages:
-        """Return the images that were answered: those that could not be read, and copies, are left out."""
+        """Return the images that were run: unreadable ones and duplicates are left out."""
         return EvaluationImages(paths=self.paths, labels=tuple(int(label) for label in self.labels_B))
 
 
 def find_evaluation_images(
     data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool
 ) -> EvaluationImages:
-    """Return the images in `data`, with their labels unless `unlabelled` or lying loose; raises DataRejected."""
+    """Return the images in `data`, with labels unless `unlabelled` or not in class folders; raises DataRejected."""
     try:
         if not unlabelled and not lies_loose(data, splits=EVALUATION_SPLITS):
             found = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names)
             return EvaluationImages(paths=found.paths, labels=found.labels)
     except DataRejected as error:
         read_unlabelled(data, splits=EVALUATION_SPLITS)  # raises what is wrong with more than the labels
-        error.remedy += "; or take the images as unlabelled (--unlabelled)"
+        error.remedy += "; or use the images without labels (--unlabelled)"
         raise
     paths = read_unlabelled(data, splits=EVALUATION_SPLITS)
     return EvaluationImages(paths=paths, labels=(UNKNOWN,) * len(paths))
@@ -107,21 +107,21 @@ def run_both(
     progress: Progress,
     candidate: OpenCandidate | None = None,
 ) -> PairedRun:
-    """Return what `model` and its `reference` answer on the images in one engine; copies count once, with a warning.
+    """Return what `model` and its `reference` predict on the images in one engine; duplicates count once.
 
-    With `candidate` it is what this opens that answers for `model`; the reference is always run here.
-    Raises DataRejected where images cannot be used, GoldenMismatch and more where a model cannot be loaded.
+    With `candidate` the model runs where that opens it; the reference always runs here. Raises DataRejected if images
+    cannot be used, and what `load_model` raises.
     """
     refuse_null(engine)
     options, kept = EngineOptions(threads=threads), _Kept()
     with (
         load_model(reference, engine=engine, options=options) as expected,
-        candidate(engine) if candidate else load_model(model, engine=engine, options=options) as answering,
+        candidate(engine) if candidate else load_model(model, engine=engine, options=options) as predictor,
     ):
-        kept.stream(images.paths, expected, answering, lambda done, of: progress(f"verifying in {engine}", done, of))
+        kept.stream(images.paths, expected, predictor, lambda done, of: progress(f"verifying in {engine}", done, of))
     num_copies = kept.num_seen - len(kept.hashes)
     if num_copies:
-        _log.warning("%d images are copies of others and were not counted again", num_copies)
+        _log.warning("%d images are duplicates of others and were counted once", num_copies)
     positions = list(kept.hashes.values())
     return PairedRun(
         engine=engine,
@@ -134,7 +134,7 @@ def run_both(
 
 
 class _Kept:
-    """What is kept of the images so far; pixels only until their batch was answered."""
+    """What is kept of the images so far; pixels only until their batch has run."""
 
     def __init__(self) -> None:
         self.hashes: dict[str, int] = {}
@@ -147,7 +147,7 @@ class _Kept:
         self,
         paths: Sequence[Path],
         reference: Classifier,
-        candidate: Answering,
+        candidate: Predictor,
         progress: Callable[[int, int], None],
     ) -> None:
         for position, pixels in stream_pixels(paths, reference.manifest.preprocessing):
@@ -158,7 +158,7 @@ class _Kept:
         progress(len(paths), len(paths))
 
     def add(self, position: int, pixels: Pixels) -> bool:
-        """Return whether the image is a new one: copies would prove the same thing again."""
+        """Return whether the image is a new one: duplicates prove nothing more."""
         self.num_seen += 1
         digest = pixel_hash(pixels)
         if digest in self.hashes:
@@ -168,7 +168,7 @@ class _Kept:
         self.batch.append(pixels)
         return True
 
-    def answer(self, reference: Classifier, candidate: Answering) -> None:
+    def answer(self, reference: Classifier, candidate: Predictor) -> None:
         if self.batch:
             images_NHWC = np.stack(self.batch)
             self.answers.append(pair_answers(reference.logits(images_NHWC), candidate.logits(images_NHWC)))

@@ -1,6 +1,6 @@
-"""When a candidate is accepted: the one place where figures become `pass`, `fail` or `inconclusive`.
+"""When a candidate is accepted: the one place that turns figures into `pass`, `fail` or `inconclusive`.
 
-A point estimate never passes: what passes is a bound at 95 % confidence. Each criterion has to hold in each engine, so
+A point estimate never passes: only a bound at 95 % confidence does. Each criterion has to hold in each engine, so
 that the whole keeps its 5 % (an intersection-union test: Berger, Technometrics 24, 1982).
 """
 
@@ -28,7 +28,7 @@ from vit_edge.metrics import (
     images_needed_for_agreement,
 )
 
-__all__ = ["SEVERITY", "Budget", "Outlook", "Verdict", "judge", "judge_logits", "outlook"]
+__all__ = ["SEVERITY", "Budget", "Certifiable", "Verdict", "certifiable", "decide", "decide_from_logits"]
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 SEVERITY: dict[Verdict, int] = {"pass": 0, "inconclusive": 1, "fail": 2}
@@ -38,7 +38,7 @@ _SMALLEST_DROP_POINTS = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What may be lost: points of top-1, and percent of equal answers that must remain; None is not judged."""
+    """The accuracy budget: points of top-1 that may be lost, percent of predictions that must stay; None: no limit."""
 
     max_drop_points: float | None = None
     min_agreement: float | None = None
@@ -47,18 +47,18 @@ class Budget:
         drop, agreement = self.max_drop_points, self.min_agreement
         if drop is None and agreement is None:
             remedy = "give a max drop, a min agreement, or both"
-            raise UsageError("cannot verify", reason="there is nothing to judge by", remedy=remedy)
+            raise UsageError("cannot verify", reason="there is no accuracy budget", remedy=remedy)
         if drop is not None and not _SMALLEST_DROP_POINTS <= drop < 100:
             raise UsageError("cannot verify", reason=f"max drop is {drop}", remedy="give 0.01 to 100 points")
         if agreement is not None and not 0 <= agreement <= 100:
-            raise UsageError("cannot verify", reason=f"min agreement is {agreement}", remedy="give a percentage")
+            raise UsageError("cannot verify", reason=f"min agreement is {agreement}", remedy="give 0 to 100 percent")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outlook:
-    """What this many images can certify at best, which is where not one answer changes.
+class Certifiable:
+    """What this many images can certify if no prediction changes: the smallest drop, the highest agreement.
 
-    With `too_few` an unchanged model could not pass either; it takes `images_needed` at least (None: no number does).
+    With `too_few` even an unchanged model cannot pass; it takes at least `images_needed` (None: no number suffices).
     """
 
     images: int
@@ -68,10 +68,10 @@ class Outlook:
     images_needed: int | None
 
 
-def outlook(images: int, budget: Budget) -> Outlook:
-    """Return what can come of a verification on this many images, before any of them is answered."""
+def certifiable(images: int, budget: Budget) -> Certifiable:
+    """Return what a verification on this many images can certify, before any of them is run."""
     enough = [_enough_for_drop(images, budget), _enough_for_agreement(images, budget)]
-    return Outlook(
+    return Certifiable(
         images=images,
         best_points=best_certifiable_points(images),
         best_agreement=best_certifiable_agreement(images),
@@ -80,21 +80,21 @@ def outlook(images: int, budget: Budget) -> Outlook:
     )
 
 
-def judge(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
-    """Return the verdict, and about how many images would pass at the rates seen (None: unknown, or no number would).
+def decide(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
+    """Return the verdict, and how many images would pass at the measured rates (None: unknown, or no number would).
 
-    It passes where the bounds are within the budget, and fails where the figures seen are not. With images that are too
-    few to pass whatever they show, it fails only where the loss itself is certain; else it is inconclusive.
+    The verdict is `pass` if the bounds are within the budget, and `fail` if the measured figures are not. With too few
+    images for any pass, it is `fail` only if the loss itself is certain, and else `inconclusive`.
     """
-    judged = [_judge_drop(found, budget), _judge_agreement(found, budget)]
-    verdict = max((verdict for verdict, _ in judged), key=SEVERITY.__getitem__)
-    open_ = [needed for kind, needed in judged if kind == "inconclusive"]
+    decided = [_decide_drop(found, budget), _decide_agreement(found, budget)]
+    verdict = max((verdict for verdict, _ in decided), key=SEVERITY.__getitem__)
+    open_ = [needed for kind, needed in decided if kind == "inconclusive"]
     if verdict != "inconclusive" or None in open_:
         return verdict, None
     return verdict, max(needed for needed in open_ if needed is not None)
 
 
-def judge_logits(
+def decide_from_logits(
     reference_BK: Logits,
     candidate_BK: Logits,
     labels_B: npt.NDArray[np.int64] | None,
@@ -104,19 +104,19 @@ def judge_logits(
 ) -> tuple[Verdict, Comparison, int | None]:
     """Return verdict, figures and the number of images needed for two sets of logits [images, classes].
 
-    Without labels each changed answer counts as lost.
+    Without labels each changed prediction counts as lost.
     """
     labels = np.full(len(reference_BK), UNKNOWN, dtype=np.int64) if labels_B is None else labels_B
     found = compare(reference_BK, candidate_BK, labels)
-    verdict, needed = judge(found, Budget(max_drop_points=max_drop_points, min_agreement=min_agreement))
+    verdict, needed = decide(found, Budget(max_drop_points=max_drop_points, min_agreement=min_agreement))
     return verdict, found, needed
 
 
-def _judge_drop(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
+def _decide_drop(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
     limit = budget.max_drop_points
     if limit is None or found.drop_upper_bound_points <= limit:
         return "pass", None
-    # Images without a label were counted as lost; a failure has to be one whatever they show.
+    # Images without a label were counted as lost; a failure must hold for any labels.
     worse, better = found.worse - found.unlabelled, found.better + found.unlabelled
     enough = _enough_for_drop(found.images, budget)
     if (worse - better) / found.images * 100 > limit and (enough or _surely_lost(worse, better)):
@@ -128,7 +128,7 @@ def _judge_drop(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]
     return "inconclusive", fewest if found.unlabelled or at_rates is None else at_rates
 
 
-def _judge_agreement(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
+def _decide_agreement(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
     limit = budget.min_agreement
     if limit is None or found.agreement_lower_bound >= limit:
         return "pass", None
@@ -149,17 +149,17 @@ def _enough_for_agreement(images: int, budget: Budget) -> bool:
 
 
 def _surely_lost(worse: int, better: int) -> bool:
-    """Return whether McNemar's exact test, one-sided, says that answers were lost at all."""
+    """Return whether McNemar's exact test, one-sided, says that correct predictions were lost at all."""
     stats = require("scipy.stats", extra="export", what="verify")
     return bool(stats.binomtest(worse, worse + better, alternative="greater").pvalue <= 1 - CONFIDENCE)
 
 
 def _fewest(budget: Budget) -> int | None:
     """Return the fewest images with which an unchanged model would pass."""
-    asked = []
+    fewest = []
     if budget.max_drop_points is not None:
-        asked.append(fewest_images(max_drop_points=budget.max_drop_points))
+        fewest.append(fewest_images(max_drop_points=budget.max_drop_points))
     if budget.min_agreement is not None:
-        asked.append(fewest_images_for_agreement(budget.min_agreement))
-    known = [number for number in asked if number is not None]
-    return max(known) if len(known) == len(asked) else None
+        fewest.append(fewest_images_for_agreement(budget.min_agreement))
+    known = [number for number in fewest if number is not None]
+    return max(known) if len(known) == len(fewest) else None

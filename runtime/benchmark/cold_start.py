@@ -40,7 +40,7 @@ def cold_start(
         "engine": engine,
         "threads": options.num_threads,
         "device": options.device,
-        "precision": options.precision,
+        "float_precision": options.float_precision,
     }
     command = [
         sys.executable,

@@ -29,7 +29,7 @@ __all__ = ["Benchmark", "BenchmarkOptions", "Harness", "Measurement"]
 class BenchmarkOptions:
     """What to measure: every mix of these; raises UsageError on what cannot be.
 
-    No engine named is all that are installed. `threads` None is what the container grants, `precisions` None what
+    No engine named is all that are installed. `threads` None is what the container grants, `float_precisions` None what
     `load` takes. `scenario` None is single-stream for batch 1, else multi-stream. Each candidate gets at least
     `min_seconds` and `min_queries`. `latency_bound_ms` is for the server scenario. `images` is a folder of images to
     measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` are told of
@@ -38,7 +38,7 @@ class BenchmarkOptions:
 
     engines: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu",)
-    precisions: tuple[FloatPrecision | None, ...] = (None,)
+    float_precisions: tuple[FloatPrecision | None, ...] = (None,)
     batch_sizes: tuple[int, ...] = (1,)
     threads: tuple[int | None, ...] = (None,)
     scenario: Scenario | None = None
@@ -53,7 +53,7 @@ class BenchmarkOptions:
 
     def __post_init__(self) -> None:
         sizes, most = self.batch_sizes, MOST_BATCH
-        if not all((self.devices, self.precisions, sizes, self.threads)):
+        if not all((self.devices, self.float_precisions, sizes, self.threads)):
             raise _refused("there is nothing to measure", "give one device, precision, batch size and threads at least")
         fits = all(1 <= size <= most for size in sizes) and 1 <= self.min_queries <= 1_000_000
         if not (fits and 0 < self.min_seconds <= 3600):

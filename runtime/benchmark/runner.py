@@ -101,12 +101,12 @@ def _candidates(opened: dict[str, Model], options: BenchmarkOptions, stack: Exit
     found: list[Candidate] = []
     unable: EngineUnavailable | None = None
     engines = chosen_engines(options.engines)
-    each = (engines, options.devices, options.precisions, options.batch_sizes, options.threads)
+    each = (engines, options.devices, options.float_precisions, options.batch_sizes, options.threads)
     mixes = itertools.product(opened.items(), *(dict.fromkeys(values) for values in each))
     for (path, model), engine, device, precision, batch_size, threads in mixes:
         if isinstance(model, IrModel) and engine == "onnxruntime" and not options.engines:
             continue  # it cannot read it, and nobody asked for it
-        mix = EngineOptions(device=device, precision=precision, threads=threads)
+        mix = EngineOptions(device=device, float_precision=precision, threads=threads)
         try:
             candidate = _candidate(path, model, engine, mix, batch_size, options)
         except MissingExtra:

@@ -47,20 +47,36 @@ _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 class Tolerance:
     """How near logits must be. Each bound that is not None is checked; `absolute` and `relative` work together.
 
+    `spread`: the largest difference of an image's logits, as a share of their spread, or of `least_spread` where that
+    is more. Twice that closes no gap between two answers, so it needs no `top1_gap`.
     `top1_gap`: the answer must be equal wherever the two largest expected logits are farther apart than this.
     """
 
     absolute: float | None = None
     relative: float | None = None
+    spread: float | None = None
+    least_spread: float | None = None
     sqnr_db: float | None = None
     top1_gap: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = (self.absolute, self.relative, self.sqnr_db)
-        if not all(b is None or (isinstance(b, int | float) and abs(b) < 1e9) for b in (*bounds, self.top1_gap)):
+        bounds = (self.absolute, self.relative, self.spread, self.sqnr_db)
+        others = (self.least_spread, self.top1_gap)
+        if not all(b is None or (isinstance(b, int | float) and abs(b) < 1e9) for b in (*bounds, *others)):
             raise ValueError("a tolerance is not a number")
         if all(bound is None for bound in bounds):
             raise ValueError("a tolerance needs a bound on the logits")
+
+    def allowed(self, expected_BK: Logits) -> Logits:
+        """Return how far each logit may be off, [images, classes]; infinite if neither size nor spread bounds it."""
+        allowed_BK: Logits = np.full(expected_BK.shape, np.inf, np.float32)
+        if self.absolute is not None or self.relative is not None:
+            size_BK = np.abs(expected_BK)
+            allowed_BK = ((self.absolute or 0.0) + (self.relative or 0.0) * size_BK).astype(np.float32)
+        if self.spread is not None:
+            scale_B = np.maximum(np.ptp(expected_BK, axis=1), self.least_spread or 0.0)
+            allowed_BK = np.minimum(allowed_BK, self.spread * scale_B[:, None]).astype(np.float32)
+        return allowed_BK
 
 
 # bfloat16 alone makes 36 dB on photographs (DeiT-tiny), together with integers no less than integers alone.
@@ -102,7 +118,7 @@ def check_golden(engine: Engine, manifest: Manifest) -> None:
     problems = differences(expected, found, tolerance)
     if problems:
         reason = f"on {len(images)} golden inputs, {'; '.join(problems)}"
-        remedy = "do not use it here: the file was edited, or this machine computes differently"
+        remedy = f"do not use it here: the file was edited, or this machine computes differently{_recorded_on(entry)}"
         what = f"the model gives other answers in {engine.name} than where it was made"
         raise GoldenMismatch(what, reason=reason, remedy=remedy)
 
@@ -142,13 +158,12 @@ def differences(expected_BK: Logits, found_BK: Logits, tolerance: Tolerance) -> 
     if not np.isfinite(found_BK).all():
         return ["not every logit is finite"]
     problems = []
-    if tolerance.absolute is not None or tolerance.relative is not None:
-        allowed = (tolerance.absolute or 0.0) + (tolerance.relative or 0.0) * np.abs(expected_BK)
-        excess = np.abs(found_BK - expected_BK) - allowed
-        if excess.max() > 0:
-            row, column = np.unravel_index(int(excess.argmax()), excess.shape)
-            off, bound = abs(found_BK[row, column] - expected_BK[row, column]), allowed[row, column]
-            problems.append(f"a logit is off by {off:.3g}, more than {bound:.3g}")
+    allowed = tolerance.allowed(expected_BK)
+    excess = np.abs(found_BK - expected_BK) - allowed
+    if excess.max() > 0:
+        row, column = np.unravel_index(int(excess.argmax()), excess.shape)
+        off, bound = abs(found_BK[row, column] - expected_BK[row, column]), allowed[row, column]
+        problems.append(f"a logit is off by {off:.3g}, more than {bound:.3g}")
     if tolerance.sqnr_db is not None and (level := sqnr_db(expected_BK, found_BK)) < tolerance.sqnr_db:
         problems.append(f"SQNR is {level:.1f} dB, below {tolerance.sqnr_db:g} dB")
     if tolerance.top1_gap is not None:
@@ -169,7 +184,8 @@ def top2_gap(logits_BK: Logits) -> Logits:
 
 def expectation(logits_BK: Logits, *, engines: Sequence[str], tolerance: Tolerance) -> dict[str, Any]:
     """Return one entry of a manifest's `golden.expected`."""
-    return {"engines": list(engines), "logits": _encode_logits(logits_BK), "tolerance": asdict(tolerance)}
+    bounds = {name: bound for name, bound in asdict(tolerance).items() if bound is not None}
+    return {"engines": list(engines), "logits": _encode_logits(logits_BK), "tolerance": bounds}
 
 
 def made_here(engine: Engine) -> dict[str, str]:
@@ -184,12 +200,21 @@ def _tolerance(entry: Mapping[str, Any], engine: Engine, manifest: Manifest) -> 
     float parts run in fewer bits than those of the record, it is that of integers.
     """
     tolerance = Tolerance(**entry["tolerance"])
-    if engine.float_precision not in ("f32", "none"):
+    if engine.float_precision not in ("float32", "none"):
         return _REDUCED
     as_recorded = engine.batch_size == manifest.batch and entry.get("made_on") == made_here(engine)
     if tolerance.sqnr_db is not None and as_recorded:
         return replace(tolerance, sqnr_db=max(tolerance.sqnr_db, _SAME_MACHINE_SQNR_DB))
     return tolerance
+
+
+def _recorded_on(entry: Mapping[str, Any]) -> str:
+    """Return which CPU the logits were recorded on, and what to do; empty where this one is of the same class."""
+    made_on = entry.get("made_on")
+    recorded = made_on.get("instruction_set") if isinstance(made_on, Mapping) else None
+    if recorded in (None, instruction_set()):
+        return ""
+    return f"; it was made on {recorded}, this CPU is {instruction_set()}: quantize it here, or with --target portable"
 
 
 def _unreadable(error: Exception) -> ModelRejected:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from vit_edge.errors import EngineUnavailable
 
-__all__ = ["DEVICES", "Device", "known_as", "unavailable"]
+__all__ = ["DEVICES", "Device", "FloatPrecision", "known_as", "unavailable"]
+
+FloatPrecision: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +20,7 @@ class Device:
     onnxruntime: str | None = None
     openvino: str | None = None
     # What its float parts are computed in where nothing else is asked for.
-    float_precision: str = "f32"
+    float_precision: FloatPrecision = "float32"
 
 
 # Names of the providers: ONNX Runtime, "Execution Providers"; of the devices: OpenVINO, "Inference Devices and Modes".
@@ -33,7 +36,7 @@ DEVICES: dict[str, Device] = {
     "xnnpack": Device(onnxruntime="XnnpackExecutionProvider"),
     "webgpu": Device(onnxruntime="WebGpuExecutionProvider"),
     "gpu": Device(openvino="GPU"),
-    "npu": Device(openvino="NPU", float_precision="f16"),
+    "npu": Device(openvino="NPU", float_precision="float16"),
     "auto": Device(openvino="AUTO"),
 }
 # OpenVINO numbers several devices of one kind: "gpu.1".

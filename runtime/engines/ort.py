@@ -30,10 +30,10 @@ _DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 # What the float parts can be computed in, by provider; the first is what runs where nothing is asked for. CUDA's own
 # choice is TF32, 10 bits of mantissa; others than these compute as they do, and say nothing of it.
 _PRECISIONS: dict[str, dict[str, dict[str, str]]] = {
-    _CPU: {"f32": {}},
-    "CUDAExecutionProvider": {"f32": {"use_tf32": "0"}, "tf32": {"use_tf32": "1"}},
-    "TensorrtExecutionProvider": {"f32": {"trt_fp16_enable": "0"}, "f16": {"trt_fp16_enable": "1"}},
-    "OpenVINOExecutionProvider": {"f32": {"precision": "FP32"}, "f16": {"precision": "FP16"}},
+    _CPU: {"float32": {}},
+    "CUDAExecutionProvider": {"float32": {"use_tf32": "0"}},
+    "TensorrtExecutionProvider": {"float32": {"trt_fp16_enable": "0"}, "float16": {"trt_fp16_enable": "1"}},
+    "OpenVINOExecutionProvider": {"float32": {"precision": "FP32"}, "float16": {"precision": "FP16"}},
 }
 
 
@@ -145,14 +145,14 @@ def _open_session(model: ModelFile, options: EngineOptions) -> tuple[Any, str | 
     except EngineUnavailable as error:
         if not options.allow_fallback:
             raise
-        on_cpu = replace(options, device="cpu", precision=None)
+        on_cpu = replace(options, device="cpu", float_precision=None)
         return make_session(model, on_cpu), log_fallback(f"it runs on the CPU: {error.reason}")
 
 
 def _precision(provider: str, options: EngineOptions) -> tuple[str | None, dict[str, str]]:
     """Return what the float parts are computed in, None where nobody says, and the provider's options for it."""
     possible = _PRECISIONS.get(provider, {})
-    chosen: str | None = options.precision or next(iter(possible), None)
+    chosen: str | None = options.float_precision or next(iter(possible), None)
     if chosen is not None and chosen not in possible:
         reason = f"{provider} does not compute in {chosen}; it can in {', '.join(possible) or 'what it chooses'}"
         raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these, or another engine")

@@ -34,7 +34,8 @@ __all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "is_as_a
 _SKIPS = "openvino_skips"
 # ... and the largest values of the tensors that are int8 in OpenVINO alone, by their names.
 _ROUNDS, _LARGEST_PEAK = "openvino_rounds", 1e30
-_PRECISIONS = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
+# Our words for precisions -> those of OpenVINO.
+_PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 class OpenVinoEngine:
@@ -50,7 +51,7 @@ class OpenVinoEngine:
         self.version: str = openvino.__version__.split("-")[0]
         self.batch_size = batch_of(model.manifest, options)
         self._compiled, self.fallback = _compile_somewhere(model, options)
-        ran = replace(options, device="cpu", precision=None) if self.fallback else options
+        ran = replace(options, device="cpu", float_precision=None) if self.fallback else options
         self.device, nodes = _read_devices(self._compiled)
         self.placement: Mapping[str, int] | None = nodes
         if not is_as_asked(ran.device, self.device):
@@ -62,7 +63,7 @@ class OpenVinoEngine:
         expected = _precision(ran)
         if self.float_precision not in (expected, "unknown"):
             reason = f"OpenVINO runs it in {self.float_precision} on {self.device}, not in {expected}"
-            remedy = f"ask for {self.float_precision} or f32"
+            remedy = f"ask for {self.float_precision} or float32"
             raise EngineUnavailable("cannot load", reason=reason, remedy=remedy)
         self._request: Any
         self._given: Any
@@ -127,7 +128,7 @@ def compile_model(model: Model, options: EngineOptions, *, profile: bool = False
         raise unavailable(options.device, f"{there_is} in OpenVINO {openvino.__version__.split('-')[0]}")
     settings: dict[str, Any] = {
         # Its own choice is bfloat16 where the CPU has it: logits off by up to 0.3.
-        "INFERENCE_PRECISION_HINT": _precision(options),
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[_precision(options)],
         "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
         "PERF_COUNT": profile,
     }
@@ -159,7 +160,7 @@ def _compile_somewhere(model: Model, options: EngineOptions) -> tuple[Any, str |
     except (EngineUnavailable, ModelRejected) as error:
         if not options.allow_fallback or options.device == "cpu":
             raise
-        on_cpu = replace(options, device="cpu", precision=None)
+        on_cpu = replace(options, device="cpu", float_precision=None)
         return compile_model(model, on_cpu), log_fallback(f"it runs on the CPU: {error.reason}")
 
 
@@ -170,11 +171,11 @@ def _is_among(device: str, here: Sequence[str]) -> bool:
 
 def _precision(options: EngineOptions) -> str:
     known = known_as(options.device, "openvino")
-    chosen = options.precision or (known[1].float_precision if known else "f32")
+    chosen = options.float_precision or (known[1].float_precision if known else "float32")
     if chosen not in _PRECISIONS:
         reason = f"OpenVINO does not compute in {chosen}; it can in {', '.join(_PRECISIONS)}"
         raise EngineUnavailable("cannot load", reason=reason, remedy="choose one of these, or another engine")
-    return _PRECISIONS[chosen]
+    return chosen
 
 
 def _read_devices(compiled: Any) -> tuple[str, dict[str, int] | None]:
@@ -188,7 +189,8 @@ def _read_devices(compiled: Any) -> tuple[str, dict[str, int] | None]:
 
 def _read_precision(compiled: Any) -> str:
     found = _property(compiled, "INFERENCE_PRECISION_HINT")
-    return "unknown" if found is None else str(found.to_string())
+    name = None if found is None else str(found.to_string())
+    return next((ours for ours, theirs in _PRECISIONS.items() if theirs == name), name or "unknown")
 
 
 def _property(compiled: Any, name: str) -> Any:

@@ -26,7 +26,7 @@ from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.metrics import Logits
 from vit_edge.model_file.artifact import MOST_BATCH, Manifest, ModelFile
 from vit_edge.model_file.openvino_ir import IrModel
-from vit_edge.runtime.engines.devices import known_as
+from vit_edge.runtime.engines.devices import FloatPrecision, known_as
 
 __all__ = [
     "ENGINES",
@@ -55,7 +55,6 @@ __all__ = [
 
 Array: TypeAlias = npt.NDArray[Any]
 EngineName: TypeAlias = Literal["onnxruntime", "openvino", "null"]
-FloatPrecision: TypeAlias = Literal["f32", "f16", "bf16", "tf32"]
 Model: TypeAlias = ModelFile | IrModel
 
 # name -> (our module, the package it needs, the extra that installs it); the order is that of "auto"
@@ -79,16 +78,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How an engine is to run; raises UsageError on what no engine can do.
+    """How an engine runs; raises UsageError on values that no engine supports.
 
-    `threads` None is what the container grants. `precision` is that of the float parts, None what the device's default
-    is (f32 on every CPU). `batch_size` gives the engine a static shape. `streams` is how many runs go on side by side;
-    the threads are divided among them. With `allow_fallback` the CPU does what the device is not there for.
+    `threads` None is what the container grants. `float_precision` is that of the float part, None the device's default
+    (float32 on every CPU). `batch_size` gives the engine a static shape. `streams` is the number of runs side by side;
+    they share the threads. With `allow_fallback` the CPU replaces a device that is unavailable.
     """
 
     device: str = "cpu"
     threads: int | None = None
-    precision: FloatPrecision | None = None
+    float_precision: FloatPrecision | None = None
     batch_size: int | None = None
     streams: int = 1
     allow_fallback: bool = False
@@ -97,9 +96,9 @@ class EngineOptions:
         if not isinstance(self.device, str):
             raise UsageError("cannot load", reason=f"device is {self.device!r}", remedy='give a name, such as "cpu"')
         check_count("threads", self.threads, MOST_THREADS)
-        if self.precision not in (None, *_PRECISIONS):
+        if self.float_precision not in (None, *_PRECISIONS):
             remedy = f"choose {', '.join(_PRECISIONS)}, or None"
-            raise UsageError("cannot load", reason=f"precision is {self.precision!r}", remedy=remedy)
+            raise UsageError("cannot load", reason=f"float_precision is {self.float_precision!r}", remedy=remedy)
         check_count("batch_size", self.batch_size, MOST_BATCH)
         check_count("streams", self.streams, _MOST_STREAMS)
 

@@ -17,7 +17,7 @@ import vit_edge
 from vit_edge.errors import ModelRejected, UsageError, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Preprocessing
-from vit_edge.model_file.artifact import MODEL_BYTES, Manifest, ModelFile, open_model, pack, seal_state
+from vit_edge.model_file.artifact import MODEL_BYTES, Manifest, ModelFile, seal_state
 from vit_edge.model_file.onnx_schema import FLOAT, FLOAT16, INT, parse
 from vit_edge.runtime.onnx_import.external_weights import take_in_weights
 from vit_edge.runtime.onnx_import.interface import EXPORT, rejected, set_input, set_shape
@@ -82,7 +82,7 @@ def _adopted(
             **told,
         },
     )
-    return replace(open_model(pack(proto.SerializeToString(deterministic=True), manifest), warn=False), source=name)
+    return replace(ModelFile.from_graph(proto, manifest), source=name)
 
 
 def _parsed(data: bytes) -> Any:

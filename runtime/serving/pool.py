@@ -71,7 +71,7 @@ class Pool:
         max_delay_ms: float = 0.0,
         engine: EngineName | Literal["auto"] = "auto",
         device: str = "cpu",
-        precision: FloatPrecision | None = None,
+        float_precision: FloatPrecision | None = None,
         batch_size: int | None = None,
         decode: Decoding = "full",
         sandbox: Sandbox = "auto",
@@ -90,7 +90,7 @@ class Pool:
         self._options = EngineOptions(
             device=device,
             threads=threads,
-            precision=precision,
+            float_precision=float_precision,
             batch_size=batch_size,
             streams=workers,
             allow_fallback=allow_fallback,

@@ -224,7 +224,7 @@ def test_a_layer_before_the_head_of_googles_is_refused_or_goes_with_the_head(tmp
     arrays = google_arrays(width=64, heads=2, patch=8, size=32, depth=1)
     arrays["pre_logits/kernel"], arrays["pre_logits/bias"] = np.zeros((64, 64), np.float32), np.zeros(64, np.float32)
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(CheckpointRejected, match=r"layer before its head.*pre_logits/kernel.*--num-classes"):
+    with pytest.raises(CheckpointRejected, match=r"(?s)layer before its head.*pre_logits/kernel.*--num-classes"):
         open_source(tmp_path / "a.npz")
     made = read_source(tmp_path / "a.npz", num_classes=10)
     assert made.report.unused["pre_logits/kernel"] == "it belongs to the head that was replaced"

@@ -217,7 +217,7 @@ def test_nothing_is_found_where_no_way_beats_chance(
 def test_classes_that_cannot_be_matched_are_refused(tmp_path: Path, network: VisionTransformer) -> None:
     source, _ = case(tmp_path, network, Preprocessing(resize=SIZE, crop=(SIZE, SIZE)))
     data = labelled_images(tmp_path / "other", images(4), ["a", "b", "a", "b"])
-    with pytest.raises(DataRejected, match=r"its 2 classes cannot be matched.*--labels"):
+    with pytest.raises(DataRejected, match=r"(?s)its 2 classes cannot be matched.*--labels"):
         read_source(source, data=data)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import Workspace
 from vit_edge.errors import ModelRejected, NotTrusted
+from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import MANIFEST_KEY, Manifest, open_model, reseal, seal, unsealed
 from vit_edge.model_file.onnx_schema import property_bytes
 
@@ -99,6 +100,23 @@ def test_unknown_keys_are_kept_and_a_higher_schema_is_refused(workspace: Workspa
     del graph.metadata_props[:]
     with pytest.raises(ModelRejected, match="schema 2"):
         open_model(seal(graph.SerializeToString() + property_bytes(MANIFEST_KEY, newer)))
+
+
+def test_the_activation_is_softmax_unless_the_manifest_names_another() -> None:
+    manifest = Manifest(
+        name="m",
+        architecture={},
+        preprocessing=Preprocessing(resize=8, crop=(8, 8)),
+        labels=("cat", "dog"),
+        precision="float32",
+        provenance={},
+    )
+    assert "activation" not in json.loads(manifest.to_json())
+    assert Manifest.from_json(manifest.to_json()).activation == "softmax"
+    several = replace(manifest, activation="sigmoid")
+    assert Manifest.from_json(several.to_json()) == several
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        Manifest.from_json(json.dumps({**json.loads(manifest.to_json()), "activation": "relu"}))
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"schema": "x"}', '{"schema": 1}', "nonsense"])

@@ -176,7 +176,7 @@ def test_the_script_runs_as_the_page_says(tmp_path: Path) -> None:
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
     done = run_script("nothing.safetensors", cwd=tmp_path)
     assert done.returncode == 3
-    assert done.stderr == "cannot read the checkpoint - nothing.safetensors - there is no such file - check the path\n"
+    assert done.stderr == "cannot read the checkpoint nothing.safetensors: there is no such file\ntry: check the path\n"
 
 
 def small_checkpoint(folder: Path, *, with_class_token: bool) -> Path:

@@ -95,4 +95,4 @@ def test_a_message_has_what_file_why_and_what_to_do() -> None:
     from vit_edge.errors import ModelRejected
 
     error = ModelRejected("cannot load", file="a.onnx", reason="it is empty", remedy="copy it again")
-    assert str(error) == "cannot load - a.onnx - it is empty - copy it again"
+    assert str(error) == "cannot load a.onnx: it is empty\ntry: copy it again"

@@ -46,7 +46,7 @@ def test_a_image_is_named_and_described(workspace: Workspace, engine: str) -> No
         assert first.to_dict()["answers"][0]["label"] == first.label
         described = classifier.describe()
     assert (described["engine"], described["precision"], described["threads"]) == (engine, "int8", 1)
-    assert described["float_precision"] == "f32"
+    assert described["float_precision"] == "float32"
     assert described["instruction_set"] == instruction_set()
 
 
@@ -127,10 +127,10 @@ def test_a_fork_is_noticed(workspace: Workspace) -> None:
 
 
 def test_unknown_engines_and_devices_are_named_with_what_there_is(workspace: Workspace) -> None:
-    with pytest.raises(EngineUnavailable, match=r"'tensorflow'.*onnxruntime, openvino"):
+    with pytest.raises(EngineUnavailable, match=r"(?s)'tensorflow'.*onnxruntime, openvino"):
         load(workspace.float_model, engine="tensorflow")  # type: ignore[arg-type]
     for device in ("cuda", "cudaa"):
-        with pytest.raises(EngineUnavailable, match=f"'{device}'.*cpu"):
+        with pytest.raises(EngineUnavailable, match=f"(?s)'{device}'.*cpu"):
             load(workspace.float_model, device=device)
     assert set(installed_engines()) >= set(ENGINES)
 

@@ -137,25 +137,25 @@ _HAS_BFLOAT16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPA
 
 @pytest.mark.skipif(not _HAS_BFLOAT16, reason="OpenVINO has no bfloat16 on this CPU")
 def test_the_precision_that_runs_is_the_one_that_was_asked_for(workspace: Workspace) -> None:
-    with load(workspace.float_model, engine="openvino", precision="bf16") as classifier:
+    with load(workspace.float_model, engine="openvino", float_precision="bfloat16") as classifier:
         runs = classifier.describe()["float_precision"]
         halved = classifier.logits(DIGITS)
-    assert runs == "bf16"
+    assert runs == "bfloat16"
     with load(workspace.float_model, engine="openvino") as classifier:
-        assert classifier.describe()["float_precision"] == "f32"
+        assert classifier.describe()["float_precision"] == "float32"
         exact = classifier.logits(DIGITS)
     assert 1e-4 < np.abs(halved - exact).max() < 1
 
 
 @pytest.mark.skipif(_HAS_BFLOAT16, reason="this CPU has bfloat16")
 def test_bfloat16_that_the_cpu_has_not_is_refused(workspace: Workspace) -> None:
-    with pytest.raises(EngineUnavailable, match="OpenVINO runs it in f32 on cpu, not in bf16"):
-        load(workspace.float_model, engine="openvino", precision="bf16")
+    with pytest.raises(EngineUnavailable, match="OpenVINO runs it in float32 on cpu, not in bfloat16"):
+        load(workspace.float_model, engine="openvino", float_precision="bfloat16")
 
 
 def test_a_precision_that_the_engine_has_not_is_refused(workspace: Workspace) -> None:
-    with pytest.raises(EngineUnavailable, match="does not compute in bf16; it can in f32"):
-        load(workspace.float_model, engine="onnxruntime", precision="bf16")
+    with pytest.raises(EngineUnavailable, match="does not compute in bfloat16; it can in float32"):
+        load(workspace.float_model, engine="onnxruntime", float_precision="bfloat16")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cudaa", "tensorrt", "npu", "gpu.1"])

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from vit_edge.cli.options import COMMON, GroupedCommand, option_group
 from vit_edge.errors import UsageError, VitEdgeError
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
@@ -86,14 +87,13 @@ def command(name: str) -> Callable[[Callable[..., Result]], click.Command]:
                     result.error.in_json = as_json
                     raise result.error
 
-        for option in reversed(_COMMON):
-            run = option(run)
+        run = option_group(COMMON, *_COMMON)(run)
         return click.command(name, cls=_Remembering, context_settings={"help_option_names": ["-h", "--help"]})(run)
 
     return decorate
 
 
-class _Remembering(click.Command):
+class _Remembering(GroupedCommand):
     """A command that keeps its arguments as they were written, to run them on another machine."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.golden_fields import check_golden_fields
 from vit_edge.model_file.onnx_schema import parse, property_bytes
 
+if TYPE_CHECKING:
+    import onnx
+
 __all__ = [
     "MANIFEST_KEY",
     "MODEL_BYTES",
@@ -36,6 +39,7 @@ __all__ = [
     "PRODUCER",
     "SCHEMA",
     "SEAL_KEY",
+    "Activation",
     "Manifest",
     "ModelFile",
     "is_plain_name",
@@ -59,6 +63,8 @@ PIXELS_INPUT = {"name": "images", "dtype": "uint8", "layout": "NHWC"}
 # Every output that a graph may have; the golden vectors and the runtime read the logits.
 OUTPUTS = ("logits", "probabilities", "top5", "top5_probabilities", "features", "attention")
 MOST_BATCH = 1024
+# What turns logits into probabilities: one class of several, several classes at once, or nothing (regression).
+Activation: TypeAlias = Literal["softmax", "sigmoid", "none"]
 
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
@@ -94,6 +100,7 @@ class Manifest:
     provenance: Mapping[str, Any]
     input: Mapping[str, Any] = field(default_factory=lambda: dict(PIXELS_INPUT))
     outputs: tuple[str, ...] = ("logits",)
+    activation: Activation = "softmax"
     license: str | None = None
     base_model: str | None = None
     quantization: Mapping[str, Any] | None = None
@@ -109,6 +116,8 @@ class Manifest:
                 raise ValueError(f"the manifest's {name} is {type(getattr(self, name)).__name__}")
         if self.precision not in ("float32", "float16", "int8"):
             raise ValueError(f"the manifest's precision is {self.precision!r}")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"the manifest's activation is {self.activation!r}")
         layout = {key: self.input.get(key) for key in ("dtype", "layout")}
         if layout not in ({"dtype": "uint8", "layout": "NHWC"}, {"dtype": "float32", "layout": "NCHW"}):
             raise ValueError(f"the manifest's input is {dict(self.input)}; neither uint8 NHWC nor float32 NCHW")
@@ -142,9 +151,8 @@ class Manifest:
         known["preprocessing"] = self.preprocessing.to_dict()
         for name in ("labels", "assumed", "outputs"):
             known[name] = list(known[name])
-        for name in ("assumed", "weights"):
-            if not known[name]:
-                del known[name]
+        defaults: dict[str, Any] = {"assumed": [], "weights": None, "activation": "softmax"}
+        known = {name: value for name, value in known.items() if name not in defaults or value != defaults[name]}
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -196,6 +204,19 @@ class ModelFile:
     manifest: Manifest
     source: str
     weights: bytes | None = None  # of the file beside it, for a network over 2 GiB
+
+    @classmethod
+    def from_graph(cls, graph: Any, manifest: Manifest, *, weights: bytes | None = None) -> ModelFile:
+        """Return the sealed model file of a ModelProto; equal graphs and manifests give equal bytes."""
+        return open_model(pack(graph.SerializeToString(deterministic=True), manifest), weights=weights, warn=False)
+
+    def graph(self) -> onnx.ModelProto:
+        """Return the graph as a new onnx.ModelProto to work on, without the manifest and the seal."""
+        import onnx  # the runtime, which uses `proto`, has no onnx package
+
+        model = onnx.load_model_from_string(self.data)
+        del model.metadata_props[:]
+        return model
 
     @property
     def sha256(self) -> str:

@@ -119,6 +119,6 @@ def _label(result: Result, *, with_batch: bool = True) -> str:
     batch = f", batch {result['batch_size']}" if with_batch else ""
     workers = "" if result["workers"] == 1 else f"{result['workers']} x "
     threads = f"{workers}{result['threads']} {'thread' if result['threads'] == 1 else 'threads'}"
-    precision = "" if result["float_precision"] in ("f32", "unknown", "none") else f" {result['float_precision']}"
+    precision = "" if result["float_precision"] in ("float32", "unknown", "none") else f" {result['float_precision']}"
     on = f" on {result['device_name']}" if "device_name" in result else ""
     return f"{Path(result['model']).stem}{precision}, {result['engine']}, {threads}{batch}{on}"

@@ -198,7 +198,7 @@ def _times(times: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def _precision(entry: Mapping[str, Any]) -> str:
-    is_plain = entry["float_precision"] in ("f32", "unknown", "none")
+    is_plain = entry["float_precision"] in ("float32", "unknown", "none")
     return str(entry["precision"]) if is_plain else f"{entry['precision']} {entry['float_precision']}"
 
 

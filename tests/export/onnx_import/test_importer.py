@@ -303,7 +303,7 @@ def test_what_is_told_has_to_fit(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="it takes 12 x 10 pixels; the preprocessing gives 8 x 8"):
         adopt(path, preprocessing=Preprocessing(resize=8, crop=(8, 8)), labels=LABELS)
     free = save(tmp_path / "b.onnx", network(*CONV, *HEAD, shape=["n", "c", "h", "w"], **WEIGHTS))
-    with pytest.raises(UsageError, match=r"does not show whether channels come first or last.*NCHW or NHWC"):
+    with pytest.raises(UsageError, match=r"(?s)does not show whether channels come first or last.*NCHW or NHWC"):
         adopt(free, preprocessing=PREPROCESSING, labels=LABELS)
 
 

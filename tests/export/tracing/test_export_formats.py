@@ -85,7 +85,7 @@ def test_a_changed_bit_in_either_file_is_found(folder: Path, tmp_path: Path, nam
 
 def test_the_weights_of_another_model_or_none_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "m.xml", tmp_path / "m.xml")
-    with pytest.raises(ModelRejected, match=r"m\.bin - there is no such file"):
+    with pytest.raises(ModelRejected, match=r"m\.bin: there is no such file"):
         open_ir(tmp_path / "m.xml")
     (tmp_path / "m.bin").write_bytes((folder / "m.bin").read_bytes()[:-4])
     with pytest.raises(NotTrusted):

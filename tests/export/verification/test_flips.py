@@ -1,4 +1,4 @@
-"""Labels of the changed images alone give what labels of all would give, and no label is lost or misread."""
+"""Labels of the flips alone give what labels of all images would give, and no label is lost or misread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from vit_edge.cli import main
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export import export_onnx, verify
 from vit_edge.export.verification.flips import COLUMNS, class_titles, read_flips
-from vit_edge.export.verification.verifier import EngineResult, Verification, write_flips
+from vit_edge.export.verification.results import EngineResult, Verification
+from vit_edge.export.verification.verifier import write_flips
 from vit_edge.image import Pixels
 from vit_edge.metrics import Comparison
 from vit_edge.model_file.artifact import open_model
@@ -36,7 +37,7 @@ NUM = 160
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two networks that answer alike but for some images, and a labelled folder: class folders named by index."""
+    """Two networks that differ on some images, and a labelled folder: class folders named by index."""
 
     folder: Path
 
@@ -123,7 +124,7 @@ def _saved(rows: list[dict[str, str]], *, delimiter: str = ",", ending: str = "\
 
 
 def _figures(result: EngineResult) -> dict[str, Any]:
-    """Return what labels of the flips have to tell: everything but the share of right answers."""
+    """Return what labels of the flips must give: everything but top-1 and top-5."""
     names = {field.name for field in fields(Comparison)} | {"verdict", "images_needed", "changed"}
     unknown = {"reference_top1", "candidate_top1", "reference_top5", "candidate_top5"}
     return {name: getattr(result, name) for name in sorted(names - unknown)}
@@ -159,7 +160,7 @@ def test_labels_of_the_flips_give_what_labels_of_all_give(
         assert {(c.label, c.lost) for c in result.worst_classes} == {(c.label, c.lost) for c in expected.worst_classes}
 
 
-def test_without_labels_each_changed_answer_counts_as_lost(
+def test_without_labels_each_changed_prediction_counts_as_lost(
     full: Verification, unlabelled: Verification, rows: list[dict[str, str]], pair: Pair, tmp_path: Path
 ) -> None:
     assert unlabelled.labels == "none"
@@ -195,7 +196,7 @@ def test_the_command_line_asks_for_the_labels_and_finishes_from_them(
     assert sorted(pair.labelled.rglob("*")) == before
 
     assert main(arguments) == 2
-    assert "flips.csv - the file exists - give it with --flips" in capsys.readouterr().err
+    assert "flips.csv: the file exists\ntry: fill in the labels and add --flips" in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 6
     for row in rows:
         row["label"] = str(pair.label_of(row["pixels_sha256"], unlabelled))
@@ -208,7 +209,7 @@ def test_the_command_line_asks_for_the_labels_and_finishes_from_them(
     shown = json.loads(capsys.readouterr().out)
     assert (shown["labels"], code) == ("flips", 0 if shown["verdict"] == "pass" else 6)
     assert main([*arguments[:-2], "--flips-out", "x.csv"]) == 2
-    assert "the images have labels" in capsys.readouterr().err
+    assert "every image has a label already" in capsys.readouterr().err
 
 
 def test_the_file_is_safe_for_spreadsheets_and_names_each_image_once(
@@ -235,18 +236,18 @@ def _with(**changes: str) -> Callable[[list[dict[str, str]]], bytes]:
 
 
 _BROKEN: dict[str, tuple[Callable[[list[dict[str, str]]], bytes], str]] = {
-    "a row is missing": (lambda rows: _saved(rows[1:]), "answers that change in .* are not in it"),
-    "a column is missing": (_without_column, "lacks the columns models_sha256"),
-    "no class": (_with(label="zebra"), "1 labels are no class of the model, or name two: 'zebra'"),
+    "a row is missing": (lambda rows: _saved(rows[1:]), "predictions that change in .* are missing"),
+    "a column is missing": (_without_column, "the columns models_sha256 are missing"),
+    "no class": (_with(label="zebra"), "1 labels match no class of the model, or two: 'zebra'"),
     "an index too high": (_with(label="7"), "'7'"),
     "a name of two classes": (_with(label="crane"), "'crane'"),
     "other models": (_with(models_sha256="0" * 64), "made with other models"),
-    "other images": (_with(pixels_sha256="0" * 64), "are not among those that judge"),
+    "other images": (_with(pixels_sha256="0" * 64), "are not among the evaluation images"),
     "a damaged hash": (_with(pixels_sha256="1,23E+45"), "row 2 is damaged"),
-    "an edited answer": (_with(candidate="tench"), "the candidate's answer for"),
-    "no table": (lambda rows: b"\x89PNG\r\n\x1a\n\x00\x81", "it is not text"),
-    "other text": (lambda rows: b"hello", "lacks the columns"),
-    "nothing": (lambda rows: b"", "lacks the columns"),
+    "an edited prediction": (_with(candidate="tench"), "the file says the candidate predicts 'tench'"),
+    "no table": (lambda rows: b"\x89PNG\r\n\x1a\n\x00\x81", "the file is not text"),
+    "other text": (lambda rows: b"hello", "the columns .* are missing"),
+    "nothing": (lambda rows: b"", "the columns .* are missing"),
 }
 
 
@@ -261,7 +262,7 @@ def test_flips_that_do_not_fit_are_refused_with_the_reason(
     assert str(tmp_path / "flips.csv") in str(caught.value)
 
 
-def test_labels_are_taken_over_into_a_new_file(
+def test_labels_are_carried_into_a_new_file(
     pair: Pair, rows: list[dict[str, str]], unlabelled: Verification, tmp_path: Path
 ) -> None:
     for row in rows:
@@ -275,25 +276,25 @@ def test_labels_are_taken_over_into_a_new_file(
     with pytest.raises(UsageError, match="labels are filled in"):
         write_flips(carried, tmp_path / "new.csv", force=True)
     (tmp_path / "notes.csv").write_text("mine")
-    with pytest.raises(UsageError, match="it is no flips file"):
+    with pytest.raises(UsageError, match="the file is not a flips file"):
         write_flips(carried, tmp_path / "notes.csv", force=True)
 
 
-def test_where_labels_could_not_matter_the_verdict_is_given_at_once(
+def test_the_verdict_comes_at_once_if_labels_cannot_change_it(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     common = ["--reference", str(pair.reference), "--data", str(pair.labelled), "--unlabelled"]
     assert main(["verify", str(pair.reference), *common, "--max-drop", "2"]) == 0
-    assert "not one answer changed: no label is needed" in capsys.readouterr().out
+    assert "no prediction changed: no label is needed" in capsys.readouterr().out
     assert main(["verify", str(pair.reference), *common, "--max-drop", "1"]) == 6
-    assert "at least 299 are needed" in capsys.readouterr().err
+    assert "use at least 299 images" in capsys.readouterr().err
     assert os.listdir() == []
     assert main(["verify", str(pair.candidate), *common, "--max-drop", "60"]) == 0
-    assert "within the budget even if each of the" in capsys.readouterr().out
+    assert "within the budget even if all" in capsys.readouterr().out
 
 
-def test_loose_images_are_judged_by_agreement_alone(
+def test_agreement_alone_decides_on_loose_images(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -308,16 +309,16 @@ def test_loose_images_are_judged_by_agreement_alone(
         shown = json.loads(printed.out)
         assert shown["max_drop_points"] is None
         assert code == (0 if shown["verdict"] == "pass" else 6)
-        assert "160 unlabelled images can certify an agreement of 98.15 % at best" in printed.err
+        assert "160 unlabelled images: the maximum certifiable agreement is 98.15 %" in printed.err
         verdicts[asked] = shown["verdict"], shown["too_few_images"], shown["images_needed_at_best"]
     assert verdicts == {"50": ("pass", False, 5), "99": ("fail", True, 299), "98.2": ("inconclusive", True, 165)}
     assert os.listdir() == ["loose"]
 
 
-def test_folders_that_are_no_classes_can_be_taken_as_unlabelled(pair: Pair, tmp_path: Path) -> None:
+def test_images_in_folders_that_are_no_classes_can_be_used_without_labels(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "2024").mkdir()
     Image.fromarray(_images()[0]).save(tmp_path / "2024" / "a.png")
-    with pytest.raises(DataRejected, match="or take the images as unlabelled"):
+    with pytest.raises(DataRejected, match="or use the images without labels"):
         verify(pair.candidate, reference=pair.reference, data=tmp_path)
     assert verify(pair.candidate, reference=pair.reference, data=tmp_path, unlabelled=True).results[0].images == 1
 
@@ -334,9 +335,9 @@ def test_copies_of_calibration_images_are_warned_of_by_name(
         Image.fromarray(pixels).save(tmp_path / "data" / f"{position}.jpg", quality=70)
     found = verify(tmp_path / "m.onnx", reference=pair.reference, data=tmp_path / "data", min_agreement=50)
     assert found.near_copies == (str(tmp_path / "data" / "7.jpg"),)
-    assert "look like calibration images that were encoded again" in caplog.text
+    assert "look like re-encoded calibration images" in caplog.text
     damaged = {**quantization, "fingerprints": ["zz"]}
     (tmp_path / "m.onnx").write_bytes(model.with_manifest(replace(model.manifest, quantization=damaged)))
     found = verify(tmp_path / "m.onnx", reference=pair.reference, data=tmp_path / "data", min_agreement=50)
     assert found.near_copies == ()
-    assert "its fingerprints of calibration images cannot be used" in caplog.text
+    assert "the fingerprints of the calibration images cannot be used" in caplog.text

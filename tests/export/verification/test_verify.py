@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,11 @@ from tests.conftest import Workspace, vit_edge
 from vit_edge.data import find_images
 from vit_edge.errors import DataRejected, InputError, UsageError
 from vit_edge.export import verify
-from vit_edge.export.verification.verdict import judge_logits
+from vit_edge.export.verification.request import open_request
+from vit_edge.export.verification.verdict import decide_from_logits
+from vit_edge.export.verification.verifier import run_verification
 from vit_edge.metrics import best_certifiable_points, drop_upper_bound_points
+from vit_edge.model_file.artifact import open_model
 
 
 def test_the_readme_run_passes_in_both_engines_with_98_percent_agreement(workspace: Workspace) -> None:
@@ -46,8 +53,8 @@ def test_too_few_images_are_inconclusive_with_the_number_needed(workspace: Works
     )  # fmt: skip
     assert done.returncode == 6
     first = done.stderr.splitlines()[:2]
-    assert first[0] == "40 images can certify a drop of 7.22 points at best; asked: 0.5"
-    assert first[1] == "even an unchanged model could not pass with so few: at least 598 are needed"
+    assert first[0] == "40 images: the minimum certifiable drop is 7.22 points (limit 0.5)"
+    assert first[1] == "even an unchanged model cannot pass with so few: use at least 598 images"
     printed = json.loads(done.stdout)
     assert printed["verdict"] == "inconclusive"
     assert printed["images_needed"] == printed["images_needed_at_best"] == 598
@@ -90,7 +97,7 @@ def test_damaged_weights_that_were_sealed_again_do_not_pass(workspace: Workspace
 def test_a_damaged_model_with_golden_vectors_of_its_own_fails_on_accuracy(workspace: Workspace, tmp_path: Path) -> None:
     """Whoever damages a file can also record new golden vectors: then the verdict itself has to see it."""
     from vit_edge.export.parity.golden_vectors import with_answers
-    from vit_edge.model_file.artifact import open_model, reseal
+    from vit_edge.model_file.artifact import reseal
 
     _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled", "head.weight.quantized")
     finished = with_answers(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
@@ -139,25 +146,27 @@ def test_the_verdict_rests_on_bounds_in_one_place(
     changed: dict[str, int], budget: dict[str, float], expected: str, needed: Any
 ) -> None:
     reference, candidate, labels = _logits(**changed)
-    verdict, figures, images_needed = judge_logits(reference, candidate, labels, **budget)
+    verdict, figures, images_needed = decide_from_logits(reference, candidate, labels, **budget)
     assert verdict == expected
     assert figures.images == changed["images"]
     assert images_needed is None if needed is None else images_needed in needed
 
 
-def test_without_labels_a_changed_answer_counts_as_lost_and_never_fails() -> None:
+def test_without_labels_a_changed_prediction_counts_as_lost_and_never_fails() -> None:
     reference, candidate, labels = _logits(images=600, neither=30)
-    assert judge_logits(reference, candidate, labels, max_drop_points=1)[0] == "pass"
-    verdict, figures, needed = judge_logits(reference, candidate, None, max_drop_points=1)
+    assert decide_from_logits(reference, candidate, labels, max_drop_points=1)[0] == "pass"
+    verdict, figures, needed = decide_from_logits(reference, candidate, None, max_drop_points=1)
     assert (verdict, figures.unlabelled, needed) == ("inconclusive", 30, None)
-    assert judge_logits(reference, candidate, None, max_drop_points=7)[0] == "pass"
-    with pytest.raises(UsageError, match="nothing to judge by"):
-        judge_logits(reference, candidate, labels)
+    assert decide_from_logits(reference, candidate, None, max_drop_points=7)[0] == "pass"
+    with pytest.raises(UsageError, match="no accuracy budget"):
+        decide_from_logits(reference, candidate, labels)
 
 
-def test_the_classes_that_lost_and_the_answers_that_changed_are_told(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_classes_that_lost_and_the_predictions_that_changed_are_reported(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     from vit_edge.export.parity.golden_vectors import with_answers
-    from vit_edge.model_file.artifact import open_model, reseal
+    from vit_edge.model_file.artifact import reseal
 
     _damaged(workspace.int8_model, tmp_path / "m.onnx", "shuffled", "head.weight.quantized")
     finished = with_answers(reseal(tmp_path / "m.onnx"), open_model(workspace.float_model))
@@ -181,7 +190,7 @@ def test_the_classes_that_lost_and_the_answers_that_changed_are_told(workspace: 
     assert sum(change.effect == "better" for change in result.changed) == result.better
 
 
-def test_agreement_can_be_asked_for(workspace: Workspace) -> None:
+def test_agreement_can_be_required(workspace: Workspace) -> None:
     found = verify(
         workspace.int8_model,
         reference=workspace.float_model,
@@ -200,7 +209,9 @@ def test_agreement_can_be_asked_for(workspace: Workspace) -> None:
         )
 
 
-def test_copies_of_a_image_count_once(workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicates_of_an_image_count_once(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for copy in range(3):
         for path in find_images(workspace.test_images)[::6]:
             target = tmp_path / "copies" / path.parent.name / f"{copy}-{path.name}"
@@ -208,7 +219,7 @@ def test_copies_of_a_image_count_once(workspace: Workspace, tmp_path: Path, capl
             shutil.copy(path, target)
     found = verify(workspace.int8_model, reference=workspace.float_model, data=tmp_path / "copies")
     assert found.results[0].images == 60
-    assert "120 images are copies" in caplog.text
+    assert "120 images are duplicates" in caplog.text
 
 
 def test_a_perfect_reference_on_few_images_is_inconclusive_not_refused(workspace: Workspace, tmp_path: Path) -> None:
@@ -225,19 +236,15 @@ def test_wrong_labels_are_not_blamed_on_int8(workspace: Workspace, tmp_path: Pat
         target = tmp_path / "wrong" / str((int(path.parent.name) + 1) % 10) / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    with pytest.raises(DataRejected, match="labels or the preprocessing are wrong"):
+    with pytest.raises(DataRejected, match="no better than chance"):
         verify(workspace.int8_model, reference=workspace.float_model, data=tmp_path / "wrong")
 
 
 def test_a_model_with_other_labels_is_not_compared(workspace: Workspace, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from vit_edge.model_file.artifact import open_model
-
     model = open_model(workspace.int8_model)
     relabelled = replace(model.manifest, labels=tuple("abcdefghij"))
     (tmp_path / "m.onnx").write_bytes(model.with_manifest(relabelled))
-    with pytest.raises(InputError, match="labels are not those"):
+    with pytest.raises(InputError, match="the labels differ"):
         verify(tmp_path / "m.onnx", reference=workspace.float_model, data=workspace.test_images)
 
 
@@ -250,3 +257,35 @@ def test_a_budget_that_makes_no_sense_is_refused(workspace: Workspace, points: f
             data=workspace.test_images,
             max_drop_points=points,
         )
+
+
+def test_the_files_are_checked_before_anything_is_said_of_the_images(workspace: Workspace, tmp_path: Path) -> None:
+    images = ("--data", workspace.test_images)
+    for model, reference, named in (
+        (tmp_path / "none.onnx", workspace.float_model, "none.onnx"),
+        (workspace.int8_model, tmp_path / "none.onnx", "none.onnx"),
+        (workspace.int8_model, workspace.int8_model, "a reference is float32"),
+    ):
+        done = vit_edge("verify", model, "--reference", reference, *images)
+        assert done.returncode in (2, 3)
+        assert done.stderr.startswith("error: ")
+        assert named in done.stderr
+
+
+def test_the_verdict_is_the_first_line_and_nothing_is_cut_at_80_columns(workspace: Workspace) -> None:
+    env = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-m", "vit_edge", "verify", str(workspace.int8_model), "--reference",
+               str(workspace.float_model), "--data", str(workspace.test_images), "--max-drop", "4"]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("pass: on 360 images the accuracy drop is ")
+    for name in ("top-1, reference", "drop, 95 % upper bound", "agreement, 95 % interval", "McNemar p", "verdict"):
+        assert any(line.split("  ")[0].strip() == name for line in rest), name
+
+
+def test_an_opened_request_serves_several_candidates(workspace: Workspace) -> None:
+    opened = open_request(workspace.float_model, reference=workspace.float_model, data=workspace.test_images)
+    assert run_verification(opened).num_changed == 0
+    candidate = replace(opened, model=open_model(workspace.int8_model))
+    expected = verify(workspace.int8_model, reference=workspace.float_model, data=workspace.test_images)
+    assert run_verification(candidate) == expected

@@ -299,11 +299,11 @@ def test_the_power_of_a_board_is_added_up(tmp_path: Path) -> None:
 
 
 def test_what_an_engine_cannot_do_is_left_out_and_said(workspace: Workspace) -> None:
-    given = ("--precision", "f32", "--precision", "f16", "--json", *BRIEF)
+    given = ("--float-precision", "float32", "--float-precision", "float16", "--json", *BRIEF)
     done = vit_edge("benchmark", workspace.float_model, "--engine", "onnxruntime", *given)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    assert [result["float_precision"] for result in printed["results"]] == ["f32"]
+    assert [result["float_precision"] for result in printed["results"]] == ["float32"]
     assert any("left out" in warning for warning in printed["warnings"])
 
 

@@ -130,7 +130,7 @@ def test_a_protobuf_that_is_too_old_is_named_and_not_shadowed(tmp_path: Path, ap
     (old / "message_factory.py").write_text("class MessageFactory: ...\n")
     done = run(python, app, "--describe")
     assert done.returncode == 7
-    assert "3.20.3, is too old - pip install --upgrade" in done.stderr
+    assert "3.20.3, is too old\ntry: pip install --upgrade" in done.stderr
 
 
 def test_a_person_reads_one_line_a_image(workspace: Workspace, pythons: dict[str, Path], app: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_bad_image_among_good_ones_is_named_and_the_others_are_answered(
     bad.write_text("hello")
     done = run(pythons["onnxruntime"], app, good[2], bad, good[5], "--json")
     assert done.returncode == 3
-    assert "notes.txt - it is not an image" in done.stderr
+    assert "notes.txt: it is not an image" in done.stderr
     printed = json.loads(done.stdout)
     assert [image["label"] for image in printed["images"]] == ["2", "5"]
     assert [image["file"] for image in printed["rejected"]] == [str(bad)]

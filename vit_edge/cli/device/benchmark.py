@@ -13,7 +13,7 @@ from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
-from vit_edge.cli.workstation.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_told, third_party_options
 from vit_edge.errors import UsageError
 from vit_edge.machine.cpu import MOST_THREADS
 
@@ -43,11 +43,11 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
 )
 @click.option("--device", "devices", multiple=True, default=("cpu",), show_default=True, help="Repeatable.")
 @click.option(
-    "--precision",
-    "precisions",
+    "--float-precision",
+    "float_precisions",
     multiple=True,
-    type=click.Choice(["f32", "f16", "bf16", "tf32"]),
-    help="Of the float parts, repeatable  [default: f32 on a CPU].",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Precision of the float part; repeatable  [default: float32 on a CPU].",
 )
 @click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Images a query, repeatable.")
 @click.option(
@@ -112,7 +112,7 @@ def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
     options = BenchmarkOptions(
         engines=measured["engines"],
         devices=measured["devices"],
-        precisions=measured["precisions"] or (None,),
+        float_precisions=measured["float_precisions"] or (None,),
         batch_sizes=batch_sizes,
         threads=measured["threads"] or (None,),
         scenario=scenario,

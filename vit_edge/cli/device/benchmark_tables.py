@@ -99,7 +99,7 @@ def _scenarios(run: Benchmark) -> str:
 def _named(result: Measurement) -> tuple[str, ...]:
     on_cpu = result.device == "cpu"
     engine = f"{result.engine} {result.engine_version}{'' if on_cpu else f' on {result.device}'}"
-    is_plain = result.float_precision in ("f32", "unknown", "none")
+    is_plain = result.float_precision in ("float32", "unknown", "none")
     precision = result.precision if is_plain else f"{result.precision} {result.float_precision}"
     threads = str(result.threads) if result.workers == 1 else f"{result.workers} x {result.threads}"
     return Path(result.model).name, engine, precision, str(result.batch_size), threads

@@ -9,7 +9,7 @@ import click
 
 from vit_edge.cli.device.remote import classified, on_devices
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.cli.workstation.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_told, third_party_options
 from vit_edge.errors import ImageRejected, printable
 
 
@@ -18,7 +18,11 @@ from vit_edge.errors import ImageRejected, printable
 @file_argument("images", many=True)
 @click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime or openvino.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, tensorrt, gpu, npu ... as the engine has.")
-@click.option("--precision", type=click.Choice(["f32", "f16", "bf16", "tf32"]), help="Of the float parts.")
+@click.option(
+    "--float-precision",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Precision of the float part  [default: float32 on a CPU].",
+)
 @click.option("--allow-fallback", is_flag=True, help="Run on the CPU what the device is not there for, and say so.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), help="Give the engine a static shape.")
 @click.option("--decode", type=click.Choice(["full", "fast"]), default="full", show_default=True,

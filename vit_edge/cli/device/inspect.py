@@ -173,7 +173,7 @@ def _costs(model: ModelFile) -> dict[str, Any]:
         return {"parameters": None, "gmac_per_image": None, "size_by_kind": None}
     from vit_edge.export.graph.macs import costs
 
-    found = costs(model.data)
+    found = costs(model.graph())
     gmac = None if found.macs_per_image is None else found.macs_per_image / 1e9
     return {"parameters": found.parameters, "gmac_per_image": gmac, "size_by_kind": dict(found.size_by_kind)}
 

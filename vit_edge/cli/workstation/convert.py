@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vit_edge.cli.options import option_group
 from vit_edge.cli.output import Result, command, file_argument, image_size_option, make_table, megabytes, progress_bar
 from vit_edge.errors import printable, require
 
@@ -22,18 +23,23 @@ _NUM_SHOWN = 12
 
 @command("convert")
 @file_argument("source")
-@click.option(
-    "-o", "--out", type=_PATH, default=Path("checkpoint.safetensors"), show_default=True, help="Checkpoint to write."
+@click.option("-o", "--out", type=_PATH, default=Path("checkpoint.safetensors"), show_default=True,
+              help="Checkpoint to write.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@option_group(
+    "What the weights do not specify",
+    click.option("--like", metavar="timm:NAME", help="Take heads, activation, eps and preprocessing from timm."),
+    click.option("--preprocessing", type=_PATH, metavar="FILE",
+                 help="TOML or JSON: resize, crop, interpolation, mean, std."),
+    click.option("--labels", type=_PATH, metavar="FILE|DIR",
+                 help="Class names: a text file, a JSON file or class folders."),
+    click.option("--data", type=_PATH, metavar="LABELLED", help="Infer unspecified settings from labelled images."),
+)  # fmt: skip
+@option_group(
+    "Changes to the network",
+    image_size_option("Resample the position embedding for another input size."),
+    click.option("--num-classes", type=click.IntRange(1, 65_536), help="Replace the head by zeros for N classes."),
 )
-@click.option("--like", metavar="timm:NAME", help="Network of timm to ask for heads, activation, eps, preprocessing.")
-@click.option(
-    "--preprocessing", type=_PATH, metavar="FILE", help="JSON or TOML: resize, crop, interpolation, mean, std."
-)
-@click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
-@click.option("--data", type=_PATH, metavar="LABELLED", help="Labelled images that settle what nobody told.")
-@image_size_option("Resample the positions for another size of input.")
-@click.option("--num-classes", type=click.IntRange(1, 65_536), help="Replace the head by zeros for N classes.")
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
 def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:
     """Convert the weights in SOURCE to a checkpoint, exactly.
 

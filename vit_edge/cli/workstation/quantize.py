@@ -19,13 +19,13 @@ from vit_edge.cli.output import (
     megabytes,
     progress_bar,
 )
-from vit_edge.cli.workstation.verify import figures_data, figures_table, outlook_text, verification_table
+from vit_edge.cli.workstation.verify import certifiable_text, figures_data, figures_table
 from vit_edge.errors import Interrupted, UsageError, VerificationFailed, require
 from vit_edge.machine.targets import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from vit_edge.export import QuantizationOptions, QuantizationResult
-    from vit_edge.export.verification.verifier import Verification
+    from vit_edge.export.verification.results import Verification
     from vit_edge.model_file.artifact import ModelFile
 
 _PATH = click.Path(path_type=Path)
@@ -159,13 +159,13 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
 def _say_outlook(data: Path | None, source: ModelFile, options: QuantizationOptions) -> None:
     """Say what the images can certify at best, before any work is done."""
     from vit_edge.export.verification.paired_run import find_evaluation_images
-    from vit_edge.export.verification.verdict import outlook
+    from vit_edge.export.verification.verdict import certifiable
 
     if options.budget is None or data is None or click.get_current_context().meta["quiet"]:
         return
     images = find_evaluation_images(data, source.manifest.labels, unlabelled=options.without_labels)
-    at_best = outlook(images.num_images, options.budget)
-    click.echo(outlook_text(at_best, options.budget, "all" if images.labelled else "none"), err=True)
+    found = certifiable(images.num_images, options.budget)
+    click.echo(certifiable_text(found, options.budget, "all" if images.labelled else "none"), err=True)
 
 
 def _fields(result: QuantizationResult) -> dict[str, Any]:
@@ -223,8 +223,7 @@ def _shown(result: QuantizationResult) -> list[Any]:
     if result.ladder is not None and result.verification is not None:
         shown += _budget_lines(result)
     if result.verification is not None:
-        table = verification_table if result.ladder else figures_table
-        shown.append(table(result.verification))
+        shown.append(figures_table(result.verification, with_verdict=result.ladder is not None))
     return [*shown, f"model: {result.model} ({size}, sha256 {result.sha256})"]
 
 
@@ -287,7 +286,7 @@ def _more(found: Verification) -> str:
     if (
         limit is not None
         and worst.unlabelled
-        and worst.drop_upper_bound_points > limit >= found.best_certifiable_points
+        and worst.drop_upper_bound_points > limit >= found.certifiable.best_points
     ):
         number = found.num_unlabelled
         return f"give labels (`vit-edge verify` writes the {number} images that lack one, whose answer changed)"

@@ -1,12 +1,12 @@
-"""`vit-edge verify --on`: the model answers on devices, its reference and the statistics run here."""
+"""`vit-edge verify --on`: the candidate runs on devices; its reference and the statistics run here."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vit_edge.cli.device.remote import Remote, parts
 from vit_edge.errors import UsageError
@@ -16,16 +16,17 @@ from vit_edge.remote.fleet import Outcome, run_on
 from vit_edge.runtime.engines.protocol import installed_engines
 
 if TYPE_CHECKING:
-    from vit_edge.export.verification.verifier import Verification
+    from vit_edge.export.verification.request import VerificationRequest
+    from vit_edge.export.verification.results import Verification
 
 __all__ = ["verify_there"]
 
 
 def verify_there(
-    remote: Remote, model: Path, *, asked: Mapping[str, Any], engines: tuple[str, ...], threads: int | None
+    remote: Remote, model: Path, request: VerificationRequest, *, engines: tuple[str, ...]
 ) -> list[tuple[Outcome, Verification | None]]:
-    """Return the verification of each device, or None where its outcome is an error; `asked` goes to `verify`."""
-    from vit_edge.export.verification.verifier import verify
+    """Return the verification of each device, or None if its outcome is an error."""
+    from vit_edge.export.verification.verifier import run_verification
 
     with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
         bundle = Bundle.write(Path(folder), {model: parts(model)}, remote.setup)
@@ -35,23 +36,23 @@ def verify_there(
             session.provide(bundle, engine=chosen[0], needs_engine=True)
 
             def there(engine: str) -> AbstractContextManager[RemoteModel]:
-                seconds = remote.setup.seconds
+                seconds, threads = remote.setup.seconds, request.threads
                 return RemoteModel(session, bundle, model=model, engine=engine, threads=threads, seconds=seconds)
 
-            return verify(model, **asked, engines=chosen, threads=threads, candidate=there)
+            return run_verification(replace(request, engines=chosen, open_candidate=there))
 
         outcomes = run_on(remote.devices, work, remote.setup)
     return [(outcome, outcome.value) for outcome in outcomes]
 
 
 def _engines(session: Session, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the engines to verify in: those asked for, the device's own, or all that are there and here."""
+    """Return the engines to verify in: the requested ones, the device's own, or all that both machines have."""
     if asked:
         return asked
     own = session.device.engine
     there = (own,) if own else ("onnxruntime",) if session.installs else tuple(session.engines)
     both = tuple(engine for engine in there if engine in installed_engines())
     if there and not both:
-        reason = f"{session.device.name} has {', '.join(there)}, and the reference runs here in the same engine"
-        raise UsageError("cannot verify", reason=reason, remedy=f"install {there[0]} here too")
+        reason = f"{session.device.name} has {', '.join(there)}; the reference needs the same engine here"
+        raise UsageError("cannot verify", reason=reason, remedy=f"install {there[0]} on this machine")
     return both or ("onnxruntime",)

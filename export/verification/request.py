@@ -1,0 +1,117 @@
+"""What a verification needs, opened, listed and checked once, before any image is decoded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from vit_edge.errors import InputError, UsageError
+from vit_edge.export.verification.flips import FlipLabels, read_flips
+from vit_edge.export.verification.paired_run import EvaluationImages, OpenCandidate, find_evaluation_images
+from vit_edge.export.verification.verdict import Budget, Certifiable, certifiable
+from vit_edge.files import sha256_hex
+from vit_edge.model_file.artifact import ModelFile, open_model
+from vit_edge.runtime.engines.protocol import chosen_engines
+
+__all__ = ["Labels", "Model", "VerificationRequest", "check_comparable", "open_request", "opened"]
+
+Labels = Literal["all", "flips", "none"]
+Path: TypeAlias = str | os.PathLike[str]
+Model: TypeAlias = Path | ModelFile
+DEFAULT_MAX_DROP_POINTS = 1.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerificationRequest:
+    """Two opened model files, the evaluation images and what is known of their labels, and the accuracy budget.
+
+    The same request serves another candidate of the same reference: `dataclasses.replace(request, model=...)`. With
+    `open_candidate` the candidate runs wherever that opens it, on a device for example; the reference runs here.
+    """
+
+    model: ModelFile
+    reference: ModelFile
+    data: str
+    images: EvaluationImages
+    labels: Labels
+    budget: Budget
+    flips: FlipLabels | None = None
+    carry_labels: bool = False
+    engines: tuple[str, ...] = ()
+    threads: int | None = None
+    open_candidate: OpenCandidate | None = None
+
+    @property
+    def models_sha256(self) -> str:
+        """Return one hash of both files."""
+        return models_sha256(self.model, self.reference)
+
+    @property
+    def certifiable(self) -> Certifiable:
+        """Return what these images can certify if no prediction changes, before any of them is run."""
+        return certifiable(self.images.num_images, self.budget)
+
+
+def open_request(
+    model: Model,
+    *,
+    reference: Model,
+    data: Path,
+    max_drop_points: float | None = None,
+    min_agreement: float | None = None,
+    unlabelled: bool = False,
+    flips: Path | None = None,
+    carry_labels: bool = False,
+    engines: tuple[str, ...] = (),
+    threads: int | None = None,
+) -> VerificationRequest:
+    """Return a request whose files exist, belong together and have evaluation images; parameters as for `verify`."""
+    candidate, source = opened(model), opened(reference)
+    check_comparable(candidate, source)
+    images = find_evaluation_images(data, source.manifest.labels, unlabelled=unlabelled or flips is not None)
+    labels: Labels = "flips" if flips is not None else "all" if images.labelled else "none"
+    # Agreement alone decides only if nothing else was requested and there are no labels.
+    if max_drop_points is None and (labels != "none" or min_agreement is None):
+        max_drop_points = DEFAULT_MAX_DROP_POINTS
+    both = None if carry_labels else models_sha256(candidate, source)
+    return VerificationRequest(
+        model=candidate,
+        reference=source,
+        data=os.fspath(data),
+        images=images,
+        labels=labels,
+        budget=Budget(max_drop_points=max_drop_points, min_agreement=min_agreement),
+        flips=None if flips is None else read_flips(flips, source.manifest.labels, models_sha256=both),
+        carry_labels=carry_labels,
+        engines=chosen_engines(engines),
+        threads=threads,
+    )
+
+
+def opened(model: Model) -> ModelFile:
+    """Return the model file at a path; one that is already open is returned as it is."""
+    return model if isinstance(model, ModelFile) else open_model(model)
+
+
+def models_sha256(model: ModelFile, reference: ModelFile) -> str:
+    """Return one hash of a candidate and its reference."""
+    return sha256_hex(f"{model.sha256} {reference.sha256}".encode())
+
+
+def check_comparable(model: ModelFile, reference: ModelFile) -> None:
+    """Raise UsageError or InputError unless `reference` is float32 and has the labels and preprocessing of `model`."""
+    if reference.manifest.precision != "float32":
+        reason = f"the file is {reference.manifest.precision}; a reference is float32"
+        remedy = "give the file that `vit-edge export` wrote"
+        raise UsageError("cannot use the reference", file=reference.source, reason=reason, remedy=remedy)
+    for name in ("labels", "preprocessing"):
+        if getattr(model.manifest, name) != getattr(reference.manifest, name):
+            reason = f"the {name} differ from those of {reference.source}"
+            remedy = "give the float32 file that this one was made from"
+            raise InputError("cannot compare the models", file=model.source, reason=reason, remedy=remedy)
+    made_from = model.manifest.provenance.get("float_model_sha256")
+    if made_from not in (None, reference.sha256):
+        _log.warning("%s was not made from %s, according to the hash in its manifest", model.source, reference.source)

@@ -1,0 +1,19 @@
+"""Write a model file, and the second file that a large one needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vit_edge.files import write_together
+from vit_edge.model_file.artifact import ModelFile
+
+__all__ = ["write_model"]
+
+
+def write_model(path: Path, model: ModelFile) -> None:
+    """Write a model file and, of a network over 2 GiB, first the weights beside it under the name that it knows."""
+    entry = model.manifest.weights
+    beside = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
+    write_together({**beside, path: model.data})
+    if not beside:  # what an older and larger model left there
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
