@@ -14,7 +14,6 @@ from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.benchmark.candidate import WarmUp
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd
-from vit_edge.runtime.benchmark.mac_count import MacCounts
 from vit_edge.runtime.benchmark.machine_noise import Noise
 from vit_edge.runtime.benchmark.peak_rate import Peak
 from vit_edge.runtime.benchmark.scenarios import Scenario
@@ -114,7 +113,7 @@ class Measurement:
     peak_rss_bytes: int
     size_bytes: int
     millijoules_per_image: float | None
-    ops: MacCounts | None
+    macs: Mapping[str, int] | None
     share_of_peak: float | None
     top1: float | None
     end_to_end: EndToEnd | None

@@ -22,7 +22,6 @@ from vit_edge.runtime.benchmark.candidate import Candidate, WarmUp, sample_in_tu
 from vit_edge.runtime.benchmark.cold_start import cold_start
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd, measure_stages
 from vit_edge.runtime.benchmark.energy import Meter, open_meter
-from vit_edge.runtime.benchmark.mac_count import MacCounts, count_macs
 from vit_edge.runtime.benchmark.machine_noise import Noise, Watch
 from vit_edge.runtime.benchmark.peak_rate import Peak, measure_peak, share_of_peak
 from vit_edge.runtime.benchmark.results import Benchmark, BenchmarkOptions, Harness, Measurement
@@ -167,7 +166,7 @@ def _warn_unsettled(candidate: Candidate) -> None:
 class _Extras:
     """What is measured beside the latency: by file, by engine with its options, and by candidate."""
 
-    ops: dict[str, MacCounts | None] = field(default_factory=dict)
+    macs: dict[str, Mapping[str, int] | None] = field(default_factory=dict)
     peaks: dict[tuple[str, EngineOptions], Peak] = field(default_factory=dict)
     stages: dict[int, EndToEnd] = field(default_factory=dict)
     top1: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -182,7 +181,7 @@ def _extras(
         stages = measure_stages(candidates, options.images, progress=progress)
         extras.stages.update({id(c): found for c, found in zip(candidates, stages, strict=True)})
     if options.has_peak:
-        extras.ops.update({path: count_macs(model) for path, model in opened.items()})
+        extras.macs.update({path: model.manifest.macs for path, model in opened.items()})
         for candidate in candidates:
             key = _peak_key(candidate)
             if key not in extras.peaks and key[0] != "null" and candidate.options.device == "cpu":
@@ -251,7 +250,7 @@ def _result(candidate: Candidate, first: Candidate, extras: _Extras) -> Measurem
         cold_start_ms=cold.cold_start_ms,
         peak_rss_bytes=cold.peak_rss_bytes,
         size_bytes=candidate.size_bytes,
-        ops=extras.ops.get(candidate.path),
+        macs=extras.macs.get(candidate.path),
         share_of_peak=_share_of_peak(candidate, extras),
         top1=extras.top1.get((candidate.path, what["engine"])),
         end_to_end=extras.stages.get(id(candidate)),
@@ -278,7 +277,7 @@ def _observed(candidate: Candidate, first: Candidate) -> dict[str, Any]:
 
 
 def _share_of_peak(candidate: Candidate, extras: _Extras) -> float | None:
-    ops, peak = extras.ops.get(candidate.path), extras.peaks.get(_peak_key(candidate))
-    if ops is None or peak is None or isinstance(candidate, ServerCandidate):
+    macs, peak = extras.macs.get(candidate.path), extras.peaks.get(_peak_key(candidate))
+    if macs is None or peak is None or isinstance(candidate, ServerCandidate):
         return None
-    return share_of_peak(ops, peak, float(np.median([np.median(one) for one in candidate.costs_ms])))
+    return share_of_peak(macs, peak, float(np.median([np.median(one) for one in candidate.costs_ms])))

@@ -28,6 +28,11 @@ def take_in_weights(proto: Any, source: str | os.PathLike[str] | bytes) -> dict[
     Raises ModelRejected where a file is not there, not in the same folder, or does not hold what the model says.
     """
     outside = [tensor for tensor in proto.graph.initializer if tensor.data_location or tensor.external_data]
+    sizes = (math.prod(tensor.dims) * _ITEM_BYTES.get(tensor.data_type, 0) for tensor in outside)
+    total = proto.ByteSize() + sum(size for size in sizes if size > 0)
+    if outside and total > MODEL_BYTES:  # before any copy: many tensors may name the same bytes of one file
+        reason = f"the model has {total:,} bytes with its weights; at most {MODEL_BYTES:,} are read"
+        raise _rejected(reason, "take a smaller network")
     files: dict[str, bytes] = {}
     for tensor in outside:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -39,9 +44,6 @@ def take_in_weights(proto: Any, source: str | os.PathLike[str] | bytes) -> dict[
         if name not in files:
             files[name] = _read(Path(source), name)
         _take_in(tensor, entries, files[name], name)
-    total = proto.ByteSize() if outside else 0
-    if total > MODEL_BYTES:
-        raise _rejected(f"it has {total:,} bytes with its weights; at most {MODEL_BYTES:,} are read", "make it smaller")
     return {name: sha256_hex(data) for name, data in files.items()}
 
 

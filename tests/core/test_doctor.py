@@ -179,3 +179,14 @@ def test_packages_that_do_not_fit_end_with_7_and_both_versions(tmp_path: Path) -
     (problem,) = [f for f in json.loads(done.stdout)["findings"] if f["kind"] == "problem"]
     assert "protobuf 3.20.3" in problem["what"]
     assert problem["what"].startswith("onnx ")
+
+
+def test_a_crash_beside_packages_that_do_not_fit_names_them_and_exits_with_7(tmp_path: Path, small_model: Path) -> None:
+    wheel(tmp_path, "protobuf", "3.20.3")
+    package(tmp_path, "onnx", "raise TypeError('Descriptors cannot be created directly')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "vit_edge", "inspect", str(small_model / "m.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 7, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "protobuf 3.20.3 does not fit onnx" in done.stderr
