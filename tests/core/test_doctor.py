@@ -189,4 +189,4 @@ def test_a_crash_beside_packages_that_do_not_fit_names_them_and_exits_with_7(tmp
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 7, done.stderr
     assert "Traceback" not in done.stderr
-    assert "protobuf 3.20.3 does not fit onnx" in done.stderr
+    assert "cannot be imported with protobuf 3.20.3" in done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
-from vit_edge.errors import ModelRejected
+from vit_edge.errors import ModelRejected, require
 from vit_edge.machine.releases import oldest_release
 from vit_edge.machine.targets import TARGETS, target_name
 
@@ -204,6 +204,7 @@ def _costs(model: ModelFile) -> dict[str, Any]:
     """Return parameters, multiplications and sizes; shape inference needs the onnx package, which devices lack."""
     if importlib.util.find_spec("onnx") is None:
         return {"parameters": None, "gmac_per_image": None, "size_by_kind": None}
+    require("onnx", extra="export", what="count parameters")
     from vit_edge.export.graph.macs import costs
 
     found = costs(model.graph())
