@@ -191,7 +191,9 @@ class _Breakdown:
     def _logits(self, stage: str, engine: str, model: ModelFile) -> Logits:
         images_NHWC, parts = self.images_NHWC, []
         options = EngineOptions(threads=self._prepared.options.threads)
-        with load_model(model, engine=engine, options=options, verify="hash", warn=False) as classifier:
+        with load_model(
+            model, engine=engine, options=options, verify="hash", warn=False, sandbox="never"
+        ) as classifier:
             for start in range(0, len(images_NHWC), _BATCH):
                 self._progress(stage, start, len(images_NHWC))
                 parts.append(classifier.logits(images_NHWC[start : start + _BATCH]))
