@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
+from vit_edge.cli.progress_lines import progress_lines
 from vit_edge.cli.streams import holds_unicode
 from vit_edge.cli.tables import FittingTable
 from vit_edge.errors import UsageError, VitEdgeError
@@ -104,8 +105,15 @@ class _Remembering(GroupedCommand):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Yield a Progress that draws one bar a stage on stderr; it is silent where stderr is no terminal or with -q."""
+def progress_bar(*, announce: bool = True) -> Iterator[Progress]:
+    """Yield a Progress that draws one bar per stage on stderr; lines if stderr is no terminal; nothing with -q.
+
+    Without `announce` a stage gets lines only if it lasts ten seconds, for commands that mostly take less.
+    """
+    if not sys.stderr.isatty() and not click.get_current_context().meta.get("quiet", False):
+        with progress_lines(announce=announce) as lines:
+            yield lines
+        return
     with bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as drawn:
         tasks: dict[str, TaskID] = {}
 

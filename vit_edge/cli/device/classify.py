@@ -74,7 +74,7 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
 
     values |= read_third_party_options(values)
     rows, classified_images, rejected = [], [], []
-    with load(model, **values) as classifier, progress_bar() as progress:
+    with load(model, **values) as classifier, progress_bar(announce=False) as progress:
         described = classifier.describe()
         paths = _files(images)
         for position, path in enumerate(paths):
