@@ -16,6 +16,7 @@ from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.runtime.checks.acceptance import accept_own
 from vit_edge.runtime.checks.golden import GENERATOR, Tolerance, expectation, golden_images, made_here, top2_gap
+from vit_edge.runtime.checks.policy import NO_SANDBOX
 from vit_edge.runtime.engines.protocol import EngineOptions, Logits, installed_engines, make_engine
 from vit_edge.runtime.loading import load_model
 
@@ -89,7 +90,7 @@ def with_answers(model: ModelFile, source: ModelFile) -> ModelFile:
     manifest = replace(model.manifest, golden={**golden, "expected": expected})
     finished = open_model(model.with_manifest(manifest), warn=False)
     for name in engines:
-        load_model(finished, engine=name, options=EngineOptions(), warn=False, sandbox="never").close()
+        load_model(finished, engine=name, options=EngineOptions(), warn=False, policy=NO_SANDBOX).close()
         accept_own(finished, engine=name)
     return finished
 

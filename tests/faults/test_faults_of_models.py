@@ -152,10 +152,16 @@ def test_fault_24_answers_that_are_not_finite_or_of_another_network_are_found(
 @pytest.mark.parametrize("engine", installed_engines())
 def test_faults_22_to_24_of_files_made_elsewhere_end_a_process_apart(tmp_path: Path, engine: str) -> None:
     # A shape that only running the graph tells: shape inference does not follow a Cast from float.
-    bomb = [node("Cast", ["huge"], ["s"], to=7), node("ConstantOfShape", ["s"], ["h"]),
-            node("ReduceMax", ["h"], ["m"], keepdims=0), node("Add", ["x", "m"], ["z"]), node("Conv", ["z", "filters"], ["c"])]  # fmt: skip
+    bomb = [
+        node("Cast", ["huge"], ["s"], to=7),
+        node("ConstantOfShape", ["s"], ["h"]),
+        node("ReduceMax", ["h"], ["m"], keepdims=0),
+        node("Add", ["x", "m"], ["z"]),
+        node("Conv", ["z", "filters"], ["c"]),
+    ]
+    huge = np.array([200_000, 200_000], np.float32)
     models = {
-        "memory": network(*bomb, *CONV[1:], *HEAD, huge=np.array([200_000, 200_000], np.float32), **WEIGHTS),
+        "memory": network(*bomb, *CONV[1:], *HEAD, huge=huge, **WEIGHTS),
         "shape": network(
             *CONV, HEAD[0], node("Gemm", ["f", "w", "b"], ["g"], transB=1), node("Reshape", ["g", "s"], ["y"]),
             s=np.array([-1, 1]), **WEIGHTS,

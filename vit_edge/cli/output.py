@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
-from vit_edge.errors import UsageError, VitEdgeError
+from vit_edge.errors import UsageError, VitEdgeError, escaped
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
 from vit_edge.progress import Progress
@@ -124,12 +124,14 @@ def bar(*columns: Any) -> Bar:
 
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Return a table: text to the left, numbers (given as text) to the right where the first row has them."""
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=escaped(title) or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True
+    )
     for position, column in enumerate(columns):
         numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", str(rows[0][position])) is not None
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) for value in row))
+        table.add_row(*(escaped(str(value)) for value in row))
     return table
 
 
@@ -237,10 +239,11 @@ class _Collector(logging.Handler):
         self.quiet, self.messages = quiet, list[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        message = escaped(record.getMessage())
         if record.levelno >= logging.WARNING:
-            self.messages.append(record.getMessage())
+            self.messages.append(message)
         if not self.quiet:
-            click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+            click.echo(f"{record.levelname.lower()}: {message}", err=True)
 
 
 @contextmanager
@@ -268,7 +271,13 @@ def error_fields(error: VitEdgeError) -> dict[str, Any]:
 
 def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
     everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
-    click.echo(json.dumps(finite(everything), ensure_ascii=False, default=str))
+    click.echo(_json(finite(everything)))
+
+
+def _json(value: Any) -> str:
+    """Return JSON that a terminal may show: text that is not printable is escaped as JSON escapes it."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def print_error_json(name: str, error: dict[str, Any]) -> None:
@@ -281,4 +290,4 @@ def _show(shown: Sequence[Any]) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, emoji=False, width=_WIDTH_WITHOUT_TERMINAL)
     for entry in shown:
-        console.print(entry, soft_wrap=isinstance(entry, str))
+        console.print(escaped(entry) if isinstance(entry, str) else entry, soft_wrap=isinstance(entry, str))

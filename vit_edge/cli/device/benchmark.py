@@ -12,6 +12,7 @@ from vit_edge.cli.device.benchmark_outputs import OUTPUTS, begin
 from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
+from vit_edge.cli.options import load_options
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
 from vit_edge.cli.third_party_options import read_told, third_party_options
 from vit_edge.errors import UsageError
@@ -85,6 +86,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
 )
 @click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
 @on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices, here=OUTPUTS, begin=begin)
+@load_options
 def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
     """Measure how fast MODELS answer, in every mix of the options, alternately in rounds.
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from vit_edge.cli.device.remote import classified, on_devices
+from vit_edge.cli.options import load_options
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.cli.third_party_options import read_told, third_party_options
 from vit_edge.errors import ImageRejected, printable
@@ -33,6 +34,7 @@ from vit_edge.errors import ImageRejected, printable
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each image.")
 @threads_option()
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
+@load_options
 def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
     """Name what IMAGES show, from the file MODEL alone: an `.onnx`, or OpenVINO's `.xml` beside its `.bin`.
 

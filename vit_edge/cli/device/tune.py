@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from vit_edge.cli.options import load_options
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar
 
 
@@ -14,6 +15,7 @@ from vit_edge.cli.output import Result, command, file_argument, make_table, prog
 @file_argument("model")
 @click.option("--min-seconds", type=float, default=2.0, show_default=True, help="Measure each choice at least so long.")
 @click.option("--min-queries", type=int, default=50, show_default=True, help="And at least so many images.")
+@load_options
 def tune(model: Path, min_seconds: float, min_queries: int) -> Result:
     """Find the engine and the number of threads that run MODEL fastest on this machine, and remember it.
 
