@@ -36,7 +36,7 @@ from vit_edge.runtime.engines.protocol import (
     make_engine,
 )
 from vit_edge.runtime.onnx_import.importer import adopt, is_third_party
-from vit_edge.runtime.tuned_configuration import promised_engines, verdict_for
+from vit_edge.runtime.tuned_configuration import promised_engines, tuned_configuration
 
 __all__ = ["Verify", "check_decode", "load", "load_model", "open_any", "run_checked"]
 
@@ -190,16 +190,17 @@ def run_checked(model: Model, *, engine: str, options: EngineOptions, verify: Ve
 
 
 def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, EngineOptions]:
-    """Return the engine, and the options with the threads of a verdict that `vit-edge tune` left for this file."""
+    """Return the engine, and the options with the threads that `vit-edge tune` saved for this file."""
     if engine != "auto":
         return engine, options
     if isinstance(model, IrModel):
         return "openvino", options
-    chosen_engines()  # raises where none is installed
+    if not installed_engines():
+        chosen_engines()  # raises what to install
     if options.device == "cpu" and options.float_precision is None and options.batch_size is None:
-        verdict = verdict_for(model)
-        if verdict is not None:
-            return verdict.apply(options)
+        configuration = tuned_configuration(model)
+        if configuration is not None:
+            return configuration.apply(options)
     able = engines_with(options.device)
     if not able and not options.allow_fallback:
         here = [f"{name} ({', '.join(engines)})" for name, engines in available_devices().items()]
