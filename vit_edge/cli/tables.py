@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vit_edge.errors import escaped
+
 __all__ = ["FittingTable"]
 
 # Between two columns of the box that is used.
@@ -33,9 +35,9 @@ class FittingTable(Table):
         ]
         columns, rows = [columns[at] for at in kept], [[row[at] for at in kept] for row in rows]
         super().__init__(
-            title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True
+            title=escaped(title) or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True
         )
-        self.names, self.cells = tuple(columns), [tuple(map(str, row)) for row in rows]
+        self.names, self.cells = tuple(columns), [tuple(escaped(str(cell)) for cell in row) for row in rows]
         for at, name in enumerate(self.names):
             numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", self.cells[0][at]) is not None
             least = max(_longest_word(row[at]) for row in (self.names, *self.cells))

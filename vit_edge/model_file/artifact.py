@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from vit_edge.errors import ModelRejected, NotTrusted, printable
+from vit_edge.errors import ModelRejected, NotTrusted, escaped, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.golden_fields import check_golden_fields
@@ -212,6 +212,7 @@ class ModelFile:
     manifest: Manifest
     source: str
     weights: bytes | None = None  # of the file beside it, for a network over 2 GiB
+    is_third_party: bool = False  # opened with labels and preprocessing from the user: no golden vectors are expected
 
     @classmethod
     def from_graph(cls, graph: Any, manifest: Manifest, *, weights: bytes | None = None) -> ModelFile:
@@ -343,7 +344,7 @@ def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> N
     """Log a warning where something about the network in `source` was never told but filled in by default."""
     if assumed:
         told = "convert it again with what it was trained with, or let `vit-edge convert --data` find out"
-        _log.warning("%s: assumed, not known: %s; %s", printable(source), ", ".join(assumed), told)
+        _log.warning("%s: assumed, not known: %s; %s", printable(source), escaped(", ".join(assumed), keep=""), told)
 
 
 def reseal(path: str | os.PathLike[str]) -> ModelFile:

@@ -12,7 +12,7 @@ from vit_edge.cli.device.benchmark_outputs import OUTPUTS, begin
 from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
-from vit_edge.cli.options import option_group
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
 from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
 from vit_edge.errors import UsageError
@@ -129,6 +129,7 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
 )
 @third_party_options
 @on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices, here=OUTPUTS, begin=begin)
+@load_options
 def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
     """Measure latency, throughput and memory of MODELS for every combination of the options.
 

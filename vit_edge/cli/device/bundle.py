@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from vit_edge.cli.options import load_options
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
 from vit_edge.errors import printable
 
@@ -15,6 +16,7 @@ from vit_edge.errors import printable
 @file_argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Application to write  [default: MODEL with .pyz].")
 @click.option("--force", is_flag=True, help="Replace the application if it exists.")
+@load_options
 def bundle(model: Path, out: Path | None, force: bool) -> Result:
     """Pack MODEL and the runtime into one file that any Python with an engine can run.
 

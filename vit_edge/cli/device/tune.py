@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from vit_edge.cli.options import load_options
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar
 
 
@@ -16,6 +17,7 @@ from vit_edge.cli.output import Result, command, file_argument, make_table, prog
     "--min-seconds", type=float, default=2.0, show_default=True, help="Shortest measuring time for each choice."
 )
 @click.option("--min-queries", type=int, default=50, show_default=True, help="Fewest images for each choice.")
+@load_options
 def tune(model: Path, min_seconds: float, min_queries: int) -> Result:
     """Find the fastest engine and number of threads for MODEL on this machine, and save them.
 
