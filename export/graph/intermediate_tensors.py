@@ -107,8 +107,12 @@ class Activations:
 
 
 def logits_of(model: onnx.ModelProto, images: Sequence[Array]) -> npt.NDArray[np.float32]:
-    """Return the first output [images, classes] of `images`, each [1, ...] as the graph takes it."""
+    """Return the first output [images, classes] of `images`, each [1, ...] as the graph takes it.
+
+    One by one: a trial of a batch costs more than it can win for the few images of a sample.
+    """
     activations = Activations(model, [model.graph.output[0].name])
+    activations.num_at_once = 1
     return np.concatenate([values[0] for values in activations.of([image[0] for image in images])])
 
 
