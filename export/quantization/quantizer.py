@@ -39,6 +39,7 @@ from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import Resolved, Target, resolve_target
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
+from vit_edge.runtime.checks.acceptance import accept_own
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
 from vit_edge.runtime.loading import load_model
 
@@ -237,7 +238,8 @@ def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, Mode
         if job.request is not None:
             return None, finished, job.verify(finished)
         for engine in promised_engines(finished):  # a verification loads the file too
-            load_model(finished, engine=engine, options=EngineOptions(), warn=False).close()
+            load_model(finished, engine=engine, options=EngineOptions(), warn=False, sandbox="never").close()
+            accept_own(finished, engine=engine)
         return None, finished, None
     order = ordered_by_noise(found.noise, macs_by_node(found.graph) or {})
     cache = StepCache(default_folder().parent / "budget", judged_by=_judged_by(job)) if job.options.use_cache else None

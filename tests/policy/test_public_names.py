@@ -12,11 +12,17 @@ import vit_edge
 SURFACE = {
     "vit_edge": ["__version__"],
     "vit_edge.export": [
+        "Deployment",
+        "DeploymentOptions",
+        "Explanation",
+        "ExplanationOptions",
         "ExportOptions",
         "ExportResult",
         "QuantizationOptions",
         "QuantizationResult",
         "Verification",
+        "deploy",
+        "explain",
         "export_onnx",
         "quantize",
         "verify",

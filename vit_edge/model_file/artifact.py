@@ -24,6 +24,7 @@ import numpy.typing as npt
 from vit_edge.errors import ModelRejected, NotTrusted, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
+from vit_edge.model_file.golden_fields import check_golden_fields
 from vit_edge.model_file.onnx_schema import parse, property_bytes
 
 if TYPE_CHECKING:
@@ -187,9 +188,12 @@ class Manifest:
                 if not isinstance(known[name], list):
                     raise ValueError(f"the manifest's {name} are not a list")
                 known[name] = tuple(known[name])
-            return cls(**known, unknown=values)
+            manifest = cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
+        if manifest.golden is not None:
+            check_golden_fields(manifest.golden, crop=manifest.preprocessing.crop)
+        return manifest
 
 
 def _in_current_terms(name: str, value: Any) -> Any:
@@ -361,7 +365,10 @@ def reseal(path: str | os.PathLike[str]) -> ModelFile:
         )
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)
-    manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    try:
+        manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    except ValueError as error:
+        raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
     beside = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
     return open_model(seal(proto.SerializeToString(deterministic=True)), weights=beside)
 
