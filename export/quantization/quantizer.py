@@ -46,6 +46,7 @@ from vit_edge.runtime.loading import load_model
 
 __all__ = ["QuantizationResult", "quantize"]
 
+_DEFAULTS = QuantizationOptions()
 _FEW_IMAGES = 32
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def quantize(
     calibration: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
-    options: QuantizationOptions = QuantizationOptions(),
+    options: QuantizationOptions = _DEFAULTS,
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizationResult:

@@ -1,4 +1,4 @@
-"""Is the INT8 file faster here than the float one? Both in turn, in each engine, so that drift hits both alike."""
+"""Compare the speed of the INT8 and the float32 file: in turns, in each engine, so that drift hits both alike."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def compare_speed(
             ratio_interval=ratio_of_rounds(rounds_FR[0], rounds_FR[1]).interval,
         )
         if speed.ratio <= 1:
-            text = "INT8 is not faster than float in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
+            text = (
+                "INT8 is not faster than float32 in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
+            )
             _log.warning(text, engine, speed.integer_ms, speed.float_ms)
         found.append(speed)
     return tuple(found)
