@@ -24,9 +24,9 @@ _MAX_BYTES = 100_000
 
 def cache_folder() -> Path:
     """Return the folder: $VIT_EDGE_CACHE, else $XDG_CACHE_HOME/vit-edge, else ~/.cache/vit-edge."""
-    told = os.environ.get("VIT_EDGE_CACHE")
-    if told:
-        return Path(told)
+    chosen = os.environ.get("VIT_EDGE_CACHE")
+    if chosen:
+        return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     home = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
     return home / "vit-edge"

@@ -12,7 +12,7 @@
     |- ResourceExhausted         exit 5    disk, memory or time
     |  |- Overloaded                       the queue of a pool is full
     |  `- DeadlineExceeded                 a request's time was over before its turn
-    |- VerificationFailed        exit 6    the answers are not the ones promised
+    |- VerificationFailed        exit 6    unexpected predictions, or too few images
     |  `- GoldenMismatch                   the golden vectors give other logits here
     |- EngineUnavailable         exit 7    no such engine or device here
     |  `- MissingExtra                     a package has to be installed first
@@ -124,7 +124,7 @@ class DeadlineExceeded(ResourceExhausted):
 
 
 class VerificationFailed(VitEdgeError):
-    """The answers are not the ones promised."""
+    """A model does not give the expected predictions."""
 
     exit_code = 6
 

@@ -192,7 +192,7 @@ def decode_for(
         raise
     # Pillow's decoders raise struct.error, TypeError, IndexError, SyntaxError, ValueError, RuntimeError and more.
     except Exception as error:
-        reason = f"it is damaged or incomplete ({type(error).__name__}: {error})"
+        reason = f"the image is damaged or incomplete ({type(error).__name__}: {error})"
         raise _rejected(name, reason, "copy or export it again") from error
 
 
@@ -208,7 +208,7 @@ def _upright(image: Image.Image) -> tuple[int, int]:
 
 
 def _scale_down(image: Image.Image, needed: tuple[int, int]) -> None:
-    """Tell the decoder of a JPEG file what (height, width) of the upright image is needed; others take no notice."""
+    """Tell the decoder of a JPEG file which (height, width) of the upright image is needed; others ignore it."""
     is_turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
     height, width = reversed(needed) if is_turned else needed
     image.draft(None, (width, height))
@@ -235,7 +235,7 @@ def _open(source: ImageSource, color: Color) -> tuple[str, Image.Image]:
                 source.seek(0)
             data = source.read(_MAX_FILE_BYTES)
         except (OSError, ValueError) as error:  # it is closed, or its disk fails
-            raise _rejected(name, f"it cannot be read ({error})", "open it again") from error
+            raise _rejected(name, f"the file cannot be read ({error})", "open it again") from error
         if not isinstance(data, bytes):
             raise TypeError("image is a file opened as text; open it with mode 'rb'")
     else:
@@ -252,10 +252,10 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
     except Exception as error:
         kind = kind_of(data)
         if isinstance(error, Image.DecompressionBombError):
-            raise _rejected(name, "it has far too many pixels", "scale it down first") from error
+            raise _rejected(name, "the image has far too many pixels", "scale it down first") from error
         if kind is not None and "image" not in kind[0]:
             raise _rejected(name, kind[0], kind[1]) from error
-        reason = f"it is not an image that can be read ({', '.join(FORMATS)})"
+        reason = f"the file is not an image that can be read ({', '.join(FORMATS)})"
         raise _rejected(name, reason, "convert it to one of these") from error
 
 
@@ -267,7 +267,7 @@ def _from_array(pixels: Pixels, color: Color) -> Image.Image:
         hint = f", or say its color: {' or '.join(others)}" if others and pixels.dtype == np.uint8 else ""
         raise TypeError(f"image is {pixels.dtype} {list(pixels.shape)}; give {expected}{hint}")
     if 0 in pixels.shape:
-        raise _rejected("the array given", "it has no pixels", "give at least one row and one column")
+        raise _rejected("the array given", "the image has no pixels", "give at least one row and one column")
     return Image.fromarray(np.ascontiguousarray(pixels[..., channels]))
 
 
@@ -276,10 +276,10 @@ def _check_size(image: Image.Image, name: str) -> None:
     long, short = max(width, height), min(width, height)
     if long > _MAX_SIDE or width * height > _MAX_PIXELS:
         limit = f"at most {_MAX_PIXELS:,} pixels and {_MAX_SIDE:,} a side are decoded"
-        raise _rejected(name, f"it has {width} x {height} pixels; {limit}", "scale it down first")
+        raise _rejected(name, f"the image has {width} x {height} pixels; {limit}", "scale it down first")
     if short < _MIN_SIDE or long > _MAX_ASPECT * short:
         limit = f"at least {_MIN_SIDE} a side and at most {_MAX_ASPECT} times as long as wide can be judged"
-        raise _rejected(name, f"it has {width} x {height} pixels; {limit}", "leave it out")
+        raise _rejected(name, f"the image has {width} x {height} pixels; {limit}", "leave it out")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -292,7 +292,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         background = Image.new("RGBA", opaque.size, (*BACKGROUND, 255))
         return Image.alpha_composite(background, opaque).convert("RGB")
     if mode in ("I", "F"):
-        reason = f"its colour mode is {mode} (32 bits a pixel), which has no known range"
+        reason = f"the image's colour mode is {mode} (32 bits a pixel), which has no known range"
         raise _rejected(name, reason, "convert it to 8 or 16 bits a channel")
     return image if mode == "RGB" else image.convert("RGB")
 

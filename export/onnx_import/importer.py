@@ -57,7 +57,7 @@ def is_third_party_onnx(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is an ONNX file that does not look like a model file of ours; False where nothing is."""
     try:
         data = read_file(path, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
-        return seal_state(data) == "foreign" and kind_of(data) is None and bool(parse(data).graph.node)
+        return seal_state(data) == "third-party" and kind_of(data) is None and bool(parse(data).graph.node)
     except (InputError, ValueError):
         return False
 
@@ -208,7 +208,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
     Raises ModelRejected.
     """
     data = read_file(path, what="model file", max_bytes=_MAX_BYTES, error=ModelRejected)
-    if seal_state(data) != "foreign":
+    if seal_state(data) != "third-party":
         raise _rejected("it is a model file of vit-edge, or was one", "give it as it is: it says all this itself")
     kind = kind_of(data)
     try:

@@ -29,7 +29,7 @@ _INTEGERS = ("ConvInteger", "DequantizeLinear", "MatMulInteger", "QLinearConv", 
 
 def is_third_party(source: str | os.PathLike[str] | bytes) -> bool:
     """Return whether nothing in `source` looks like a model file of vit-edge; raises ModelRejected on no file."""
-    return seal_state(_bytes_of(source)) == "foreign"
+    return seal_state(_bytes_of(source)) == "third-party"
 
 
 def adopt(source: str | os.PathLike[str] | bytes, *, preprocessing: Preprocessing, labels: Sequence[str]) -> ModelFile:

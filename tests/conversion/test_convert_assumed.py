@@ -1,4 +1,4 @@
-"""What shapes cannot tell is taken from whoever told it, and what nobody told is assumed and warned of."""
+"""Settings that shapes do not show come from the source that specifies them, or are assumed, with a warning."""
 
 from __future__ import annotations
 

@@ -38,11 +38,11 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # 14 and 15: what is no model file. Made at the path given, from the bytes of a right one.
 FILES: dict[str, tuple[Callable[[Path, bytes], object], type[VitEdgeError], str]] = {
     "14 random": (lambda p, _: p.write_bytes(np.random.default_rng(0).bytes(5000)), ModelRejected, "not an ONNX model"),
-    "14 truncated": (lambda p, data: p.write_bytes(data[:-1000]), NotTrusted, "its seal is missing: it was cut short"),
-    "14 empty": (lambda p, _: p.touch(), ModelRejected, "it is empty"),
-    "14 PNG": (lambda p, _: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), ModelRejected, "it is a PNG image"),
-    "14 HTML": (lambda p, _: p.write_bytes(b"<!DOCTYPE html><html>"), ModelRejected, "it is an HTML page"),
-    "14 folder": (lambda p, _: p.mkdir(), ModelRejected, "it is a folder"),
+    "14 truncated": (lambda p, data: p.write_bytes(data[:-1000]), NotTrusted, "seal is missing: it was cut short"),
+    "14 empty": (lambda p, _: p.touch(), ModelRejected, "the file is empty"),
+    "14 PNG": (lambda p, _: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), ModelRejected, "the file is a PNG image"),
+    "14 HTML": (lambda p, _: p.write_bytes(b"<!DOCTYPE html><html>"), ModelRejected, "the file is an HTML page"),
+    "14 folder": (lambda p, _: p.mkdir(), ModelRejected, "the path is a folder"),
     "14 missing": (lambda _p, _: None, ModelRejected, "there is no such file"),
     "15 over 2 GiB": (lambda p, _: (p.touch(), os.truncate(p, 2**31)), ModelRejected, "at most 2,147,483,647 are read"),
     "26 one bit": (lambda p, d: p.write_bytes(d[:999] + bytes([d[999] ^ 4]) + d[1000:]), NotTrusted, "not those that"),

@@ -270,7 +270,7 @@ def test_files_that_were_changed_or_would_be_overwritten_are_refused(results: Pa
     with pytest.raises(UsageError, match="exists"):
         write_report(everything(results), out=tmp_path / "r.html")
     before = (results / "verified.json").read_bytes()
-    with pytest.raises(UsageError, match="it is the input"):
+    with pytest.raises(UsageError, match="the path is the input"):
         write_report(everything(results), out=results / "verified.json", force=True)
     assert (results / "verified.json").read_bytes() == before
     with pytest.raises(InputError, match="no record"):

@@ -53,7 +53,7 @@ __all__ = [
 
 SCHEMA = 1
 _CONFIG_BYTES = 1_000_000
-# Without a terminal nothing tells the width; tables must not be cut then.
+# Without a terminal there is no width; tables must not be cut then.
 _WIDTH_WITHOUT_TERMINAL = 160
 
 
@@ -172,7 +172,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Return (height, width) from "N" or "HxW"; raises UsageError."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(re.fullmatch(r"[1-9]\d{0,4}", side) for side in sides):
-        raise UsageError("cannot use the size", reason=f"it is {text!r}", remedy="write pixels as 224 or 192x256")
+        raise UsageError("cannot use the size", reason=f"the size is {text!r}", remedy="write pixels as 224 or 192x256")
     return int(sides[0]), int(sides[-1])
 
 
@@ -226,7 +226,7 @@ def _fits(option: Any, value: Any) -> bool:
 
 _COMMON = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
-    click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="Show more on stderr."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr."),
     click.option(
         "--config",

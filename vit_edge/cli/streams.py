@@ -1,4 +1,4 @@
-"""Standard output and standard error as people have them: not UTF-8, closed, or read by somebody who left."""
+"""Standard output and standard error as people have them: not UTF-8, closed, or a pipe without a reader."""
 
 from __future__ import annotations
 

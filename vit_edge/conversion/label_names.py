@@ -1,4 +1,4 @@
-"""The names of a network's classes, in its order, from whatever form people keep them in; no torch."""
+"""The names of a network's classes, in its order, from text, JSON or class folders; no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_edge.files import read_file
 __all__ = ["labels_of", "read_labels"]
 
 _MAX_BYTES = 20_000_000
-# What transformers writes where nobody named the classes.
+# What transformers writes if the classes have no names.
 _NOBODYS = re.compile(r"LABEL_\d+")
 
 
@@ -35,7 +35,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise _rejected(source, str(error), "write one name a line, as UTF-8, or a JSON list") from error
     if not names:
-        raise _rejected(source, "it holds no name", "write one name a line, as UTF-8, or a JSON list")
+        raise _rejected(source, "the file holds no name", "write one name a line, as UTF-8, or a JSON list")
     return names
 
 

@@ -65,7 +65,7 @@ class LabelledImages:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Images to learn from, to choose the best epoch by, and to judge by once; the last two where there are any."""
+    """Images to learn from, to choose the best epoch by, and to evaluate once; the last two may be missing."""
 
     train: LabelledImages
     validation: LabelledImages | None
@@ -96,7 +96,7 @@ def read_labelled(
 
 
 def read_unlabelled(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Return the images of `folder`, sorted, whatever their labels; raises DataRejected.
+    """Return the images of `folder`, sorted, with or without labels; raises DataRejected.
 
     These are the images that `read_labelled` takes: of the same split, and of the label file if there is one.
     """
@@ -127,7 +127,7 @@ def read_class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def refuse_one_class(class_names: Sequence[str], root: str | os.PathLike[str]) -> None:
-    """Raise DataRejected unless there are two classes at least: one class cannot be told from another."""
+    """Raise DataRejected unless there are two classes at least: a classifier has to choose."""
     if len(class_names) > 1:
         return
     reason, remedy = "the folder holds no class folder", "give a folder with one folder for each class"

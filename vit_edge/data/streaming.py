@@ -67,7 +67,7 @@ def stream(
     """Yield (position in `paths`, what `read` makes of the file) in order, read by `threads` at once.
 
     Images that `read` rejects are skipped and named in the log; raises DataRejected when they are over 1 %. With
-    `rejections` these are a part of more images: they are counted there, and whoever gave it concludes.
+    `rejections` these are a part of more images: they are counted there, and the caller concludes.
     """
     counted = rejections or Rejections(len(paths))
 
@@ -108,14 +108,14 @@ def pixel_hashes(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[st
 
 
 def set_hash(hashes: Sequence[str]) -> str:
-    """Return one hash for a set of images, whatever their order and names."""
+    """Return one hash for a set of images, independent of their order and names."""
     return sha256_hex("\n".join(sorted(hashes)).encode())
 
 
 def refuse_overlap(
     tuning: Sequence[str] | Mapping[str, Path], judging: Mapping[str, Path], *, used_for: str = "calibration"
 ) -> None:
-    """Raise DataRejected where an image that tuned the model would also judge it; both by pixel hash.
+    """Raise DataRejected where an image that tuned the model is an evaluation image too; both by pixel hash.
 
     Where the paths of those that tuned are known too, both names are in the message.
     """
@@ -125,6 +125,6 @@ def refuse_overlap(
         for h in set(tuning) & judging.keys()
     )
     if shared:
-        reason = f"{len(shared)} of the images that judge were used for {used_for}: {', '.join(shared[:_NUM_NAMED])}"
-        remedy = "judge on other images: those that tuned a model flatter it"
+        reason = f"{len(shared)} of the evaluation images were used for {used_for}: {', '.join(shared[:_NUM_NAMED])}"
+        remedy = "evaluate on other images: a model is too good on images that tuned it"
         raise DataRejected("cannot verify on these images", reason=reason, remedy=remedy)

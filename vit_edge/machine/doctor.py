@@ -1,7 +1,7 @@
 """What this machine has to run a model with, what is wrong with it, and what to do: `vit-edge doctor`.
 
-It needs what a device has and no more: engines are asked in processes of their own, so that a driver or a wheel built
-for another CPU can crash there (onnxruntime#23957) and is told of here.
+It needs what a device has and no more: engines are asked in subprocesses, so that a driver or a wheel built
+for another CPU can crash there (onnxruntime#23957) and is reported here.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding(kind="advice", what="the CPU has no dot products of 8 bits", advice=advice))
     if cpu["usable_threads"] < cpu["cpus"]:
         what = f"{cpu['usable_threads']} of {cpu['cpus']} CPUs are granted to this process"
-        advice = f"vit-edge starts {cpu['usable_threads']} threads; other software may need the same setting"
+        advice = f"vit-edge starts {cpu['usable_threads']} threads; set the same number in other software"
         found.append(Finding(kind="advice", what=what, advice=advice))
     slow = [name for name in cpu["governors"] if name != "performance"]
     if slow:
@@ -193,7 +193,7 @@ def _memory_findings(memory: Mapping[str, int | None]) -> list[Finding]:
 
 
 def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dict[str, str]]:
-    """Return the targets of devices beside the CPU that load."""
+    """Return the targets of devices other than the CPU that load."""
     devices = {d for engine in engines for d in engine["devices"] if d not in engine.get("do_not_load", {})}
     found = {}
     if any(device.split(".")[0] == "NPU" for device in devices):
@@ -206,7 +206,7 @@ def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dic
 
 
 def _ask(name: str) -> dict[str, Any]:
-    """Return an engine's version, the devices it lists and those that do not load, asked in processes of their own."""
+    """Return an engine's version, the devices it lists and those that do not load, asked in subprocesses."""
     answer: dict[str, Any] = {"name": name, "installed": True, "version": None, "devices": [], "error": None}
     answer["do_not_load"] = {}
     command = [sys.executable, "-c", f"{_PREAMBLE}{_QUESTIONS[name]}{_ANSWER}"]
@@ -233,7 +233,7 @@ def _ask(name: str) -> dict[str, Any]:
 def _try(engine: str, device: str) -> str | None:
     """Return why a device that an engine lists does not run a graph of one node, or None where it does.
 
-    Builds with CUDA list it on machines that have no GPU. It is tried in a process of its own.
+    Builds with CUDA list it on machines that have no GPU. It is tried in a subprocess.
     """
     graph = base64.b64encode(one_node()).decode("ascii")
     command = [sys.executable, "-c", f"{_PREAMBLE}{_TRIALS[engine]}", device, graph]
@@ -297,7 +297,7 @@ def _missing_extras(installed: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int | None]:
-    """Return all, the free and the granted memory in bytes; None where the system does not tell."""
+    """Return all, the free and the granted memory in bytes; None if the system does not report it."""
     return {
         "total_bytes": _meminfo("MemTotal") or _physical_bytes(),
         "available_bytes": _meminfo("MemAvailable"),

@@ -164,7 +164,7 @@ def test_labels_are_replaced_and_their_number_is_checked(checkpoint: Path, tmp_p
     names.write_text("one\ntwo\n", encoding="utf-8")
     done = vit_edge("export", checkpoint, "-o", tmp_path / "n.onnx", "--labels", names)
     assert done.returncode == 3
-    assert "it holds 2 names, the network has 7 classes" in done.stderr
+    assert "the file holds 2 names, the network has 7 classes" in done.stderr
 
 
 def test_parity_runs_on_images_too_and_shows_a_table(checkpoint: Path, tmp_path: Path) -> None:

@@ -155,7 +155,10 @@ DANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "fault 16, absolute": (lambda path: told(path, location="/etc/passwd"), "not in a file beside it"),
     "fault 16, below and above": (lambda path: told(path, location="sub/../../x"), "not in a file beside it"),
     "fault 16, hidden": (lambda path: told(path, location=".hidden"), "not in a file beside it"),
-    "fault 16, a folder": (lambda path: (told(path, location="sub"), (path.parent / "sub").mkdir()), "it is a folder"),
+    "fault 16, a folder": (
+        lambda path: (told(path, location="sub"), (path.parent / "sub").mkdir()),
+        "the path is a folder",
+    ),
     "fault 16, a device": (
         lambda path: linked(path, lambda _, link: link.symlink_to("/dev/zero")),
         "a link to another folder",

@@ -1,4 +1,4 @@
-"""What is told of a network beside its tensors, by whom, and whose word counts; no torch."""
+"""What is known of a network in addition to its tensors, from which source, and which source counts; no torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if self.resize is None and self.crop is not None:
-            raise ValueError(f"crop {self.crop} needs resize beside it")
+            raise ValueError(f"crop {self.crop} needs resize")
         if not 0.05 <= self.fraction <= 1.0:
-            raise ValueError(f"the crop is {self.fraction} of the resized image; it must lie between 0.05 and 1")
+            raise ValueError(f"the crop is {self.fraction} of the resized image; it must be between 0.05 and 1")
 
     def resize_for(self, image_size: tuple[int, int]) -> int | tuple[int, int]:
         """Return `Preprocessing.resize` for a network of this input size."""
@@ -87,11 +87,11 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What one teller says; a field is None where it says nothing.
+    """What one source specifies; a field is None if the source does not.
 
     `image_size` is what the position embeddings were made for, `input_size` what the network is used at where that
     differs. `shape` has widths and counts by the field of ViTConfig, to be held against the tensors. With `assumed`,
-    nobody told: the values are usable and every command warns of them.
+    no source specified them: the values are usable and every command warns of them.
     """
 
     origin: str
@@ -119,20 +119,20 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Knowledge:
-    """Everything that was told, those whose word counts most first; the last may be assumptions."""
+    """All sources, the one that counts most first; the last may be assumptions."""
 
     facts: tuple[Facts, ...]
 
-    def teller(self, name: str) -> Facts | None:
-        """Return the first that says something about the field."""
+    def source_of(self, name: str) -> Facts | None:
+        """Return the first source that specifies the field."""
         return next((facts for facts in self.facts if getattr(facts, name) is not None), None)
 
     def value(self, name: str) -> Any:
-        """Return what counts for the field, or None where nobody says anything."""
-        teller = self.teller(name)
-        return None if teller is None else getattr(teller, name)
+        """Return what counts for the field, or None if no source specifies it."""
+        source = self.source_of(name)
+        return None if source is None else getattr(source, name)
 
-    def told(self, name: str) -> bool:
-        """Return whether somebody who knows told the field."""
-        teller = self.teller(name)
-        return teller is not None and not teller.assumed
+    def specifies(self, name: str) -> bool:
+        """Return whether a source specifies the field, and does not assume it."""
+        source = self.source_of(name)
+        return source is not None and not source.assumed

@@ -42,20 +42,20 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
         values = tomllib.loads(text) if source.suffix.lower() == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = f"it is neither JSON nor TOML ({str(error)[:200]})"
+        reason = f"the file is neither JSON nor TOML ({str(error)[:200]})"
         raise InputError("cannot read the settings", file=source, reason=reason, remedy="write JSON or TOML") from error
     if not isinstance(values, dict):
         raise InputError(
-            "cannot read the settings", file=source, reason="it holds no object", remedy="write name: value"
+            "cannot read the settings", file=source, reason="the file holds no object", remedy="write name: value"
         )
     return values
 
 
 def preprocessing_facts(values: Mapping[str, Any], *, origin: str) -> Facts:
-    """Return what is told of preprocessing, from any of three forms; raises UsageError where it cannot be done here.
+    """Return the preprocessing of a settings file in any of three forms; raises UsageError if it cannot be represented.
 
     The forms: fields of vit_edge.image.Preprocessing; transformers' preprocessor_config.json; timm's config.json or its
-    pretrained_cfg. What a form leaves out stays untold.
+    pretrained_cfg. What a form leaves out stays unspecified.
     """
     try:
         if _PROCESSOR_KEYS & values.keys():
@@ -112,7 +112,7 @@ def _from_timm(config: Mapping[str, Any], origin: str) -> Facts:
         origin=origin,
         mean=_three(config["mean"]) if config.get("mean") else None,
         std=_three(config["std"]) if config.get("std") else None,
-        # timm trains some networks with "random"; then nothing is told.
+        # timm trains some networks with "random"; then nothing is specified.
         interpolation=interpolation if interpolation in _INTERPOLATIONS else None,
         geometry=Geometry(fraction=float(fraction), squash=mode == "squash") if fraction else None,
         image_size=size_of(list(size[1:])) if size else None,
