@@ -117,6 +117,8 @@ def read_source(
     progress("converting", 1, 3)
     knowledge = _knowledge(opened, renamed, like=like, preprocessing=preprocessing, labels=labels)
     shaped, model = _built(opened, renamed, knowledge, image_size=image_size, num_classes=num_classes)
+    if opened.checkpoint is None and not shaped.new_head:
+        _refuse_other_heads(knowledge, shaped.config.num_classes, opened.weights.origin)
     progress("converting", 2, 3)
     settings, evidence = _settings(knowledge, shaped, labels), None
     if data is not None:
@@ -263,6 +265,16 @@ def _name_of(config: ViTConfig) -> str:
     return f"vit_{config.width}x{config.depth}_patch{patch}_{max(config.image_size)}"
 
 
+def _refuse_other_heads(knowledge: Knowledge, num_classes: int, origin: str) -> None:
+    """Raise CheckpointRejected unless the head gives one class of several: softmax would misread any other."""
+    problem = knowledge.value("problem_type")
+    if problem in (None, "single_label_classification") and num_classes > 1:
+        return
+    what = f"problem_type is {problem!r}" if problem else "the head has one logit"
+    remedy = "use a head for one class of several; --num-classes N replaces the head, to train it anew"
+    raise unusable(origin, f"{what}: no single-label classification, which softmax needs", remedy)
+
+
 def _field_of(name: str) -> str:
     if name.startswith("blocks."):
         inner = name.split(".", 2)[2]
@@ -278,9 +290,8 @@ def _preprocessing(
     """Return the settings for the network's size, what of them is assumed, and what is to be said."""
     geometry = knowledge.value("geometry")
     try:
-        settings = Preprocessing(
-            resize=geometry.resize_for(image_size),
-            crop=image_size,
+        settings = geometry.preprocessing(
+            image_size,
             interpolation=knowledge.value("interpolation"),
             mean=knowledge.value("mean"),
             std=knowledge.value("std"),

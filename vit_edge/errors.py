@@ -24,6 +24,7 @@ A message has two lines: `cannot read FILE: reason`, then `try: what to do`.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,7 @@ __all__ = [
     "VitEdgeError",
     "printable",
     "require",
+    "version_of",
 ]
 
 
@@ -152,14 +154,27 @@ def printable(path: str | os.PathLike[str]) -> str:
 
 
 def require(module: str, *, extra: str, what: str) -> ModuleType:
-    """Import and return `module`; raises MissingExtra, which says what to install, where it is absent."""
+    """Import and return `module`; raises MissingExtra, which says what to install, if it cannot be imported.
+
+    A package that is installed may fail beside an older protobuf or another NumPy: then the versions are named.
+    """
+    package = module.split(".", maxsplit=1)[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".", maxsplit=1)[0]:
-            raise
-        raise MissingExtra(
-            f"cannot {what}",
-            reason=f"the package {module.split('.', maxsplit=1)[0]} is not installed",
-            remedy=f'pip install "vit-edge[{extra}]"',
-        ) from error
+    except Exception as error:  # protobuf raises its own VersionError, a wheel for another NumPy ImportError or worse
+        remedy = f'pip install --upgrade "vit-edge[{extra}]"'
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == package:
+            reason, remedy = f"the package {package} is not installed", f'pip install "vit-edge[{extra}]"'
+        else:
+            beside = " and ".join(f"{name} {version_of(name)}" for name in ("protobuf", "numpy"))
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{package} {version_of(package)} cannot be imported with {beside} ({why})"
+        raise MissingExtra(f"cannot {what}", reason=reason, remedy=remedy) from error
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

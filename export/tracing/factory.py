@@ -71,9 +71,8 @@ def factory_preprocessing(
     values |= {name: getattr(told, name) for name in ("interpolation", "mean", "std")}
     size = size or (_SIDE, _SIDE)
     try:
-        preprocessing = Preprocessing(
-            resize=geometry.resize_for(size),
-            crop=size,
+        preprocessing = geometry.preprocessing(
+            size,
             interpolation=told.interpolation or "bicubic",  # type: ignore[arg-type]  # checked there
             mean=told.mean or IMAGENET[0],
             std=told.std or IMAGENET[1],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
+from vit_edge.cli.streams import holds_unicode
+from vit_edge.cli.tables import make_table
 from vit_edge.errors import UsageError, VitEdgeError
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
@@ -38,6 +39,7 @@ __all__ = [
     "command",
     "error_fields",
     "file_argument",
+    "gigabytes",
     "image_size_option",
     "make_table",
     "megabytes",
@@ -122,20 +124,14 @@ def bar(*columns: Any) -> Bar:
     return Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
 
 
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Return a table: text to the left, numbers (given as text) to the right where the first row has them."""
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for position, column in enumerate(columns):
-        numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", str(rows[0][position])) is not None
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row))
-    return table
-
-
 def megabytes(size_bytes: int) -> str:
     """Return a size for people, in MB of 10^6 bytes."""
     return f"{size_bytes / 1e6:.2f} MB"
+
+
+def gigabytes(size_bytes: int) -> str:
+    """Return a size for people, in GB of 10^9 bytes."""
+    return f"{size_bytes / 1e9:.1f} GB"
 
 
 def file_argument(name: str, *, many: bool = False) -> Callable[[Any], Any]:
@@ -237,6 +233,8 @@ class _Collector(logging.Handler):
         self.quiet, self.messages = quiet, list[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() in self.messages:  # the same files are looked through more than once
+            return
         if record.levelno >= logging.WARNING:
             self.messages.append(record.getMessage())
         if not self.quiet:
@@ -268,7 +266,7 @@ def error_fields(error: VitEdgeError) -> dict[str, Any]:
 
 def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
     everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
-    click.echo(json.dumps(finite(everything), ensure_ascii=False, default=str))
+    click.echo(json.dumps(finite(everything), ensure_ascii=not holds_unicode(), default=str))
 
 
 def print_error_json(name: str, error: dict[str, Any]) -> None:
@@ -279,6 +277,8 @@ def print_error_json(name: str, error: dict[str, Any]) -> None:
 def _show(shown: Sequence[Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, markup=False, emoji=False, width=_WIDTH_WITHOUT_TERMINAL)
+        width = int(os.environ.get("COLUMNS", "")) if os.environ.get("COLUMNS", "").isdigit() else None
+        console = Console(highlight=False, markup=False, emoji=False, width=width or _WIDTH_WITHOUT_TERMINAL)
     for entry in shown:
-        console.print(entry, soft_wrap=isinstance(entry, str))
+        # In a terminal a line ends between words; in a file a sentence stays one line.
+        console.print(entry, soft_wrap=isinstance(entry, str) and not console.is_terminal)

@@ -78,6 +78,7 @@ def _facts_of_transformers(values: Mapping[str, Any], origin: str) -> Facts:
         pooling=None if dino else "class",
         layer_scale=float(values.get("layerscale_value", 1.0)) if dino else None,
         labels=labels_of(values["id2label"]) if values.get("id2label") else None,
+        problem_type=values.get("problem_type"),
         # A path of the machine that saved it is no name.
         base_model=name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None,
         shape=_shape_of(values),

@@ -16,12 +16,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from vit_edge import __version__
+from vit_edge.errors import version_of
 from vit_edge.machine.cpu import VNNI, cpu_report, is_arm, is_x86
+from vit_edge.machine.package_versions import conflicts
 from vit_edge.machine.targets import TARGETS, choose
 from vit_edge.model_file.onnx_schema import one_node
 
@@ -52,7 +53,6 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "timm": ("weights and networks of timm", ("timm",)),
     "huggingface": ("weights from Hugging Face", ("huggingface_hub",)),
-    "loadgen": ("benchmark with MLCommons LoadGen", ("mlcommons-loadgen",)),
 }
 # They all install the folder `onnxruntime` and overwrite each other's files (onnxruntime#26996).
 _ONNXRUNTIME_WHEELS = (
@@ -74,7 +74,7 @@ _QUESTIONS = {
     "onnxruntime": "import onnxruntime as e; d = e.get_available_providers()",
     "openvino": "import openvino as e; d = e.Core().available_devices",
 }
-# Not devices of this machine: one is always there, the other asks a server.
+# Not devices of this machine: one is always present, the other calls a server.
 _NOT_TRIED = ("CPUExecutionProvider", "AzureExecutionProvider")
 _TRIALS = {
     "onnxruntime": (
@@ -115,8 +115,10 @@ def examine() -> dict[str, Any]:
         "cpu": cpu,
         "memory": _memory(),
         "engines": engines,
+        "misfits": _misfits(installed),
         "onnxruntime_wheels": {name: installed[name] for name in _ONNXRUNTIME_WHEELS if name in installed},
         "missing_extras": _missing_extras(installed),
+        "version_conflicts": [{"what": what, "advice": advice} for what, advice in conflicts()],
     }
     chosen, reason = choose(report)
     report["target"] = {"name": chosen.name, "verified": chosen.verified, "reason": reason}
@@ -127,7 +129,8 @@ def examine() -> dict[str, Any]:
 
 def findings(report: Mapping[str, Any]) -> list[Finding]:
     """Return what a report shows to be wrong or improvable, problems first."""
-    found = [*_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
+    fit = [Finding(kind="problem", **entry) for entry in report.get("version_conflicts", ())]
+    found = [*fit, *_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
     if report["python"]["bits"] < 64:
         what = f"Python has {report['python']['bits']} bits"
         advice = "install a 64-bit system: engines have no wheels for others"
@@ -141,6 +144,10 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
     if len(wheels) > 1:
         what = f"{len(wheels)} builds of ONNX Runtime are installed over each other: {', '.join(wheels)}"
         advice = f'pip uninstall -y {" ".join(wheels)}, then pip install "vit-edge[onnxruntime]" or "vit-edge[gpu]"'
+        found.append(Finding(kind="problem", what=what, advice=advice))
+    for misfit in report["misfits"]:
+        advice = f"pip install --upgrade {misfit['package'].split()[0]} {misfit['beside'].split()[0]}"
+        what = f"{misfit['package']} cannot be imported with {misfit['beside']}: {misfit['why']}"
         found.append(Finding(kind="problem", what=what, advice=advice))
     for engine in report["engines"]:
         if engine["installed"] and engine["error"]:
@@ -163,7 +170,7 @@ def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
     found = []
     present = set(cpu["instructions"])
     if is_x86(cpu["machine"]) and not present & set(VNNI):
-        what = "the CPU has no VNNI" if cpu["instructions_complete"] else "the system does not tell of VNNI"
+        what = "the CPU has no VNNI" if cpu["instructions_complete"] else "the system does not report VNNI"
         advice = "quantize with --target portable: 8-bit weights saturate without VNNI"
         found.append(Finding(kind="advice", what=what, advice=advice))
     if is_arm(cpu["machine"]) and not present & set(TARGETS["arm-dotprod"].instructions):
@@ -171,7 +178,7 @@ def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding(kind="advice", what="the CPU has no dot products of 8 bits", advice=advice))
     if cpu["usable_threads"] < cpu["cpus"]:
         what = f"{cpu['usable_threads']} of {cpu['cpus']} CPUs are granted to this process"
-        advice = f"vit-edge starts {cpu['usable_threads']} threads; other software may have to be told"
+        advice = f"vit-edge starts {cpu['usable_threads']} threads; other software may need the same setting"
         found.append(Finding(kind="advice", what=what, advice=advice))
     slow = [name for name in cpu["governors"] if name != "performance"]
     if slow:
@@ -185,7 +192,7 @@ def _memory_findings(memory: Mapping[str, int | None]) -> list[Finding]:
     if free is None or free >= _LITTLE_MEMORY_BYTES:
         return []
     advice = "stop other programs; an INT8 file takes a quarter of the float one's memory for weights"
-    return [Finding(kind="advice", what=f"{free / 1e6:.0f} MB of memory are free", advice=advice)]
+    return [Finding(kind="advice", what=f"only {free / 1e9:.1f} GB of memory are free", advice=advice)]
 
 
 def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dict[str, str]]:
@@ -208,6 +215,8 @@ def _ask(name: str) -> dict[str, Any]:
     command = [sys.executable, "-c", f"{_PREAMBLE}{_QUESTIONS[name]}{_ANSWER}"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        return {**answer, "error": f"Python cannot be started: {error.strerror}"}
     except subprocess.TimeoutExpired:
         return {**answer, "error": f"it gave no answer in {_PATIENCE_S} seconds"}
     errors = _lines(done.stderr)
@@ -263,15 +272,20 @@ def _why(returncode: int, errors: Sequence[str]) -> str:
 def _installed() -> dict[str, str]:
     """Return the version of every package that extras and engines are about, by name."""
     names = {package for _, packages in EXTRAS.values() for package in packages} | set(_ONNXRUNTIME_WHEELS)
-    versions = {name: _version(name) for name in sorted(names)}
+    versions = {name: version_of(name) for name in sorted(names)}
     return {name: version for name, version in versions.items() if version is not None}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _misfits(installed: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return onnx, if it cannot be imported with the protobuf that is installed, and why."""
+    if "onnx" not in installed:
+        return []
+    command = [sys.executable, "-c", f"{_PREAMBLE}import onnx"]
+    done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    if not done.returncode:
+        return []
+    why = _why(done.returncode, _lines(done.stderr))
+    return [{"package": f"onnx {installed['onnx']}", "beside": f"protobuf {version_of('protobuf')}", "why": why}]
 
 
 def _missing_extras(installed: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vit_edge.image import Preprocessing
+from vit_edge.image import Interpolation, Preprocessing
 from vit_edge.vit_config import Activation, Pooling
 
 __all__ = ["CLIP", "HALF", "IMAGENET", "Facts", "Geometry", "Knowledge", "Triple"]
@@ -25,13 +25,16 @@ class Geometry:
     """How an image is brought to the network's size: resized in pixels for one `crop`, or by the crop's fraction.
 
     Without a crop, `resize` is right for every size. With `fraction`, the image is resized to the crop divided by it,
-    rounded down as timm does. `squash` gives up the aspect ratio. Another size of network keeps the proportion.
+    rounded down as timm does, and covers both sides of an input that is not square. `squash` gives up the aspect ratio.
+    Another size of network keeps the proportion.
     """
 
     resize: int | tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     fraction: float = 1.0
     squash: bool = False
+    keep_ratio: bool = False
+    crop_rounding: Literal["half-even", "floor"] = "half-even"
 
     def __post_init__(self) -> None:
         if self.resize is None and self.crop is not None:
@@ -50,12 +53,36 @@ class Geometry:
             height, width = (new * old // cut for new, old, cut in zip(image_size, self.resize, self.crop, strict=True))
             return height, width
         height, width = (math.floor(side / self.fraction) for side in image_size)
-        return (height, width) if self.squash else max(height, width)
+        return height if height == width and not self.squash else (height, width)
+
+    def keeps_ratio(self, image_size: tuple[int, int]) -> bool:
+        """Return `Preprocessing.keep_ratio` for a network of this input size."""
+        by_fraction = self.resize is None and not self.squash and isinstance(self.resize_for(image_size), tuple)
+        return self.keep_ratio or by_fraction
+
+    def preprocessing(
+        self, image_size: tuple[int, int], *, interpolation: Interpolation, mean: Triple, std: Triple
+    ) -> Preprocessing:
+        """Return the settings for a network of this input size; raises ValueError if they disagree."""
+        return Preprocessing(
+            resize=self.resize_for(image_size),
+            crop=image_size,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+            keep_ratio=self.keeps_ratio(image_size),
+            crop_rounding=self.crop_rounding,
+        )
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> Geometry:
         """Return the geometry of settings that are complete."""
-        return cls(resize=preprocessing.resize, crop=preprocessing.crop)
+        return cls(
+            resize=preprocessing.resize,
+            crop=preprocessing.crop,
+            keep_ratio=preprocessing.keep_ratio,
+            crop_rounding=preprocessing.crop_rounding,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +110,7 @@ class Facts:
     interpolation: str | None = None
     geometry: Geometry | None = None
     labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
     license: str | None = None
     base_model: str | None = None
     shape: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)

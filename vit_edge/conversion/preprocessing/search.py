@@ -159,11 +159,14 @@ class _Case:
 
     @property
     def geometries(self) -> dict[str, Geometry]:
-        own = Geometry.of(self.preprocessing)
+        own = self._resized(Geometry.of(self.preprocessing))
+        known = {name: geometry for name, geometry in _GEOMETRIES.items() if self._resized(geometry) != own}
+        name = next((name for name in _GEOMETRIES if name not in known), _TOLD)
+        return {name: Geometry.of(self.preprocessing), **known}
+
+    def _resized(self, geometry: Geometry) -> Preprocessing:
         size = self.preprocessing.crop
-        known = {name: g for name, g in _GEOMETRIES.items() if g.resize_for(size) != own.resize_for(size)}
-        name = next((n for n, g in _GEOMETRIES.items() if g.resize_for(size) == own.resize_for(size)), _TOLD)
-        return {name: own, **known}
+        return replace(self.preprocessing, resize=geometry.resize_for(size), keep_ratio=geometry.keeps_ratio(size))
 
     @property
     def interpolations(self) -> tuple[str, ...]:
@@ -220,10 +223,8 @@ class _Case:
             )
 
     def _preprocessing(self, geometry: str, interpolation: str) -> Preprocessing:
-        size = self.preprocessing.crop
-        resize = {**_GEOMETRIES, **self.geometries}[geometry].resize_for(size)
         chosen: Any = interpolation
-        return replace(self.preprocessing, resize=resize, interpolation=chosen)
+        return replace(self._resized({**_GEOMETRIES, **self.geometries}[geometry]), interpolation=chosen)
 
     def preprocessing_of(self, candidate: Candidate) -> Preprocessing:
         """Return the settings for images in RGB: mean and deviation in the order of the colours they belong to."""
