@@ -3,7 +3,7 @@
     python benchmarks/algorithms.py FLOAT.onnx --calibration IMAGES [--target x86-vnni] [--effort balanced]
 
 Two thirds of the calibration images calibrate, every third judges: no image that evaluates anything else is opened.
-Files are made with nothing but averaged min-max and the nearest rounding, with one algorithm more at a time, with each
+Files are made with nothing but moving-average and the nearest rounding, with one algorithm more at a time, with each
 recipe, and with `fast` less one algorithm. Time is that of the file against the float one, in turns, in each engine.
 Writes a section of docs/results.md.
 """
@@ -75,7 +75,7 @@ def main() -> None:
 def variants() -> dict[str, dict[str, object]]:
     """Return the options of each file, by what the table calls it."""
     fast = RECIPES["fast"]
-    found: dict[str, dict[str, object]] = {"averaged min-max, nearest rounding": {"without": fast}}
+    found: dict[str, dict[str, object]] = {"moving-average, nearest rounding": {"without": fast}}
     found["overall min-max instead"] = {"without": fast, "ranges": "min-max"}
     for number in range(1, len(fast)):
         found[f"+ `{fast[number - 1]}`"] = {"algorithms": fast[:number]}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from support.results import machine, write_section
 
-METHODS = ("averaged min-max", "min-max", "percentile", "entropy", "mse")
+METHODS = ("moving-average", "min-max", "percentile", "entropy", "mse")
 FEW, BATCH = 100, 16
 MOST_GROWTH = 1.10
 _HEAD = [

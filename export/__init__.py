@@ -1,4 +1,4 @@
-"""From a checkpoint to a verified INT8 model file: `export_onnx`, `quantize`, `verify`.
+"""From a checkpoint to a verified INT8 model file: `export_onnx`, `quantize`, `verify`, `explain`, `deploy`.
 
 Each name is imported when it is first used: verification needs no torch, and torch takes seconds to import.
 """
@@ -9,33 +9,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_edge.export.quantization.quantizer import QuantizationOptions, QuantizationResult, quantize, quantize_model
+    from vit_edge.export.deployment.deployer import Deployment, DeploymentOptions, deploy
+    from vit_edge.export.explanation.explainer import Explanation, explain
+    from vit_edge.export.explanation.inputs import ExplanationOptions
+    from vit_edge.export.quantization.options import QuantizationOptions
+    from vit_edge.export.quantization.quantizer import QuantizationResult, quantize
     from vit_edge.export.tracing.exporter import ExportResult, export_onnx
     from vit_edge.export.tracing.options import ExportOptions
     from vit_edge.export.verification.results import Verification
     from vit_edge.export.verification.verifier import verify
 
 __all__ = [
+    "Deployment",
+    "DeploymentOptions",
+    "Explanation",
+    "ExplanationOptions",
     "ExportOptions",
     "ExportResult",
     "QuantizationOptions",
     "QuantizationResult",
     "Verification",
+    "deploy",
+    "explain",
     "export_onnx",
     "quantize",
-    "quantize_model",
     "verify",
 ]
 
 _MODULES = {
+    "Deployment": "deployment.deployer",
+    "DeploymentOptions": "deployment.deployer",
+    "Explanation": "explanation.explainer",
+    "ExplanationOptions": "explanation.inputs",
     "ExportOptions": "tracing.options",
     "ExportResult": "tracing.exporter",
-    "QuantizationOptions": "quantization.quantizer",
+    "QuantizationOptions": "quantization.options",
     "QuantizationResult": "quantization.quantizer",
     "Verification": "verification.results",
+    "deploy": "deployment.deployer",
+    "explain": "explanation.explainer",
     "export_onnx": "tracing.exporter",
     "quantize": "quantization.quantizer",
-    "quantize_model": "quantization.quantizer",
     "verify": "verification.verifier",
 }
 

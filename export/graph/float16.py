@@ -1,7 +1,7 @@
-"""float16: half the file, with LayerNorm and softmax kept in float32.
+"""Convert a graph to float16: half the file, with LayerNorm and softmax kept in float32.
 
-It is for accelerators. On CPUs it is storage, not speed: engines convert back to float32 (ONNX Runtime on DeiT-tiny is
-slower with it than without).
+float16 is for accelerators. On CPUs it saves storage, not time: engines convert back to float32 (on DeiT-tiny, ONNX
+Runtime is slower with float16 than without).
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vit_edge.errors import VerificationFailed
 
-__all__ = ["STORAGE_NOT_SPEED", "to_half"]
+__all__ = ["STORAGE_NOT_SPEED", "to_float16"]
 
-STORAGE_NOT_SPEED = "float16 is storage on CPUs: engines compute in float32 there, and no faster"
+STORAGE_NOT_SPEED = "float16 saves storage on CPUs, not time: engines compute in float32 there"
 
 # Sums of many squares or exponentials: float16 ends at 65,504 and has 11 bits.
 _KEPT_FLOAT32 = ("LayerNormalization", "Softmax")
 
 
-def to_half(graph: onnx.GraphProto) -> None:
-    """Let `graph` compute in float16; its input and its outputs keep their types.
+def to_float16(graph: onnx.GraphProto) -> None:
+    """Convert `graph` to float16 in place; its input and its outputs keep their types.
 
-    Raises VerificationFailed where a weight is too large for float16.
+    Raises VerificationFailed if a weight is too large for float16.
     """
     kept = {name for node in graph.node if node.op_type in _KEPT_FLOAT32 for name in node.input}
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     _separate(graph, kept & floats)
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and tensor.name not in kept:
-            tensor.CopyFrom(_half(tensor))
+            tensor.CopyFrom(_converted_tensor(tensor))
     outputs = {v.name for v in graph.output if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     answering = _answering(graph, outputs)
     outputs -= {name for node in answering for name in node.output}
     computing = [node for node in graph.node if node not in answering]
     nodes = [*_inputs(graph), *(new for node in computing for new in _converted(node, floats, outputs))]
-    nodes += [_cast(f"{name}.half", name, TensorProto.FLOAT) for name in sorted(outputs)] + answering
+    nodes += [_cast(f"{name}.float16", name, TensorProto.FLOAT) for name in sorted(outputs)] + answering
     converted = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(converted)
@@ -63,7 +63,7 @@ def _separate(graph: onnx.GraphProto, kept: set[str]) -> None:
             continue
         for position, name in enumerate(node.input):
             if name in kept:
-                node.input[position] = copy = f"{name}.half"
+                node.input[position] = copy = f"{name}.float16"
                 if copy not in constants:
                     constants[copy] = graph.initializer.add()
                     constants[copy].CopyFrom(constants[name])
@@ -74,18 +74,18 @@ def _inputs(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Yield a cast for a float32 input, and let the nodes that read it read that."""
     for value in graph.input:
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            _read_instead(graph.node, value.name, f"{value.name}.half")
-            yield _cast(value.name, f"{value.name}.half", TensorProto.FLOAT16)
+            _read_instead(graph.node, value.name, f"{value.name}.float16")
+            yield _cast(value.name, f"{value.name}.float16", TensorProto.FLOAT16)
 
 
 def _converted(node: onnx.NodeProto, floats: set[str], outputs: set[str]) -> Iterator[onnx.NodeProto]:
     """Yield the node in float16, or, where it stays float32, between two casts."""
     for position, name in enumerate(node.input):
         if name in outputs:
-            node.input[position] = f"{name}.half"
+            node.input[position] = f"{name}.float16"
     for position, name in enumerate(node.output):
         if name in outputs:
-            node.output[position] = f"{name}.half"
+            node.output[position] = f"{name}.float16"
     if node.op_type in _KEPT_FLOAT32:
         for position, name in enumerate(node.input):
             if name and name not in floats:
@@ -99,7 +99,7 @@ def _converted(node: onnx.NodeProto, floats: set[str], outputs: set[str]) -> Ite
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.FLOAT16
         if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
-            attribute.t.CopyFrom(_half(attribute.t))
+            attribute.t.CopyFrom(_converted_tensor(attribute.t))
     yield node
 
 
@@ -108,12 +108,14 @@ def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
         node.input[:] = [new if name == old else name for name in node.input]
 
 
-def _half(tensor: onnx.TensorProto) -> onnx.TensorProto:
+def _converted_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
     with np.errstate(over="ignore"):
         values = numpy_helper.to_array(tensor).astype(np.float16)
     if not np.isfinite(values).all():
-        reason = f"{tensor.name!r} has values over 65,504, the largest float16"
-        raise VerificationFailed("cannot export in float16", reason=reason, remedy="export it in fp32")
+        reason = f"{tensor.name!r} has values over 65,504, the largest float16 number"
+        raise VerificationFailed(
+            "cannot convert to float16", reason=reason, remedy="keep the float32 file, or use int8"
+        )
     return numpy_helper.from_array(values, tensor.name)
 
 

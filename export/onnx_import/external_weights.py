@@ -38,6 +38,11 @@ def with_weights(data: bytes, path: str | os.PathLike[str]) -> tuple[bytes, byte
     if len(data) + len(weights) > _MAX_BYTES:
         reason = f"with {name} beside it it has {len(data) + len(weights):,} bytes; one file holds {_MAX_BYTES:,}"
         raise ModelRejected("cannot take the network", reason=reason, remedy="take a smaller network")
+    # Before any copy: many tensors may name the same bytes of the file.
+    total = len(data) + sum(max(0, math.prod(tensor.dims)) for tensor in outside)
+    if total > _MAX_BYTES:
+        reason = f"the tensors in {name} have {total:,} values; one file holds {_MAX_BYTES:,} bytes"
+        raise ModelRejected("cannot take the network", reason=reason, remedy="take a smaller network")
     for tensor in outside:
         _take_in(tensor, weights, name)
     return model.SerializeToString(deterministic=True), weights

@@ -16,9 +16,8 @@ from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.runtime.checks.golden import GENERATOR, Tolerance, expectation, golden_images, made_here, top2_gap
 from vit_edge.runtime.engines.protocol import EngineOptions, Logits, installed_engines, make_engine
-from vit_edge.runtime.loading import load_model
 
-__all__ = ["choose_seeds", "golden_header", "with_answers"]
+__all__ = ["choose_seeds", "golden_header", "golden_inputs", "promised_engines", "with_answers"]
 
 NUM_INPUTS = 8
 _FEWEST_CANDIDATES, _MOST_CANDIDATES, _BATCH = 32, 256, 16
@@ -69,27 +68,32 @@ def golden_header(seeds: list[int], preprocessing: Preprocessing) -> dict[str, A
     return {"generator": GENERATOR, "seeds": seeds, "images": images, "expected": []}
 
 
-def with_answers(model: ModelFile, source: ModelFile) -> ModelFile:
-    """Return an integer file with what each engine answers for the golden inputs of its float file, checked by a load.
+def promised_engines(model: ModelFile) -> tuple[str, ...]:
+    """Return the installed engines that the file has golden logits for."""
+    expected = (model.manifest.golden or {}).get("expected", ())
+    promised = {name for entry in expected for name in entry["engines"]}
+    return tuple(name for name in installed_engines() if name in promised)
 
-    Engines are those installed that the float file `source` is promised for.
+
+def golden_inputs(model: ModelFile) -> Pixels:
+    """Return the golden inputs of a file, uint8 [inputs, height, width, 3]."""
+    height, width = model.manifest.preprocessing.crop
+    return golden_images((model.manifest.golden or {}).get("seeds", ()), height=height, width=width)
+
+
+def with_answers(model: ModelFile, source: ModelFile) -> ModelFile:
+    """Return an INT8 file with the golden inputs of its float32 file `source` and each engine's logits for them.
+
+    Engines are those installed that the float32 file has golden logits for.
     """
-    golden = source.manifest.golden or {}
-    height, width = source.manifest.preprocessing.crop
-    images_NHWC = golden_images(golden.get("seeds", ()), height=height, width=width)
-    expected = []
-    promised = {name for entry in golden.get("expected", ()) for name in entry["engines"]}
-    engines = [name for name in installed_engines() if name in promised]
-    for name in engines:
+    images_NHWC, expected = golden_inputs(source), []
+    for name in promised_engines(source):
         engine = make_engine(name, model, EngineOptions())
         entry = expectation(engine.run(images_NHWC), engines=[name], tolerance=_INTEGER_TOLERANCE)
         expected.append({**entry, "made_on": made_here(engine)})
         engine.close()
-    manifest = replace(model.manifest, golden={**golden, "expected": expected})
-    finished = open_model(model.with_manifest(manifest), warn=False)
-    for name in engines:
-        load_model(finished, engine=name, options=EngineOptions(), warn=False).close()
-    return finished
+    golden = {**(source.manifest.golden or {}), "expected": expected}
+    return open_model(model.with_manifest(replace(model.manifest, golden=golden)), warn=False)
 
 
 def _image(kind: str, preprocessing: Preprocessing) -> dict[str, str]:

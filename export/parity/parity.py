@@ -19,7 +19,7 @@ from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.checks.golden import Tolerance, differences
 from vit_edge.runtime.engines.protocol import Array, Logits
 
-__all__ = ["BATCHES", "Parity", "Reference", "check_parity", "float32_tolerance", "half_tolerance"]
+__all__ = ["BATCHES", "Parity", "Reference", "check_parity", "float32_tolerance"]
 
 BATCHES = (1, 2, 3, 7, 16)
 # In one batch, and in memory: an engine's process answers for so many before the next are read.
@@ -34,7 +34,6 @@ _ROUNDINGS, _LEAST, _MOST = 16.0, 5e-6, 1e-4
 # Logits that all lie far from zero round as that distance does: 1e-6 of it is 16 units in the last place.
 _LEAST_SHARE = 0.01
 _SQNR_DB = 80.0
-_HALF_SQNR_DB, _HALF_GAP = 50.0, 0.02
 
 # What PyTorch gives for uint8 images: the logits, and whatever else of the outputs it knows.
 Reference: TypeAlias = Callable[[Pixels], Mapping[str, Array]]
@@ -68,14 +67,6 @@ def float32_tolerance(logits_BK: Logits, exact_BK: npt.NDArray[np.float64] | Non
         rounding = float(np.abs(logits_BK - exact_BK).max()) / scale
         share = float(np.clip(_ROUNDINGS * rounding, _LEAST, _MOST))
     return Tolerance(spread=share, least_spread=scale, sqnr_db=_SQNR_DB)
-
-
-def half_tolerance(logits_BK: Logits) -> Tolerance:
-    """Return the tolerance of a float16 file: 50 dB, and the answer wherever it is clear by 2 % of the largest logit.
-
-    At 50 dB the noise is 0.3 % of the logits' size; a gap that it closes by chance has to be far smaller than 2 %.
-    """
-    return Tolerance(sqnr_db=_HALF_SQNR_DB, top1_gap=_HALF_GAP * float(np.abs(logits_BK).max()))
 
 
 def check_parity(

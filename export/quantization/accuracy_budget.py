@@ -1,9 +1,9 @@
-"""An accuracy budget: how many products can be integers before the images that judge no longer certify it.
+"""An accuracy search: how many ops can be quantized before the evaluation images no longer certify the budget.
 
-Products are ordered by how much noise each multiplication of theirs brings into the logits, measured on the calibration
-images. Then files are judged in that fixed order, from few integers to all, up to the first that does not pass. A
-sequence fixed before the judging images are opened needs no correction for testing more than once: the last file that
-passes keeps its 95 % (Maurer, Hothorn and Lehmacher, 1995). The judging images never choose, they only stop.
+Ops are ordered by the noise that each of their multiplications adds to the logits, measured on the calibration images.
+Then one file after another is verified in that fixed order, from few quantized ops to all, up to the first that does
+not pass. A sequence fixed before the evaluation images are opened needs no correction for multiple tests: the last file
+that passes keeps its 95 % (Maurer, Hothorn and Lehmacher, 1995). The evaluation images never choose, they only stop.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vit_edge.files import read_file, sha256_hex, write_atomic
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 
-__all__ = ["Ladder", "Rung", "RungMemory", "climb", "order_of", "rung_sizes"]
+__all__ = ["SearchStep", "SearchTrace", "StepCache", "ordered_by_noise", "search_budget", "step_sizes"]
 
-_MOST_REMEMBERED_BYTES = 100_000
+_MOST_STEP_BYTES = 100_000
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rung:
-    """One file that was judged: its integer products, and what came of it in the engine that decided."""
+class SearchStep:
+    """One verified file: how many ops are quantized, and its figures in the engine that decided."""
 
     num_integer: int
     verdict: Verdict
@@ -41,54 +41,54 @@ class Rung:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ladder:
-    """The files that were judged in order, what stopped it, and the products that stay float.
+class SearchTrace:
+    """The steps of an accuracy search in order, and the ops that stay float32.
 
-    `cut_short` is "time limit" or "interrupted" where not all that could be judged were.
+    `cut_short` is "time limit" or "interrupted" if the search ended before its last step.
     """
 
-    rungs: tuple[Rung, ...]
+    steps: tuple[SearchStep, ...]
     float32_ops: tuple[str, ...]
     cut_short: str | None
 
 
-class RungMemory:
-    """What judged files came to, kept in a folder, so that a search that was stopped goes on where it was.
+class StepCache:
+    """The verdicts of earlier steps, kept in a folder, so that an interrupted search continues where it stopped.
 
-    `judged_by` is a hash of all that decides besides the file: reference, images, labels, budget, engines.
+    `judged_by` is a hash of everything else that decides: reference, images, labels, budget, engines.
     """
 
     def __init__(self, folder: Path, *, judged_by: str) -> None:
         self._folder, self._judged_by = folder, judged_by
 
-    def recall(self, model: ModelFile) -> Rung | None:
-        """Return what this very file came to, None where it is not known."""
+    def read(self, model: ModelFile) -> SearchStep | None:
+        """Return the step of this very file, None if it is unknown or damaged."""
         try:
-            data = read_file(self._path(model), what="result", max_bytes=_MOST_REMEMBERED_BYTES, error=InputError)
+            data = read_file(self._path(model), what="result", max_bytes=_MOST_STEP_BYTES, error=InputError)
             found = json.loads(data)
-            return Rung(**found) if found.get("verdict") in SEVERITY else None
-        except (AttributeError, InputError, TypeError, ValueError):  # none, or damaged: it is judged again
+            return SearchStep(**found) if found.get("verdict") in SEVERITY else None
+        except (AttributeError, InputError, TypeError, ValueError):
             return None
 
-    def keep(self, model: ModelFile, rung: Rung) -> None:
-        """Remember it; a folder that cannot be written costs only time later."""
+    def keep(self, model: ModelFile, step: SearchStep) -> None:
+        """Keep a step; a folder that cannot be written only costs time later."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._path(model), json.dumps(asdict(rung)).encode())
+            write_atomic(self._path(model), json.dumps(asdict(step)).encode())
         except (OSError, VitEdgeError) as error:
-            _log.info("the result of a step is not kept: %s", error)
+            _log.info("a step of the accuracy search is not kept: %s", error)
 
     def _path(self, model: ModelFile) -> Path:
         return self._folder / f"{sha256_hex(f'{self._judged_by} {model.sha256}'.encode())}.json"
 
 
-def order_of(noise: Mapping[str, float], macs: Mapping[str, int]) -> list[str]:
-    """Return the products, those first that bring least noise for each multiplication."""
+def ordered_by_noise(noise: Mapping[str, float], macs: Mapping[str, int]) -> list[str]:
+    """Return the ops, those first that add the least noise for each multiplication."""
     return sorted(noise, key=lambda node: (noise[node] / max(macs.get(node, 1), 1), node))
 
 
-def rung_sizes(num_ops: int) -> list[int]:
-    """Return how many products are integer at each rung: half of those left each time, so the last differ by one."""
+def step_sizes(num_ops: int) -> list[int]:
+    """Return how many ops are quantized at each step: half of those left each time, so the last steps differ by one."""
     sizes: list[int] = []
     left = num_ops
     while left > 0:
@@ -97,61 +97,82 @@ def rung_sizes(num_ops: int) -> list[int]:
     return sizes
 
 
-def climb(
+def search_budget(
     order: Sequence[str],
     make: Callable[[frozenset[str]], ModelFile],
-    judge: Callable[[ModelFile], Verification],
+    verify: Callable[[ModelFile], Verification],
     *,
-    memory: RungMemory | None = None,
+    cache: StepCache | None = None,
     deadline: float | None = None,
     progress: Progress = silent,
-) -> tuple[Ladder, ModelFile, Verification]:
-    """Return how far it went, and the last file that passed with its verification.
+) -> tuple[SearchTrace, ModelFile, Verification]:
+    """Return the trace of the search, and the last file that passed with its verification.
 
-    Where the first does not pass, that of all products is made and judged, to say how far off it is. `make` takes the
-    products to leave float. Past a `deadline` (of `time.monotonic`) no rung begins but the first; Ctrl-C ends with the
-    best so far, if any.
+    If the first step does not pass, the file with all ops quantized is verified too, to show how far off it is. `make`
+    gets the ops to keep in float32. Past a `deadline` (of `time.monotonic`) no step begins but the first; Ctrl-C ends
+    the search with the best file so far, if there is one.
     """
-    rungs: list[Rung] = []
-    best: tuple[ModelFile, Verification | None, frozenset[str]] | None = None
+    search = _Search(make, verify, cache)
     cut_short = None
-    sizes = rung_sizes(len(order))
+    sizes = step_sizes(len(order))
     try:
         for number, size in enumerate(sizes):
             progress("certifying", number, len(sizes))
-            if best is not None and deadline is not None and time.monotonic() > deadline:
+            if search.best is not None and deadline is not None and time.monotonic() > deadline:
                 cut_short = "time limit"
                 break
-            left = frozenset(order[size:])
-            model, found = make(left), None
-            rung = memory.recall(model) if memory else None
-            if rung is None:
-                found = judge(model)
-                rung = _rung(size, found)
-                if memory:
-                    memory.keep(model, rung)
-            rungs.append(rung)
-            if rung.verdict != "pass":
+            if not search.passes(frozenset(order[size:]), size):
                 break
-            best = (model, found, left)
     except KeyboardInterrupt:
-        if best is None:
+        if search.best is None:
             raise
         cut_short = "interrupted"
     progress("certifying", len(sizes), len(sizes))
-    if best is None:
-        best = (make(frozenset()), None, frozenset())
-    model, found, left = best
-    found = found or judge(model)
-    if not any(rung.num_integer == len(order) - len(left) for rung in rungs):
-        rungs.append(_rung(len(order) - len(left), found))
+    model, found, left = search.conclude(len(order))
     kept = tuple(node for node in order if node in left)
-    return Ladder(rungs=tuple(rungs), float32_ops=kept, cut_short=cut_short), model, found
+    return SearchTrace(steps=tuple(search.steps), float32_ops=kept, cut_short=cut_short), model, found
 
 
-def _rung(size: int, found: Verification) -> Rung:
+class _Search:
+    """The steps so far, and the last file that passed: with its verification, unless that came from the cache."""
+
+    def __init__(
+        self,
+        make: Callable[[frozenset[str]], ModelFile],
+        verify: Callable[[ModelFile], Verification],
+        cache: StepCache | None,
+    ) -> None:
+        self.steps: list[SearchStep] = []
+        self.best: tuple[ModelFile, Verification | None, frozenset[str]] | None = None
+        self._make, self._verify, self._cache = make, verify, cache
+
+    def passes(self, left: frozenset[str], size: int) -> bool:
+        """Return whether the file with the ops `left` in float32 passes."""
+        model, found = self._make(left), None
+        step = self._cache.read(model) if self._cache else None
+        if step is None:
+            found = self._verify(model)
+            step = _step(size, found)
+            if self._cache:
+                self._cache.keep(model, step)
+        self.steps.append(step)
+        if step.verdict == "pass":
+            self.best = (model, found, left)
+        return step.verdict == "pass"
+
+    def conclude(self, num_ops: int) -> tuple[ModelFile, Verification, frozenset[str]]:
+        """Return the best file, or if none passed the one with all ops quantized, with its verification."""
+        model, found, left = self.best or (self._make(frozenset()), None, frozenset())
+        found = found or self._verify(model)
+        size = num_ops - len(left)
+        if not any(step.num_integer == size for step in self.steps):
+            self.steps.append(_step(size, found))
+        return model, found, left
+
+
+def _step(size: int, found: Verification) -> SearchStep:
     worst = found.decisive
-    return Rung(
+    return SearchStep(
         num_integer=size,
         verdict=found.verdict,
         drop_points=worst.drop_points,

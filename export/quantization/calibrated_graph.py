@@ -18,19 +18,19 @@ from vit_edge.export.graph.macs import shapes_for_one_image
 from vit_edge.export.graph.matmuls import QuantizableOp, find_quantizable_ops, is_convolutional
 from vit_edge.export.graph.preparation import prepare
 from vit_edge.export.quantization.algorithms.attention_scores import find_scores, with_room
+from vit_edge.export.quantization.algorithms.cross_layer_equalization import equalize, find_mixings
 from vit_edge.export.quantization.algorithms.mixed_precision import choose_float
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, CHOOSE_RANGES, Algorithm, Effort
 from vit_edge.export.quantization.algorithms.reconstruction import Reconstruction, reconstruct
 from vit_edge.export.quantization.algorithms.reparameterisation import find_norms, reparameterise
 from vit_edge.export.quantization.algorithms.sensitivity import noise_by_op
-from vit_edge.export.quantization.algorithms.value_scaling import find_mixings, scale_values
 from vit_edge.export.quantization.calibration.cache import CalibrationCache
 from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import (
     Method,
     Range,
     observe_channels,
-    observe_extremes,
+    observe_min_max,
     observe_ranges,
 )
 from vit_edge.export.quantization.qdq.dynamic_ranges import dynamic_ops, insert_dynamic
@@ -59,7 +59,7 @@ class Plan:
     algorithms: tuple[Algorithm, ...]
     effort: Effort
     scheme: Scheme
-    method: Method = "averaged min-max"
+    method: Method = "moving-average"
     batch_size: int = 1
     dynamic: bool = False
 
@@ -135,7 +135,7 @@ def _calibrated(
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
     scores = find_scores(aligned) if "attention-scores" in wanted else {}
     peaks = _peaks(aligned, list(scores), images, plan, cache)
-    fitting = wanted & {"range-search", "rounding", "bias-correction"}
+    fitting = wanted & {"range-search", "gptq-rounding", "bias-correction"}
     fitted = Reconstruction(model=aligned, ranges={})
     if fitting or not plan.dynamic:
         fitted = _fitted(aligned, images, ops, sample, fitting, plan, cache, progress)
@@ -169,7 +169,7 @@ def _peaks(
     """
     if not tensors:
         return {}
-    found, _ = observe_extremes(graph, tensors, images, batch_size=plan.batch_size, cache=cache)
+    found, _ = observe_min_max(graph, tensors, images, batch_size=plan.batch_size, cache=cache)
     peaks = {name: max(-found[name].low, found[name].high) for name in tensors}
     return {name: peak for name, peak in peaks.items() if peak > 0}
 
@@ -228,9 +228,9 @@ def _fitted(
     """Return ranges as the plan's method finds them, and what the algorithms `fitting` make of them."""
     names = range_names(aligned, plan.scheme)
     tensors = list(dict.fromkeys(names.values()))
-    averaged, overall = observe_extremes(aligned, tensors, images, batch_size=plan.batch_size, cache=cache)
+    averaged, overall = observe_min_max(aligned, tensors, images, batch_size=plan.batch_size, cache=cache)
     start = averaged
-    if plan.method != "averaged min-max":
+    if plan.method != "moving-average":
         start = observe_ranges(aligned, tensors, images, method=plan.method, batch_size=plan.batch_size, cache=cache)
     if not fitting:
         return Reconstruction(model=aligned, ranges=dict(start))
@@ -260,15 +260,15 @@ def _align(
 ) -> tuple[onnx.ModelProto, frozenset[Algorithm]]:
     """Return the same function with channels of nearer ranges, and which algorithms found something to do."""
     norms = find_norms(graph) if "repq" in wanted else []
-    mixings = find_mixings(graph, _known_shapes(graph)) if "value-scaling" in wanted else []
+    mixings = find_mixings(graph, _known_shapes(graph)) if "cross-layer-equalization" in wanted else []
     observed = [*norms, *(mixing.input for mixing in mixings)]
     # Hashes of the images come with this pass, even where nothing is to be observed.
     ranges = observe_channels(graph, observed, images, batch_size=plan.batch_size, cache=cache)
     norms = [name for name in norms if ranges[name].varies]
     mixings = [mixing for mixing in mixings if ranges[mixing.input].varies]
     aligned = reparameterise(graph, {name: ranges[name] for name in norms})
-    aligned = scale_values(aligned, mixings, {mixing.input: ranges[mixing.input] for mixing in mixings})
-    applied: dict[Algorithm, bool] = {"repq": bool(norms), "value-scaling": bool(mixings)}
+    aligned = equalize(aligned, mixings, {mixing.input: ranges[mixing.input] for mixing in mixings})
+    applied: dict[Algorithm, bool] = {"repq": bool(norms), "cross-layer-equalization": bool(mixings)}
     return aligned, frozenset(name for name, done in applied.items() if done)
 
 
@@ -282,5 +282,5 @@ def _check_exact(before: onnx.ModelProto, after: onnx.ModelProto, images: Sequen
     level = sqnr_db(*logits)
     if level < _EXACT_DB:
         reason = f"an exact rewriting changed the logits: {level:.1f} dB, at least {_EXACT_DB:g} are expected"
-        remedy = "leave them out (--without repq --without value-scaling), and report it with the model"
+        remedy = "leave them out (--without repq --without cross-layer-equalization), and report it with the model"
         raise VerificationFailed("cannot quantize", reason=reason, remedy=remedy)

@@ -1,24 +1,22 @@
-"""What a manifest says of a quantization and of its verification; no path of the machine is in it."""
+"""What a manifest says about a quantization and its verification; it holds no path of this machine."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vit_edge.export.quantization.accuracy_budget import Ladder
+from vit_edge.export.quantization.accuracy_budget import SearchTrace
 from vit_edge.export.quantization.calibrated_graph import CalibratedGraph
 from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import Range
+from vit_edge.export.quantization.options import QuantizationOptions
 from vit_edge.export.quantization.qdq.dynamic_ranges import BATCH
 from vit_edge.export.verification.results import Verification
 from vit_edge.files import finite
 from vit_edge.machine.targets import Target
 from vit_edge.model_file.artifact import ModelFile, open_model
-
-if TYPE_CHECKING:
-    from vit_edge.export.quantization.quantizer import QuantizationOptions
 
 __all__ = ["record_of", "with_evaluation"]
 
@@ -33,7 +31,7 @@ def record_of(
     images: CalibrationImages,
     options: QuantizationOptions,
 ) -> dict[str, Any]:
-    """Return what the manifest says of the quantization; nothing in it depends on this machine's folders."""
+    """Return the manifest's `quantization`; nothing in it depends on this machine's folders."""
     scheme = found.scheme
     known = sorted(set(zip(images.hashes, images.fingerprints, strict=True)))
     symmetric = scheme.activation == "int8"
@@ -59,22 +57,22 @@ def _rounded(observed: Range) -> list[float]:
     return [float(np.float32(observed.low)), float(np.float32(observed.high))]
 
 
-def with_evaluation(model: ModelFile, verification: Verification | None, ladder: Ladder | None) -> ModelFile:
-    """Return the file with the figures in its manifest; no path of this machine, a verdict only where one was asked."""
+def with_evaluation(model: ModelFile, verification: Verification | None, trace: SearchTrace | None) -> ModelFile:
+    """Return the file with its figures in the manifest, and a verdict if there was an accuracy search."""
     if verification is None:
         return model
     results = []
     for result in verification.results:
         fields = {name: value for name, value in asdict(result).items() if name not in _NOT_KEPT}
-        results.append(fields if ladder else {name: value for name, value in fields.items() if name != "verdict"})
+        results.append(fields if trace else {name: value for name, value in fields.items() if name != "verdict"})
     evaluation: dict[str, Any] = {"data_sha256": verification.data_sha256, "results": results}
-    if ladder is not None:
+    if trace is not None:
         evaluation |= {
             "verdict": verification.verdict,
             "max_drop_points": verification.max_drop_points,
             "min_agreement": verification.min_agreement,
-            "rungs": [asdict(rung) for rung in ladder.rungs],
-            "cut_short": ladder.cut_short,
+            "steps": [asdict(step) for step in trace.steps],
+            "cut_short": trace.cut_short,
         }
     manifest = replace(model.manifest, evaluation=finite(evaluation))
     return open_model(model.with_manifest(manifest), warn=False)

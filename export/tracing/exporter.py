@@ -20,12 +20,11 @@ from vit_edge.checkpoint import Checkpoint
 from vit_edge.convert import open_source
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import MissingExtra, UsageError
-from vit_edge.export.graph.float16 import STORAGE_NOT_SPEED
 from vit_edge.export.graph.macs import macs_per_image
 from vit_edge.export.parity.divergence import describe_first_apart
 from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
-from vit_edge.export.parity.parity import Parity, Reference, check_parity, float32_tolerance, half_tolerance
+from vit_edge.export.parity.parity import Parity, Reference, check_parity, float32_tolerance
 from vit_edge.export.tracing.external_data import move_weights_out
 from vit_edge.export.tracing.formats import may_write_format, write_folder
 from vit_edge.export.tracing.hf_folder import folder_of, require_vit
@@ -96,8 +95,6 @@ def export_onnx(
     real_images = [] if data is None else find_images(data)
     made_from = source if is_file(source) else None
     target = may_write_format(out, options, force=force, made_from=made_from)  # type: ignore[arg-type]
-    if options.precision == "fp16":
-        _log.warning(STORAGE_NOT_SPEED)
     if isinstance(source, nn.Module):
         network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
     else:
@@ -118,6 +115,7 @@ def _export(
     traced = _traced(network, options, target)
 
     manifest, weights, macs = replace(_manifest(network, options), weights=traced.entry), traced.weights, traced.macs
+    manifest = replace(manifest, macs=None if macs is None else {"float32": macs})
     model = open_model(pack(traced.graph, manifest), weights=weights, warn=False)
     del traced  # it and the model hold all weights each
     check_graph(model)
@@ -164,11 +162,8 @@ def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Gold
     seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     expected_BK = reference(images_NHWC)
-    if options.precision == "fp32":
-        exact_BK = exact_logits(network.model, network.preprocessing, images_NHWC)
-        tolerance = float32_tolerance(expected_BK, exact_BK)
-    else:
-        tolerance = half_tolerance(expected_BK)
+    exact_BK = exact_logits(network.model, network.preprocessing, images_NHWC)
+    tolerance = float32_tolerance(expected_BK, exact_BK)
     expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
     fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
     return _Golden(images_NHWC=images_NHWC, expected_BK=expected_BK, tolerance=tolerance, fields=fields)
@@ -248,7 +243,7 @@ def _manifest(network: Network, options: ExportOptions) -> Manifest:
         architecture=network.architecture,
         preprocessing=network.preprocessing,
         labels=network.labels,
-        precision="float32" if options.precision == "fp32" else "float16",
+        precision="float32",
         input={**PIXELS_INPUT, **name, **layout, **batch},
         outputs=options.output_names,
         license=network.license,

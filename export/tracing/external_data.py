@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto
 
-__all__ = ["move_weights_out"]
+__all__ = ["move_weights_in", "move_weights_out"]
 
 # Room for the graph and the manifest in the 2 GiB of the file itself.
 _MOST_INSIDE_BYTES = 2**31 - 2**27
@@ -33,3 +33,14 @@ def move_weights_out(graph: onnx.GraphProto, *, file: str) -> bytes | None:
             tensor.external_data.add(key=key, value=value)
         offset += len(values)
     return b"".join(parts)
+
+
+def move_weights_in(graph: onnx.GraphProto, weights: bytes | None) -> None:
+    """Move weights that `move_weights_out` moved out back into the graph; None: nothing was moved."""
+    for tensor in graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place and weights is not None:
+            start = int(place["offset"])
+            tensor.raw_data = weights[start : start + int(place["length"])]
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")

@@ -8,15 +8,13 @@ from typing import Literal, TypeAlias, get_args
 from vit_edge.errors import UsageError
 from vit_edge.machine.releases import highest_versions
 
-__all__ = ["OUTPUT_CHOICES", "ExportOptions", "Format", "Input", "Output", "Precision"]
+__all__ = ["OUTPUT_CHOICES", "ExportOptions", "Format", "Input", "Output"]
 
-Precision: TypeAlias = Literal["fp32", "fp16"]
 Input: TypeAlias = Literal["uint8-nhwc", "float32-nchw"]
 Output: TypeAlias = Literal["logits", "probabilities", "top5", "features", "attention"]
 Format: TypeAlias = Literal["onnx", "openvino", "huggingface"]
 OUTPUT_CHOICES: tuple[Output, ...] = get_args(Output)
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": get_args(Precision),
     "input": get_args(Input),
     "format": get_args(Format),
 }
@@ -31,7 +29,6 @@ class ExportOptions:
     `min_onnxruntime` is the oldest ONNX Runtime that must be able to run the file.
     """
 
-    precision: Precision = "fp32"
     batch: int | None = None
     input: Input = "uint8-nhwc"
     outputs: tuple[Output, ...] = ("logits",)

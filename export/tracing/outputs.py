@@ -1,4 +1,4 @@
-"""What is done to a traced graph: answers beside the logits, float16, a fixed batch, its name."""
+"""What is done to a traced graph: answers beside the logits, a fixed batch, its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import vit_edge
-from vit_edge.export.graph.float16 import to_half
 from vit_edge.export.tracing.options import ExportOptions
 from vit_edge.model_file.artifact import PRODUCER
 
@@ -19,8 +18,6 @@ _TOP = 5
 def finish(graph: onnx.ModelProto, options: ExportOptions) -> onnx.ModelProto:
     """Return the traced `graph` as `options` ask for it."""
     _add_answers(graph.graph, options)
-    if options.precision == "fp16":
-        to_half(graph.graph)
     if options.format == "huggingface":
         _rename_input(graph.graph, "pixel_values")
     if options.batch is not None:

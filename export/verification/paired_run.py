@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -15,18 +15,27 @@ import numpy.typing as npt
 
 from vit_edge.data import EVALUATION_SPLITS, lies_loose, read_labelled, read_unlabelled, stream_pixels
 from vit_edge.errors import DataRejected
-from vit_edge.image import Pixels, pixel_hash
+from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.metrics import UNKNOWN, Logits, PairedAnswers, join_answers, pair_answers
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress
-from vit_edge.runtime.classifier import Classifier
-from vit_edge.runtime.engines.protocol import EngineOptions, refuse_null
+from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, refuse_null
 from vit_edge.runtime.loading import load_model
 from vit_edge.similarity import fingerprint
 
-__all__ = ["EvaluationImages", "OpenCandidate", "PairedRun", "Predictor", "find_evaluation_images", "run_both"]
+__all__ = [
+    "EvaluationImages",
+    "OpenCandidate",
+    "PairedRun",
+    "Predictor",
+    "ReferenceRun",
+    "find_evaluation_images",
+    "run_both",
+]
 
 _BATCH = 16
+# 1,700 images of 224x224 with their logits: more than most accuracy budgets need, and little of a workstation's memory.
+_MOST_KEPT_BYTES = 2**28
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +67,13 @@ class EvaluationImages:
         """Return how many there are; duplicates and unreadable images are not known yet."""
         return len(self.paths)
 
+    def at(self, positions: Sequence[int]) -> EvaluationImages:
+        """Return the images at these positions."""
+        return EvaluationImages(
+            paths=tuple(self.paths[position] for position in positions),
+            labels=tuple(self.labels[position] for position in positions),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedRun:
@@ -74,11 +90,6 @@ class PairedRun:
     def path_of(self) -> dict[str, Path]:
         """Return the path of each image by its hash."""
         return dict(zip(self.hashes, self.paths, strict=True))
-
-    @property
-    def images(self) -> EvaluationImages:
-        """Return the images that were run: unreadable ones and duplicates are left out."""
-        return EvaluationImages(paths=self.paths, labels=tuple(int(label) for label in self.labels_B))
 
 
 def find_evaluation_images(
@@ -97,79 +108,135 @@ def find_evaluation_images(
     return EvaluationImages(paths=paths, labels=(UNKNOWN,) * len(paths))
 
 
+class ReferenceRun:
+    """Evaluation images and what `reference` predicts on them, for several candidates: each is decoded and run once.
+
+    Images and logits over 256 MiB together are not kept: they are decoded and computed again for every candidate.
+    """
+
+    def __init__(self, reference: ModelFile, images: EvaluationImages, *, threads: int | None = None) -> None:
+        """Decode no image yet."""
+        height, width = reference.manifest.preprocessing.crop
+        logits_bytes = 4 * len(reference.manifest.labels) * len(installed_engines())
+        self.reference, self.images, self.threads = reference, images, threads
+        self._keeps = images.num_images * (3 * height * width + logits_bytes) <= _MOST_KEPT_BYTES
+        self._batches: list[Pixels] = []
+        self._logits: dict[str, list[Logits]] = {}
+        self._hashes: tuple[str, ...] = ()
+        self._fingerprints: tuple[str, ...] = ()
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Return the pixel hash of each different image in `images`, decoding them all unless that was done."""
+        if not self._hashes:
+            for _ in self.batches():
+                pass
+        return self._hashes
+
+    @property
+    def path_of(self) -> dict[str, Path]:
+        """Return the path of each different image by its pixel hash."""
+        return dict(zip(self.hashes, self.images.paths, strict=True))
+
+    def batches(self) -> Iterator[Pixels]:
+        """Yield the different images, 16 at a time; raises DataRejected if images cannot be used or have changed."""
+        if self._batches:
+            yield from self._batches
+            return
+        found, kept, images = _Decoded(), [], self.images  # another thread may set the latter meanwhile
+        for images_NHWC in found.stream(images.paths, self.reference.manifest.preprocessing):
+            yield images_NHWC
+            if self._keeps:
+                kept.append(images_NHWC)
+        if self._hashes and self._hashes != tuple(found.positions):
+            reason, remedy = "images changed while they were read", "run it again"
+            raise DataRejected("cannot verify on these images", reason=reason, remedy=remedy)
+        self._batches, self._hashes, self._fingerprints = kept, tuple(found.positions), tuple(found.fingerprints)
+        self.images = images.at(list(found.positions.values()))
+
+    @contextmanager
+    def predicting(self, engine: str) -> Iterator[Callable[[int, Pixels], Logits]]:
+        """Give a function that returns the reference's logits for the batch of a number."""
+        kept = self._logits.get(engine)
+        if kept is not None:
+            yield lambda number, _images_NHWC: kept[number]
+            return
+        computed: list[Logits] = []
+        with load_model(self.reference, engine=engine, options=EngineOptions(threads=self.threads)) as classifier:
+
+            def predict(_number: int, images_NHWC: Pixels) -> Logits:
+                logits_BK = classifier.logits(images_NHWC)
+                if self._keeps:
+                    computed.append(logits_BK)
+                return logits_BK
+
+            yield predict
+        if self._keeps:
+            self._logits[engine] = computed
+
+    def against(self, answers: Sequence[PairedAnswers], engine: str) -> PairedRun:
+        """Return a candidate's answers, batch by batch, with the images that they belong to."""
+        return PairedRun(
+            engine=engine,
+            answers=join_answers(answers),
+            paths=self.images.paths,
+            hashes=self._hashes,
+            fingerprints=self._fingerprints,
+            labels_B=np.array(self.images.labels, dtype=np.int64),
+        )
+
+
 def run_both(
-    images: EvaluationImages,
+    reference: ReferenceRun,
     model: ModelFile,
-    reference: ModelFile,
     *,
     engine: str,
-    threads: int | None,
     progress: Progress,
     candidate: OpenCandidate | None = None,
 ) -> PairedRun:
     """Return what `model` and its `reference` predict on the images in one engine; duplicates count once.
 
-    With `candidate` the model runs where that opens it; the reference always runs here. Raises DataRejected if images
-    cannot be used, and what `load_model` raises.
+    With `candidate` the model runs where this opens it; the reference always runs here. Raises DataRejected if images
+    cannot be used, GoldenMismatch and more if a model cannot be loaded.
     """
     refuse_null(engine)
-    options, kept = EngineOptions(threads=threads), _Kept()
+    options, answers, done = EngineOptions(threads=reference.threads), list[PairedAnswers](), 0
+    progress(f"verifying in {engine}", 0, reference.images.num_images)
     with (
-        load_model(reference, engine=engine, options=options) as expected,
+        reference.predicting(engine) as expected,
         candidate(engine) if candidate else load_model(model, engine=engine, options=options) as predictor,
     ):
-        kept.stream(images.paths, expected, predictor, lambda done, of: progress(f"verifying in {engine}", done, of))
-    num_copies = kept.num_seen - len(kept.hashes)
-    if num_copies:
-        _log.warning("%d images are duplicates of others and were counted once", num_copies)
-    positions = list(kept.hashes.values())
-    return PairedRun(
-        engine=engine,
-        answers=join_answers(kept.answers),
-        paths=tuple(images.paths[position] for position in positions),
-        hashes=tuple(kept.hashes),
-        fingerprints=tuple(kept.fingerprints),
-        labels_B=np.array([images.labels[position] for position in positions], dtype=np.int64),
-    )
+        for number, images_NHWC in enumerate(reference.batches()):
+            progress(f"verifying in {engine}", done, reference.images.num_images)
+            answers.append(pair_answers(expected(number, images_NHWC), predictor.logits(images_NHWC)))
+            done += len(images_NHWC)
+    progress(f"verifying in {engine}", reference.images.num_images, reference.images.num_images)
+    return reference.against(answers, engine)
 
 
-class _Kept:
-    """What is kept of the images so far; pixels only until their batch has run."""
+class _Decoded:
+    """One pass over images: where each different one is, and its fingerprint; pixels only until their batch is full."""
 
     def __init__(self) -> None:
-        self.hashes: dict[str, int] = {}
+        self.positions: dict[str, int] = {}
         self.fingerprints: list[str] = []
-        self.batch: list[Pixels] = []
-        self.answers: list[PairedAnswers] = []
-        self.num_seen = 0
 
-    def stream(
-        self,
-        paths: Sequence[Path],
-        reference: Classifier,
-        candidate: Predictor,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        for position, pixels in stream_pixels(paths, reference.manifest.preprocessing):
-            progress(position, len(paths))
-            if self.add(position, pixels) and len(self.batch) == _BATCH:
-                self.answer(reference, candidate)
-        self.answer(reference, candidate)
-        progress(len(paths), len(paths))
-
-    def add(self, position: int, pixels: Pixels) -> bool:
-        """Return whether the image is a new one: duplicates prove nothing more."""
-        self.num_seen += 1
-        digest = pixel_hash(pixels)
-        if digest in self.hashes:
-            return False
-        self.hashes[digest] = position
-        self.fingerprints.append(fingerprint(pixels))
-        self.batch.append(pixels)
-        return True
-
-    def answer(self, reference: Classifier, candidate: Predictor) -> None:
-        if self.batch:
-            images_NHWC = np.stack(self.batch)
-            self.answers.append(pair_answers(reference.logits(images_NHWC), candidate.logits(images_NHWC)))
-            self.batch.clear()
+    def stream(self, paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Pixels]:
+        """Yield batches of different images; duplicates prove nothing more."""
+        batch: list[Pixels] = []
+        num_seen = 0
+        for position, pixels in stream_pixels(paths, preprocessing):
+            num_seen += 1
+            digest = pixel_hash(pixels)
+            if digest in self.positions:
+                continue
+            self.positions[digest] = position
+            self.fingerprints.append(fingerprint(pixels))
+            batch.append(pixels)
+            if len(batch) == _BATCH:
+                yield np.stack(batch)
+                batch.clear()
+        if batch:
+            yield np.stack(batch)
+        if num_seen > len(self.positions):
+            _log.warning("%d images are duplicates of others and were counted once", num_seen - len(self.positions))

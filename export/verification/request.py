@@ -9,7 +9,12 @@ from typing import Literal, TypeAlias
 
 from vit_edge.errors import InputError, UsageError
 from vit_edge.export.verification.flips import FlipLabels, read_flips
-from vit_edge.export.verification.paired_run import EvaluationImages, OpenCandidate, find_evaluation_images
+from vit_edge.export.verification.paired_run import (
+    EvaluationImages,
+    OpenCandidate,
+    ReferenceRun,
+    find_evaluation_images,
+)
 from vit_edge.export.verification.verdict import Budget, Certifiable, certifiable
 from vit_edge.files import sha256_hex
 from vit_edge.model_file.artifact import ModelFile, open_model
@@ -28,7 +33,8 @@ _log = logging.getLogger(__name__)
 class VerificationRequest:
     """Two opened model files, the evaluation images and what is known of their labels, and the accuracy budget.
 
-    The same request serves another candidate of the same reference: `dataclasses.replace(request, model=...)`. With
+    The same request serves another candidate of the same reference: `dataclasses.replace(request, model=...)` shares
+    what `reference_run` decoded and computed. With
     `open_candidate` the candidate runs wherever that opens it, on a device for example; the reference runs here.
     """
 
@@ -38,10 +44,10 @@ class VerificationRequest:
     images: EvaluationImages
     labels: Labels
     budget: Budget
+    reference_run: ReferenceRun
     flips: FlipLabels | None = None
     carry_labels: bool = False
     engines: tuple[str, ...] = ()
-    threads: int | None = None
     open_candidate: OpenCandidate | None = None
 
     @property
@@ -84,10 +90,10 @@ def open_request(
         images=images,
         labels=labels,
         budget=Budget(max_drop_points=max_drop_points, min_agreement=min_agreement),
+        reference_run=ReferenceRun(source, images, threads=threads),
         flips=None if flips is None else read_flips(flips, source.manifest.labels, models_sha256=both),
         carry_labels=carry_labels,
         engines=chosen_engines(engines),
-        threads=threads,
     )
 
 

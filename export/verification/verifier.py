@@ -106,25 +106,14 @@ def write_flips(verification: Verification, path: str | os.PathLike[str], *, for
 
 def _each_engine(request: VerificationRequest, progress: Progress) -> Iterator[PairedRun]:
     """Yield the predictions in one engine after another, on the very same images; the first run checks these."""
-    first, images = None, request.images
-    for engine in request.engines:
+    for number, engine in enumerate(request.engines):
         run = run_both(
-            images,
-            request.model,
-            request.reference,
-            engine=engine,
-            threads=request.threads,
-            progress=progress,
-            candidate=request.open_candidate,
+            request.reference_run, request.model, engine=engine, progress=progress, candidate=request.open_candidate
         )
-        if first is None:
+        if number == 0:
             refuse_overlap((request.model.manifest.quantization or {}).get("images", ()), run.path_of)
-            if images.labelled:
+            if request.images.labelled:
                 _check_reference(run, request.reference)
-            first, images = run, run.images
-        elif run.hashes != first.hashes:
-            reason, remedy = "images changed while they were read", "run the command again"
-            raise DataRejected("cannot verify on these images", file=request.data, reason=reason, remedy=remedy)
         yield run
 
 

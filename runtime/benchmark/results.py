@@ -13,8 +13,6 @@ from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.benchmark.candidate import WarmUp
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd
-from vit_edge.runtime.benchmark.loadgen import LoadgenRun
-from vit_edge.runtime.benchmark.mac_count import MacCounts
 from vit_edge.runtime.benchmark.machine_noise import Noise
 from vit_edge.runtime.benchmark.peak_rate import Peak
 from vit_edge.runtime.benchmark.scenarios import Scenario
@@ -32,8 +30,8 @@ class BenchmarkOptions:
     No engine named is all that are installed. `threads` None is what the container grants, `float_precisions` None what
     `load` takes. `scenario` None is single-stream for batch 1, else multi-stream. Each candidate gets at least
     `min_seconds` and `min_queries`. `latency_bound_ms` is for the server scenario. `images` is a folder of images to
-    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` are told of
-    files made elsewhere, as `load` takes them.
+    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` describe
+    third-party ONNX models, as in `load`.
     """
 
     engines: tuple[str, ...] = ()
@@ -45,7 +43,6 @@ class BenchmarkOptions:
     min_seconds: float = 3.0
     min_queries: int = 200
     latency_bound_ms: float | None = None
-    with_loadgen: bool = False
     images: str | os.PathLike[str] | None = None
     has_peak: bool = True
     preprocessing: Preprocessing | Mapping[str, Any] | None = None
@@ -112,13 +109,12 @@ class Measurement:
     peak_rss_bytes: int
     size_bytes: int
     millijoules_per_image: float | None
-    ops: MacCounts | None
+    macs: Mapping[str, int] | None
     share_of_peak: float | None
     top1: float | None
     end_to_end: EndToEnd | None
     latency_bound_ms: float | None
     trials: tuple[Trial, ...]
-    loadgen: LoadgenRun | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.candidate import Candidate, sample_in_turns
 from vit_edge.runtime.benchmark.statistics import Latency
 from vit_edge.runtime.engines.protocol import EngineOptions
-from vit_edge.runtime.tuned_configuration import Verdict, leave_verdict, promised_engines
+from vit_edge.runtime.tuned_configuration import TunedConfiguration, promised_engines, save_configuration
 
 __all__ = ["Tried", "Tuning", "tune"]
 
@@ -31,9 +31,9 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tuning:
-    """What was tried, the fastest by its median first, and whether the verdict could be kept for later loads."""
+    """The fastest configuration, all that were tried (fastest first), and whether the fastest could be saved."""
 
-    verdict: Verdict
+    configuration: TunedConfiguration
     tried: tuple[Tried, ...]
     is_kept: bool
 
@@ -60,9 +60,9 @@ def tune(
         raise EngineUnavailable("cannot tune", file=source, reason=reason, remedy='pip install "vit-edge[onnxruntime]"')
     tried = _measured(model, os.fspath(source), engines, (min_seconds, min_queries), progress)
     best = _best(tried)
-    verdict = Verdict(engine=best.engine, threads=best.threads, p50_ms=best.latency_ms.p50)
+    configuration = TunedConfiguration(engine=best.engine, threads=best.threads, p50_ms=best.latency_ms.p50)
     ordered = tuple(sorted(tried, key=lambda one: one.latency_ms.p50))
-    return Tuning(verdict=verdict, tried=ordered, is_kept=leave_verdict(model, verdict))
+    return Tuning(configuration=configuration, tried=ordered, is_kept=save_configuration(model, configuration))
 
 
 def _measured(

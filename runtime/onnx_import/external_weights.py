@@ -28,20 +28,22 @@ def take_in_weights(proto: Any, source: str | os.PathLike[str] | bytes) -> dict[
     Raises ModelRejected where a file is not there, not in the same folder, or does not hold what the model says.
     """
     outside = [tensor for tensor in proto.graph.initializer if tensor.data_location or tensor.external_data]
+    sizes = (math.prod(tensor.dims) * _ITEM_BYTES.get(tensor.data_type, 0) for tensor in outside)
+    total = proto.ByteSize() + sum(size for size in sizes if size > 0)
+    if outside and total > MODEL_BYTES:  # before any copy: many tensors may name the same bytes of one file
+        reason = f"the model has {total:,} bytes with its weights; at most {MODEL_BYTES:,} are read"
+        raise _rejected(reason, "take a smaller network")
     files: dict[str, bytes] = {}
     for tensor in outside:
-        told = {entry.key: entry.value for entry in tensor.external_data}
-        name = told.get("location", "")
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        name = entries.get("location", "")
         if not is_plain_name(name):
             raise _rejected(f"its tensor {tensor.name!r} lies in {name!r}, not in a file beside it", _COPY)
         if isinstance(source, bytes):
             raise _rejected(f"its weights lie in {name!r}, which bytes cannot have beside them", "give its path")
         if name not in files:
             files[name] = _read(Path(source), name)
-        _take_in(tensor, told, files[name], name)
-    total = proto.ByteSize() if outside else 0
-    if total > MODEL_BYTES:
-        raise _rejected(f"it has {total:,} bytes with its weights; at most {MODEL_BYTES:,} are read", "make it smaller")
+        _take_in(tensor, entries, files[name], name)
     return {name: sha256_hex(data) for name, data in files.items()}
 
 
@@ -56,8 +58,8 @@ def _read(model: Path, name: str) -> bytes:
     return data
 
 
-def _take_in(tensor: Any, told: dict[str, str], weights: bytes, name: str) -> None:
-    offset, length = told.get("offset", "0"), told.get("length")
+def _take_in(tensor: Any, entries: dict[str, str], weights: bytes, name: str) -> None:
+    offset, length = entries.get("offset", "0"), entries.get("length")
     size = math.prod(tensor.dims) * _ITEM_BYTES.get(tensor.data_type, 0)
     fits = offset.isdecimal() and len(offset) < 20 and min(tensor.dims, default=0) >= 0
     fits = fits and tensor.data_type in _ITEM_BYTES and length in (None, str(size))

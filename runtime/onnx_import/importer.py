@@ -67,7 +67,7 @@ def _adopted(
     _set_output(graph, len(labels), entry.get("batch"))
     proto.producer_name, proto.producer_version = "vit-edge", vit_edge.__version__
     del graph.value_info[:]  # what was said of shapes between; engines find them again
-    told = {"source_weights_sha256": beside} if beside else {}
+    more = {"source_weights_sha256": beside} if beside else {}
     manifest = Manifest(
         name=printable(Path(name).stem),
         architecture={"family": "onnx", "producer": producer},
@@ -79,7 +79,7 @@ def _adopted(
             "form": "elsewhere",
             "source_sha256": sha256_hex(data),
             "vit_edge": vit_edge.__version__,
-            **told,
+            **more,
         },
     )
     return replace(ModelFile.from_graph(proto, manifest), source=name)

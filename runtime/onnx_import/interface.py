@@ -34,7 +34,7 @@ def set_input(graph: Any, preprocessing: Preprocessing) -> dict[str, Any]:
     layout = _layout(graph, value.name, sizes)
     height, width = preprocessing.crop
     found = sizes[2:] if layout == "NCHW" else sizes[1:3]
-    if any(size not in (0, told) for size, told in zip(found, (height, width), strict=True)):
+    if any(size not in (0, given) for size, given in zip(found, (height, width), strict=True)):
         shape = " x ".join(str(size or "?") for size in found)
         reason = f"it takes {shape} pixels; the preprocessing gives {height} x {width}"
         raise UsageError("cannot load", reason=reason, remedy="give the crop that it was trained with")

@@ -261,7 +261,7 @@ def test_inspect_tells_the_contract(workspace: Workspace) -> None:
     assert printed["manifest"]["precision"] == "int8"
     assert printed["size_bytes"] == workspace.int8_model.stat().st_size
     done = vit_edge("inspect", workspace.int8_model)
-    for text in ("int8", "portable", "1437", "averaged min-max", "checkpoint_sha256", "8 inputs, 2 images"):
+    for text in ("int8", "portable", "1437", "moving-average", "checkpoint_sha256", "8 inputs, 2 images"):
         assert text in done.stdout
 
 

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import Workspace
 from tests.export.onnx_import.test_importer import CONV, HEAD, LABELS, PREPROCESSING, WEIGHTS, network, node
+from tests.faults.hostile_models import appended, resealed
 from vit_edge.cache import cache_folder
 from vit_edge.errors import GoldenMismatch, ModelRejected, NotTrusted, VitEdgeError
 from vit_edge.model_file.artifact import MANIFEST_KEY, open_model, seal
@@ -107,7 +108,7 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "21 opset 999": (named(opset=999), "its opset is 999"),
     "21 opset 2^62": (named(opset=2**62), "its opset is 4611686018427387904"),
     "21 IR 99": (named(ir=99), "its IR version is 99"),
-    "22 a bomb": (planted("ConstantOfShape"), "ai.onnx.ConstantOfShape, which is not allowed"),
+    "22 a bomb": (appended("ConstantOfShape", shape=np.array([2**40])), "makes 1,099,511,627,776 values"),
     "22 giant sizes": (lambda m: m.graph.initializer[0].dims.append(2**40), "has the shape"),
     "22 20,000 nodes": (chain, "nodes; at most 5,000 are read"),
     "25 other pixels": (without_pixels, r"its input 'images' has shape .*31"),
@@ -117,13 +118,9 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
 @pytest.mark.parametrize("fault", GRAPHS)
 def test_what_an_engine_must_never_see_is_refused_before(workspace: Workspace, fault: str) -> None:
     change, reason = GRAPHS[fault]
-    model = onnx.load(workspace.float_model)
-    manifest = next(entry.value for entry in model.metadata_props if entry.key == MANIFEST_KEY)
-    del model.metadata_props[:]
-    model.metadata_props.add(key=MANIFEST_KEY, value=manifest)
-    change(model)
+    data = resealed(workspace.float_model, change)
     with pytest.raises(ModelRejected, match=reason):
-        load(seal(model.SerializeToString()))
+        load(data)
 
 
 def test_fault_25_labels_of_another_number_are_refused(workspace: Workspace) -> None:
@@ -154,10 +151,11 @@ def test_fault_24_answers_that_are_not_finite_or_of_another_network_are_found(
 
 @pytest.mark.parametrize("engine", installed_engines())
 def test_faults_22_to_24_of_files_made_elsewhere_end_a_process_apart(tmp_path: Path, engine: str) -> None:
-    bomb = [node("ConstantOfShape", ["huge"], ["h"]), node("ReduceMax", ["h"], ["m"], keepdims=0),
-            node("Add", ["x", "m"], ["z"]), node("Conv", ["z", "filters"], ["c"])]  # fmt: skip
+    # A shape that only running the graph tells: shape inference does not follow a Cast from float.
+    bomb = [node("Cast", ["huge"], ["s"], to=7), node("ConstantOfShape", ["s"], ["h"]),
+            node("ReduceMax", ["h"], ["m"], keepdims=0), node("Add", ["x", "m"], ["z"]), node("Conv", ["z", "filters"], ["c"])]  # fmt: skip
     models = {
-        "memory": network(*bomb, *CONV[1:], *HEAD, huge=np.array([200_000, 200_000]), **WEIGHTS),
+        "memory": network(*bomb, *CONV[1:], *HEAD, huge=np.array([200_000, 200_000], np.float32), **WEIGHTS),
         "shape": network(
             *CONV, HEAD[0], node("Gemm", ["f", "w", "b"], ["g"], transB=1), node("Reshape", ["g", "s"], ["y"]),
             s=np.array([-1, 1]), **WEIGHTS,
@@ -198,5 +196,6 @@ def test_fault_30_no_engine_keeps_a_compiled_model(
     monkeypatch.chdir(tmp_path / "here")
     with load(workspace.int8_model, engine=engine) as classifier:  # type: ignore[arg-type]
         classifier.logits(IMAGES)
-    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
-    assert not cache_folder().exists()
+    assert list((tmp_path / "here").iterdir()) == []
+    left = [path for path in cache_folder().rglob("*") if path.is_file()] if cache_folder().exists() else []
+    assert {path.parent.name for path in left} <= {"accepted"}

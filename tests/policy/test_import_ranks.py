@@ -40,6 +40,8 @@ PLANTED = [
     ("vit_edge/training/loop.py", "from vit_edge.remote.device import Device", "beside"),
     ("runtime/checks/golden.py", "import torch.nn", "only the torch rooms"),
     ("vit_edge/report/page.py", "from onnx import helper", "only the torch rooms"),
+    ("vit_edge/model_file/artifact.py", "import onnx", "only the torch rooms"),
+    ("vit_edge/model_file/artifact.py", "def f():\n    import torch", "only the torch rooms"),
     ("export/graph/editing.py", "from vit_edge.export.parity.parity import check", "above"),
     ("export/quantization/algorithms/rounding.py", "from vit_edge.export.quantization import quantizer", "above"),
     (

@@ -12,14 +12,19 @@ import vit_edge
 SURFACE = {
     "vit_edge": ["__version__"],
     "vit_edge.export": [
+        "Deployment",
+        "DeploymentOptions",
+        "Explanation",
+        "ExplanationOptions",
         "ExportOptions",
         "ExportResult",
         "QuantizationOptions",
         "QuantizationResult",
         "Verification",
+        "deploy",
+        "explain",
         "export_onnx",
         "quantize",
-        "quantize_model",
         "verify",
     ],
     "vit_edge.runtime": [

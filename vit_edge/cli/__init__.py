@@ -23,6 +23,7 @@ from vit_edge.cli.output import error_fields, print_error_json
 from vit_edge.cli.streams import drop_stdout, prepare_streams
 from vit_edge.cli.workstation.convert import convert
 from vit_edge.cli.workstation.deploy import deploy
+from vit_edge.cli.workstation.explain import explain
 from vit_edge.cli.workstation.export import export
 from vit_edge.cli.workstation.quantize import quantize
 from vit_edge.cli.workstation.report import report
@@ -40,6 +41,7 @@ _COMMANDS: tuple[tuple[click.Command, str], ...] = (
     (export, "Export a network to one ONNX file"),
     (quantize, "Quantize a float32 model file to INT8 or float16"),
     (verify, "Compare a model file with its float32 reference"),
+    (explain, "Show where the error of an INT8 file comes from"),
     (classify, "Classify images with a model file"),
     (benchmark, "Measure latency and throughput of model files"),
     (tune, "Find the fastest engine and number of threads"),

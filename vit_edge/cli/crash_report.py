@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Sequence
 
 from vit_edge import __version__
-from vit_edge.errors import VitEdgeError, version_of
+from vit_edge.errors import EngineUnavailable, VitEdgeError, version_of
+from vit_edge.machine.package_versions import conflicts
 
 __all__ = ["crash", "versions"]
 
@@ -18,7 +19,11 @@ _PACKAGES = ("numpy", "Pillow", "protobuf", "click", "onnx", "onnxruntime", "ope
 
 
 def crash(error: BaseException, arguments: Sequence[str]) -> VitEdgeError:
-    """Return the error to show for a bug of ours; the traceback goes to a file, which it names."""
+    """Return the error to show: packages that do not fit each other, else a bug whose traceback goes to a file."""
+    misfits = conflicts()
+    if misfits:
+        reason = f"{'; '.join(what for what, _ in misfits)} ({type(error).__name__})"
+        return EngineUnavailable("cannot use the packages", reason=reason, remedy=misfits[0][1])
     lines = [f"vit-edge {' '.join(map(repr, arguments))}", *versions(), "", *traceback.format_exception(error)]
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     try:

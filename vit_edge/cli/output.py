@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
 from vit_edge.cli.streams import holds_unicode
-from vit_edge.cli.tables import FittingTable
+from vit_edge.cli.tables import make_table
 from vit_edge.errors import UsageError, VitEdgeError
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
@@ -39,6 +39,7 @@ __all__ = [
     "command",
     "error_fields",
     "file_argument",
+    "gigabytes",
     "image_size_option",
     "make_table",
     "megabytes",
@@ -123,14 +124,14 @@ def bar(*columns: Any) -> Bar:
     return Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
 
 
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittingTable:
-    """Return a table that breaks no word: on a narrow terminal its rows are stacked."""
-    return FittingTable(title, columns, rows)
-
-
 def megabytes(size_bytes: int) -> str:
     """Return a size for people, in MB of 10^6 bytes."""
     return f"{size_bytes / 1e6:.2f} MB"
+
+
+def gigabytes(size_bytes: int) -> str:
+    """Return a size for people, in GB of 10^9 bytes."""
+    return f"{size_bytes / 1e9:.1f} GB"
 
 
 def file_argument(name: str, *, many: bool = False) -> Callable[[Any], Any]:
@@ -279,4 +280,5 @@ def _show(shown: Sequence[Any]) -> None:
         width = int(os.environ.get("COLUMNS", "")) if os.environ.get("COLUMNS", "").isdigit() else None
         console = Console(highlight=False, markup=False, emoji=False, width=width or _WIDTH_WITHOUT_TERMINAL)
     for entry in shown:
-        console.print(entry, soft_wrap=isinstance(entry, str))
+        # In a terminal a line ends between words; in a file a sentence stays one line.
+        console.print(entry, soft_wrap=isinstance(entry, str) and not console.is_terminal)

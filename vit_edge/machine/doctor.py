@@ -22,6 +22,7 @@ from typing import Any, Literal
 from vit_edge import __version__
 from vit_edge.errors import version_of
 from vit_edge.machine.cpu import VNNI, cpu_report, is_arm, is_x86
+from vit_edge.machine.package_versions import conflicts
 from vit_edge.machine.targets import TARGETS, choose
 from vit_edge.model_file.onnx_schema import one_node
 
@@ -52,7 +53,6 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "timm": ("weights and networks of timm", ("timm",)),
     "huggingface": ("weights from Hugging Face", ("huggingface_hub",)),
-    "loadgen": ("benchmark with MLCommons LoadGen", ("mlcommons-loadgen",)),
 }
 # They all install the folder `onnxruntime` and overwrite each other's files (onnxruntime#26996).
 _ONNXRUNTIME_WHEELS = (
@@ -74,7 +74,7 @@ _QUESTIONS = {
     "onnxruntime": "import onnxruntime as e; d = e.get_available_providers()",
     "openvino": "import openvino as e; d = e.Core().available_devices",
 }
-# Not devices of this machine: one is always there, the other asks a server.
+# Not devices of this machine: one is always present, the other calls a server.
 _NOT_TRIED = ("CPUExecutionProvider", "AzureExecutionProvider")
 _TRIALS = {
     "onnxruntime": (
@@ -118,6 +118,7 @@ def examine() -> dict[str, Any]:
         "misfits": _misfits(installed),
         "onnxruntime_wheels": {name: installed[name] for name in _ONNXRUNTIME_WHEELS if name in installed},
         "missing_extras": _missing_extras(installed),
+        "version_conflicts": [{"what": what, "advice": advice} for what, advice in conflicts()],
     }
     chosen, reason = choose(report)
     report["target"] = {"name": chosen.name, "verified": chosen.verified, "reason": reason}
@@ -128,7 +129,8 @@ def examine() -> dict[str, Any]:
 
 def findings(report: Mapping[str, Any]) -> list[Finding]:
     """Return what a report shows to be wrong or improvable, problems first."""
-    found = [*_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
+    fit = [Finding(kind="problem", **entry) for entry in report.get("version_conflicts", ())]
+    found = [*fit, *_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
     if report["python"]["bits"] < 64:
         what = f"Python has {report['python']['bits']} bits"
         advice = "install a 64-bit system: engines have no wheels for others"
@@ -176,7 +178,7 @@ def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding(kind="advice", what="the CPU has no dot products of 8 bits", advice=advice))
     if cpu["usable_threads"] < cpu["cpus"]:
         what = f"{cpu['usable_threads']} of {cpu['cpus']} CPUs are granted to this process"
-        advice = f"vit-edge starts {cpu['usable_threads']} threads; set the same number in other software"
+        advice = f"vit-edge starts {cpu['usable_threads']} threads; other software may need the same setting"
         found.append(Finding(kind="advice", what=what, advice=advice))
     slow = [name for name in cpu["governors"] if name != "performance"]
     if slow:
@@ -190,7 +192,7 @@ def _memory_findings(memory: Mapping[str, int | None]) -> list[Finding]:
     if free is None or free >= _LITTLE_MEMORY_BYTES:
         return []
     advice = "stop other programs; an INT8 file takes a quarter of the float one's memory for weights"
-    return [Finding(kind="advice", what=f"{free / 1e6:.0f} MB of memory are free", advice=advice)]
+    return [Finding(kind="advice", what=f"only {free / 1e9:.1f} GB of memory are free", advice=advice)]
 
 
 def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dict[str, str]]:
@@ -213,6 +215,8 @@ def _ask(name: str) -> dict[str, Any]:
     command = [sys.executable, "-c", f"{_PREAMBLE}{_QUESTIONS[name]}{_ANSWER}"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        return {**answer, "error": f"Python cannot be started: {error.strerror}"}
     except subprocess.TimeoutExpired:
         return {**answer, "error": f"it gave no answer in {_PATIENCE_S} seconds"}
     errors = _lines(done.stderr)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from vit_edge.errors import ModelRejected, NotTrusted, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
+from vit_edge.model_file.golden_fields import check_golden_fields
 from vit_edge.model_file.onnx_schema import parse, property_bytes
 
 if TYPE_CHECKING:
@@ -81,10 +82,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "quantization": _OPTIONAL_OBJECT,
     "evaluation": _OPTIONAL_OBJECT,
     "golden": _OPTIONAL_OBJECT,
+    "macs": _OPTIONAL_OBJECT,
     "weights": _OPTIONAL_OBJECT,
 }
 # Keys of manifests that were written before a term changed, and the keys that mean the same now.
-_RENAMED = {"golden": {"pictures": "images"}, "quantization": {"float_products": "float32_ops"}}
+_RENAMED = {
+    "golden": {"pictures": "images"},
+    "quantization": {"float_products": "float32_ops"},
+    "evaluation": {"rungs": "steps"},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +111,7 @@ class Manifest:
     quantization: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
+    macs: Mapping[str, int] | None = None  # multiply-accumulates for one image, by precision
     weights: Mapping[str, Any] | None = None  # the file next to the model, of a network over 2 GiB
     assumed: tuple[str, ...] = ()  # not specified, and filled in by default
     unknown: Mapping[str, Any] = field(default_factory=dict)
@@ -132,6 +139,8 @@ class Manifest:
             raise ValueError(
                 f"the manifest's weights are in {self.weights.get('file')!r}, not in a file of the same folder"
             )
+        if not all(isinstance(number, int) and number >= 0 for number in (self.macs or {}).values()):
+            raise ValueError(f"the manifest's multiply-accumulates are {dict(self.macs or {})!r}")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
@@ -152,7 +161,7 @@ class Manifest:
         known["preprocessing"] = self.preprocessing.to_dict()
         for name in ("labels", "assumed", "outputs"):
             known[name] = list(known[name])
-        defaults: dict[str, Any] = {"assumed": [], "weights": None, "activation": "softmax"}
+        defaults: dict[str, Any] = {"assumed": [], "macs": None, "weights": None, "activation": "softmax"}
         known = {name: value for name, value in known.items() if name not in defaults or value != defaults[name]}
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 
@@ -181,9 +190,12 @@ class Manifest:
                 if not isinstance(known[name], list):
                     raise ValueError(f"the manifest's {name} are not a list")
                 known[name] = tuple(known[name])
-            return cls(**known, unknown=values)
+            manifest = cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
+        if manifest.golden is not None:
+            check_golden_fields(manifest.golden, crop=manifest.preprocessing.crop)
+        return manifest
 
 
 def _in_current_terms(name: str, value: Any) -> Any:
@@ -357,7 +369,10 @@ def reseal(path: str | os.PathLike[str]) -> ModelFile:
         )
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)
-    manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    try:
+        manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    except ValueError as error:
+        raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
     weights = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
     return open_model(seal(proto.SerializeToString(deterministic=True)), weights=weights)
 

@@ -39,8 +39,8 @@ class Outcome:
         """Return which device it was, as JSON-ready values."""
         device = self.device
         known = ("python", "machine", "system", "emulated")
-        told = {"on": device.address, "device": device.name, "target": device.target, "tags": list(device.tags)}
-        return told | {key: self.facts[key] for key in known if key in self.facts}
+        found = {"on": device.address, "device": device.name, "target": device.target, "tags": list(device.tags)}
+        return found | {key: self.facts[key] for key in known if key in self.facts}
 
 
 def chosen_devices(addresses: Sequence[str], *, file: Path | None, tags: Sequence[str], python: str) -> list[Device]:

@@ -11,6 +11,7 @@ from vit_edge.errors import UsageError
 __all__ = [
     "ALGORITHMS",
     "CHOOSE_RANGES",
+    "EARLIER_NAMES",
     "EFFORTS",
     "RECIPES",
     "Algorithm",
@@ -21,16 +22,24 @@ __all__ = [
 ]
 
 Algorithm: TypeAlias = Literal[
-    "repq", "value-scaling", "range-search", "rounding", "bias-correction", "mixed-precision", "attention-scores"
+    "repq",
+    "cross-layer-equalization",
+    "range-search",
+    "gptq-rounding",
+    "bias-correction",
+    "mixed-precision",
+    "attention-scores",
 ]
 Recipe: TypeAlias = Literal["fast", "accurate"]
 EffortName: TypeAlias = Literal["fast", "balanced", "thorough"]
 
 # In the order in which they are applied.
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+# Names in manifests that were written before these had the terms of the field.
+EARLIER_NAMES: dict[str, Algorithm] = {"value-scaling": "cross-layer-equalization", "rounding": "gptq-rounding"}
 # What there is nothing to do for where ranges are found at run time: it chooses ranges, or makes up for theirs.
 CHOOSE_RANGES: frozenset[Algorithm] = frozenset({"range-search", "bias-correction", "attention-scores"})
-_STATIC: tuple[Algorithm, ...] = ("repq", "value-scaling", "range-search", "rounding")
+_STATIC: tuple[Algorithm, ...] = ("repq", "cross-layer-equalization", "range-search", "gptq-rounding")
 # `fast` keeps every product in integers with ranges that are constants; `accurate` leaves those float that err most.
 RECIPES: dict[Recipe, tuple[Algorithm, ...]] = {
     "fast": (*_STATIC, "attention-scores"),

@@ -17,9 +17,9 @@ import onnx
 from onnx import numpy_helper
 
 from vit_edge.export.graph.matmuls import QuantizableOp
+from vit_edge.export.quantization.algorithms.gptq_rounding import round_weights
 from vit_edge.export.quantization.algorithms.range_search import search_range
 from vit_edge.export.quantization.algorithms.recipes import Algorithm, Effort
-from vit_edge.export.quantization.algorithms.rounding import round_weights
 from vit_edge.export.quantization.algorithms.segments import Segment, SegmentRunner, divide
 from vit_edge.export.quantization.calibration.observers import Range
 from vit_edge.export.quantization.qdq.integers import QuantizedWeight, dequantized, quantize_weight
@@ -53,7 +53,7 @@ def reconstruct(
     effort: Effort,
     progress: Progress = silent,
 ) -> Reconstruction:
-    """Return what "range-search", "rounding" and "bias-correction", where among `algorithms`, make of a float graph.
+    """Return what "range-search", "gptq-rounding" and "bias-correction", if in `algorithms`, make of a float32 graph.
 
     `ranges` are where the search starts and `limits` the overall extremes, beyond which no range needs to go; a tensor
     without them has the range of another, and keeps it.
@@ -73,7 +73,7 @@ def reconstruct(
         targets = [dict(zip(outputs, runner.run(value, {}), strict=True)) for value in exact]
         if "range-search" in algorithms:
             fitted.search_ranges(limits, rounded, [target[segment.output] for target in targets], effort.range_steps)
-        fitted.choose_weights(rounded, effort.sweeps if "rounding" in algorithms else None)
+        fitted.choose_weights(rounded, effort.sweeps if "gptq-rounding" in algorithms else None)
         if "bias-correction" in algorithms:
             fitted.correct_biases(rounded, targets)
         exact, rounded = [target[segment.output] for target in targets], fitted.outputs(rounded)

@@ -24,28 +24,31 @@ from vit_edge.export.quantization.calibration.cache import (
     Saved,
     calibration_key,
 )
-from vit_edge.export.quantization.calibration.extremes import Extremes
 from vit_edge.export.quantization.calibration.histograms import Histogram, entropy_range, mse_range, percentile_range
+from vit_edge.export.quantization.calibration.min_max import MinMax
 from vit_edge.runtime.engines.protocol import Array as Image
 
 __all__ = [
+    "EARLIER_METHODS",
     "METHODS",
     "ChannelRange",
     "Method",
     "Range",
     "observe_channels",
-    "observe_extremes",
     "observe_histograms",
+    "observe_min_max",
     "observe_ranges",
     "range_of",
 ]
 
 Array: TypeAlias = npt.NDArray[np.float64]
-Method: TypeAlias = Literal["min-max", "averaged min-max", "percentile", "entropy", "mse"]
-ChannelMethod: TypeAlias = Literal["min-max", "averaged min-max"]
+Method: TypeAlias = Literal["min-max", "moving-average", "percentile", "entropy", "mse"]
+ChannelMethod: TypeAlias = Literal["min-max", "moving-average"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
-_FROM_EXTREMES: tuple[ChannelMethod, ...] = get_args(ChannelMethod)
+# Names in manifests that were written before these had the terms of the field.
+EARLIER_METHODS: dict[str, Method] = {"averaged min-max": "moving-average"}
+_FROM_MIN_MAX: tuple[ChannelMethod, ...] = get_args(ChannelMethod)
 # ONNX Runtime's default; a ViT's outliers carry information: 99.99 costs DeiT-tiny 10 dB.
 _PERCENTILE = 99.999
 _UINT8_LEVELS = 255
@@ -80,7 +83,7 @@ def observe_ranges(
     tensors: Sequence[str],
     images: Iterable[Image],
     *,
-    method: Method = "averaged min-max",
+    method: Method = "moving-average",
     percentile: float = _PERCENTILE,
     levels: int = _UINT8_LEVELS,
     batch_size: int = 1,
@@ -88,7 +91,7 @@ def observe_ranges(
 ) -> Mapping[str, Range]:
     """Return the range of each tensor over `images`, each as the graph takes it and without a batch axis.
 
-    "averaged min-max" are the means over images of their smallest and largest value: one odd image does not widen
+    "moving-average" are the means over images of their smallest and largest value: one odd image does not widen
     the range for all (DeiT-tiny: 20.2 dB against 19.5 dB for "min-max"). The others come from histograms: "percentile"
     leaves out what lies beyond `percentile` % (it ruins a ViT, whose outliers carry information), "entropy" and "mse"
     choose the ends that lose least in `levels` steps. Memory holds the tensors of one image, or 16 MB of a batch's.
@@ -97,14 +100,14 @@ def observe_ranges(
     ModelRejected where the graph does not run or gives values that are not finite, UsageError.
     """
     _check(method, METHODS, batch_size=batch_size, percentile=percentile, levels=levels)
-    if method in _FROM_EXTREMES:
-        averaged, overall = observe_extremes(model, tensors, images, batch_size=batch_size, cache=cache)
-        return averaged if method == "averaged min-max" else overall
+    if method in _FROM_MIN_MAX:
+        averaged, overall = observe_min_max(model, tensors, images, batch_size=batch_size, cache=cache)
+        return averaged if method == "moving-average" else overall
     histograms = observe_histograms(model, tensors, images, batch_size=batch_size, cache=cache)
     return {name: range_of(h, method, percentile=percentile, levels=levels) for name, h in histograms.items()}
 
 
-def observe_extremes(
+def observe_min_max(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     images: Iterable[Image],
@@ -112,19 +115,19 @@ def observe_extremes(
     batch_size: int = 1,
     cache: CalibrationCache | None = None,
 ) -> tuple[Mapping[str, Range], Mapping[str, Range]]:
-    """Return the "averaged min-max" and the "min-max" of each tensor from one pass; else as `observe_ranges`."""
+    """Return the "moving-average" and the "min-max" of each tensor from one pass; else as `observe_ranges`."""
     found = _observe(
         model,
         tensors,
         images,
-        lambda: Extremes(axis=None),
-        statistic="extremes",
+        lambda: MinMax(axis=None),
+        statistic="min-max",
         batch_size=batch_size,
         cache=cache,
     )
 
     def ranges(*, averaged: bool) -> Mapping[str, Range]:
-        ends = {name: extremes.ends(averaged=averaged) for name, extremes in found.items()}
+        ends = {name: observer.ends(averaged=averaged) for name, observer in found.items()}
         return {name: _with_zero(float(low[0]), float(high[0])) for name, (low, high) in ends.items()}
 
     return ranges(averaged=True), ranges(averaged=False)
@@ -135,7 +138,7 @@ def observe_channels(
     tensors: Sequence[str],
     images: Iterable[Image],
     *,
-    method: ChannelMethod = "averaged min-max",
+    method: ChannelMethod = "moving-average",
     axis: int = -1,
     batch_size: int = 1,
     cache: CalibrationCache | None = None,
@@ -145,17 +148,17 @@ def observe_channels(
     The last axis holds the channels of a Transformer's tokens, axis 1 those of a convolution. The rest is as for
     `observe_ranges`.
     """
-    _check(method, _FROM_EXTREMES, batch_size=batch_size)
+    _check(method, _FROM_MIN_MAX, batch_size=batch_size)
     found = _observe(
         model,
         tensors,
         images,
-        lambda: Extremes(axis=axis),
-        statistic=f"extremes of axis {axis}",
+        lambda: MinMax(axis=axis),
+        statistic=f"min-max of axis {axis}",
         batch_size=batch_size,
         cache=cache,
     )
-    ends = {name: extremes.ends(averaged=method == "averaged min-max") for name, extremes in found.items()}
+    ends = {name: observer.ends(averaged=method == "moving-average") for name, observer in found.items()}
     return {name: ChannelRange(low_D=low_D, high_D=high_D) for name, (low_D, high_D) in ends.items()}
 
 
@@ -176,7 +179,7 @@ def range_of(
     histogram: Histogram, method: Method, *, percentile: float = _PERCENTILE, levels: int = _UINT8_LEVELS
 ) -> Range:
     """Return the range that `method` chooses from a histogram; averages over images are not in it: UsageError."""
-    _check(method, [name for name in METHODS if name != "averaged min-max"], percentile=percentile, levels=levels)
+    _check(method, [name for name in METHODS if name != "moving-average"], percentile=percentile, levels=levels)
     if method == "percentile":
         return _with_zero(*percentile_range(histogram, percentile))
     if method == "min-max":

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, Workspace, vit_edge
 from vit_edge.checkpoint import load_checkpoint, save_checkpoint
 from vit_edge.errors import UsageError
 from vit_edge.export import QuantizationOptions, QuantizationResult, export_onnx, quantize
-from vit_edge.export.quantization.accuracy_budget import order_of, rung_sizes
+from vit_edge.export.quantization.accuracy_budget import ordered_by_noise, step_sizes
 from vit_edge.model_file.artifact import open_model
 
 CALIBRATION = ROOT / "calibration_data"
@@ -62,8 +62,8 @@ def test_the_ruined_product_is_found_and_spared_and_the_bound_holds(folder: Path
     assert result["verdict"] == "pass"
     assert _BAD in result["float32_ops"]
     assert len(result["float32_ops"]) <= 3
-    rungs = result["budget"]["rungs"]
-    assert [rung["verdict"] for rung in rungs[:-1]] == ["pass"] * (len(rungs) - 1)
+    steps = result["search"]["steps"]
+    assert [step["verdict"] for step in steps[:-1]] == ["pass"] * (len(steps) - 1)
     assert all(entry["drop_upper_bound_points"] <= 1.5 for entry in result["evaluation"])
     manifest = open_model(tmp_path / "q.onnx").manifest
     assert manifest.evaluation is not None
@@ -118,10 +118,10 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
     def run(name: str, **more: float) -> str:
         options = QuantizationOptions(max_drop_points=1.5, **_QUICK, **more)  # type: ignore[arg-type]
         result = quantized(folder, tmp_path / name, options, data=folder / "judging")
-        assert result.ladder is not None
+        assert result.search is not None
         if more:
-            assert result.ladder.cut_short == "time limit"
-            assert len(result.ladder.rungs) == 1
+            assert result.search.cut_short == "time limit"
+            assert len(result.search.steps) == 1
             evaluation = open_model(tmp_path / name).manifest.evaluation
             assert evaluation is not None
             assert evaluation["cut_short"] == "time limit"
@@ -156,7 +156,7 @@ def interrupted(folder: Path, cache: Path, kept: str, *more: str | Path) -> str:
 
 def test_ctrl_c_leaves_the_best_file_so_far(folder: Path, tmp_path: Path) -> None:
     judged = ("--data", folder / "judging", "--max-drop", "1.5", "-o", tmp_path / "q.onnx")
-    assert "it holds the best so far" in interrupted(folder, tmp_path / "cache", "budget/*.json", *judged)
+    assert "the file holds the best model so far" in interrupted(folder, tmp_path / "cache", "budget/*.json", *judged)
     evaluation = open_model(tmp_path / "q.onnx").manifest.evaluation
     assert evaluation is not None
     assert evaluation["verdict"] == "pass"
@@ -165,19 +165,19 @@ def test_ctrl_c_leaves_the_best_file_so_far(folder: Path, tmp_path: Path) -> Non
 
 def test_ctrl_c_before_there_is_a_file_says_that_the_calibration_is_kept(folder: Path, tmp_path: Path) -> None:
     said = interrupted(folder, tmp_path / "cache", "calibration/*", "-o", tmp_path / "q.onnx")
-    assert "the same command goes on from there" in said
+    assert "run the same command to continue" in said
     assert not (tmp_path / "q.onnx").exists()
 
 
-def test_the_last_rungs_differ_by_one_and_the_noisiest_come_last() -> None:
-    assert rung_sizes(51) == [26, 39, 45, 48, 50, 51]
-    assert rung_sizes(1) == [1]
-    assert rung_sizes(2) == [1, 2]
+def test_the_last_steps_differ_by_one_and_the_noisiest_come_last() -> None:
+    assert step_sizes(51) == [26, 39, 45, 48, 50, 51]
+    assert step_sizes(1) == [1]
+    assert step_sizes(2) == [1, 2]
     noise = {"a": 1e-3, "b": 1e-6, "c": 1e-3}
-    assert order_of(noise, {"a": 10, "b": 10, "c": 1000}) == ["b", "c", "a"]
+    assert ordered_by_noise(noise, {"a": 10, "b": 10, "c": 1000}) == ["b", "c", "a"]
 
 
 def test_a_budget_needs_images_that_judge(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="images to judge by"):
+    with pytest.raises(UsageError, match="needs evaluation images"):
         quantized(folder, tmp_path / "q.onnx", QuantizationOptions(max_drop_points=1.0))
     assert not list(tmp_path.iterdir())

@@ -19,14 +19,14 @@ from vit_edge.errors import UsageError
 from vit_edge.export import export_onnx
 from vit_edge.export.graph.macs import macs_by_node, shapes_for_one_image
 from vit_edge.export.graph.matmuls import find_quantizable_ops
+from vit_edge.export.quantization.algorithms.cross_layer_equalization import equalize, find_mixings
+from vit_edge.export.quantization.algorithms.gptq_rounding import output_error, round_weights
 from vit_edge.export.quantization.algorithms.mixed_precision import choose_float
 from vit_edge.export.quantization.algorithms.range_search import search_range
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, EFFORTS, RECIPES, Algorithm, choose_algorithms
 from vit_edge.export.quantization.algorithms.reconstruction import reconstruct
-from vit_edge.export.quantization.algorithms.rounding import output_error, round_weights
 from vit_edge.export.quantization.algorithms.segments import SegmentRunner, divide
-from vit_edge.export.quantization.algorithms.value_scaling import find_mixings, scale_values
-from vit_edge.export.quantization.calibration.observers import ChannelRange, Range, observe_channels, observe_extremes
+from vit_edge.export.quantization.calibration.observers import ChannelRange, Range, observe_channels, observe_min_max
 from vit_edge.export.quantization.qdq.integers import quantize_weight
 from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq, tensors_to_observe
 from vit_edge.metrics import sqnr_db
@@ -59,7 +59,7 @@ def known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def ranges_of(model: onnx.ModelProto) -> tuple[Mapping[str, Range], Mapping[str, Range]]:
-    return observe_extremes(model, tensors_to_observe(model), IMAGES)
+    return observe_min_max(model, tensors_to_observe(model), IMAGES)
 
 
 def fitted(model: onnx.ModelProto, *algorithms: Algorithm, bits: int = 8, images: Array = IMAGES) -> onnx.ModelProto:
@@ -110,12 +110,12 @@ def test_a_graph_that_never_narrows_is_one_segment() -> None:
 
 
 @pytest.mark.parametrize("family", ["class_token", "mean_beside_class_token", "deit_distilled", "registers", "clip"])
-def test_value_scaling_leaves_the_function_alone_and_evens_the_channels(tmp_path: Path, family: str) -> None:
+def test_cross_layer_equalization_leaves_the_function_alone_and_evens_the_channels(tmp_path: Path, family: str) -> None:
     model = exported(tmp_path, **FAMILIES[family])
     mixings = find_mixings(model, known_shapes(model))
     assert len(mixings) == 2
     ranges = observe_channels(model, [mixing.input for mixing in mixings], IMAGES)
-    changed = scale_values(model, mixings, ranges)
+    changed = equalize(model, mixings, ranges)
     assert sqnr_db(outputs(model), outputs(changed)) > 90
     first = mixings[0].input
     before, after = (observe_channels(m, [first], IMAGES)[first] for m in (model, changed))
@@ -178,10 +178,15 @@ def test_a_range_search_finds_a_narrow_and_a_wide_best_and_never_leaves_the_limi
 def test_each_algorithm_brings_the_logits_nearer(graph: onnx.ModelProto, bits: int) -> None:
     others = golden_images(range(400, 432), height=SIZE[0], width=SIZE[1])
     expected = outputs(graph, others)
-    sets: Sequence[tuple[Algorithm, ...]] = [(), ("range-search",), ("rounding",), ("range-search", "rounding")]
+    sets: Sequence[tuple[Algorithm, ...]] = [
+        (),
+        ("range-search",),
+        ("gptq-rounding",),
+        ("range-search", "gptq-rounding"),
+    ]
     found = {chosen: sqnr_db(expected, outputs(fitted(graph, *chosen, bits=bits), others)) for chosen in sets}
-    assert found["range-search", "rounding"] > found[()] + 0.5, found
-    assert found[("rounding",)] > found[()] - 0.3, found
+    assert found["range-search", "gptq-rounding"] > found[()] + 0.5, found
+    assert found[("gptq-rounding",)] > found[()] - 0.3, found
     corrected = sqnr_db(expected, outputs(fitted(graph, "bias-correction", bits=bits), others))
     assert corrected > found[()] - 0.5
 
@@ -208,7 +213,7 @@ def test_products_that_err_most_for_their_cost_stay_float(graph: onnx.ModelProto
 def test_recipes_are_lists_of_algorithms_that_can_be_changed() -> None:
     assert choose_algorithms("fast") == RECIPES["fast"]
     assert "mixed-precision" in choose_algorithms("accurate")
-    assert choose_algorithms("fast", algorithms=["rounding", "repq"]) == ("repq", "rounding")
+    assert choose_algorithms("fast", algorithms=["gptq-rounding", "repq"]) == ("repq", "gptq-rounding")
     assert choose_algorithms("fast", without=["attention-scores"]) == choose_algorithms(
         "accurate", without=["mixed-precision"]
     )

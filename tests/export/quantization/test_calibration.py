@@ -113,7 +113,7 @@ def test_sixteen_images_do_run_at_once(graph: onnx.ModelProto, tensors: list[str
 
 def test_ranges_are_the_mean_or_the_overall_extremes_of_the_images(graph: onnx.ModelProto, tensors: list[str]) -> None:
     values = [values_of(graph, tensors, image) for image in IMAGES]
-    averaged, overall = (observe_ranges(graph, tensors, IMAGES, method=m) for m in ("averaged min-max", "min-max"))  # type: ignore[arg-type]
+    averaged, overall = (observe_ranges(graph, tensors, IMAGES, method=m) for m in ("moving-average", "min-max"))  # type: ignore[arg-type]
     for position, name in enumerate(tensors):
         lows, highs = ([float(end(v[position])) for v in values] for end in (np.min, np.max))
         assert averaged[name] == Range(low=min(sum(lows) / len(lows), 0), high=max(sum(highs) / len(highs), 0))
@@ -190,8 +190,8 @@ def test_what_cannot_be_done_is_refused(graph: onnx.ModelProto, tensors: list[st
     for options in ({"method": "median"}, {"batch_size": 0}, {"percentile": 20.0}, {"levels": 1}):
         with pytest.raises(UsageError):
             observe_ranges(graph, tensors, IMAGES, **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="averaged"):
-        range_of(Histogram(), "averaged min-max")
+    with pytest.raises(UsageError, match="moving-average"):
+        range_of(Histogram(), "moving-average")
     with pytest.raises(DataRejected, match="no image"):
         observe_ranges(graph, tensors, [])
     with pytest.raises(ModelRejected, match="cannot load"):

@@ -91,7 +91,7 @@ def test_the_manifest_says_what_was_done_and_the_bytes_repeat(folder: Path) -> N
     first = (folder / "near.onnx").read_bytes()
     result = _quantize(folder, "again.onnx", calibration=folder / "calibration", batch_size=16)
     assert (folder / "again.onnx").read_bytes() == first
-    assert result.algorithms == ("repq", "value-scaling", "rounding")
+    assert result.algorithms == ("repq", "cross-layer-equalization", "gptq-rounding")
     manifest = open_model(folder / "near.onnx").manifest
     assert manifest.precision == "int8"
     assert manifest.quantization is not None
@@ -113,15 +113,15 @@ def test_images_that_calibrated_do_not_judge_and_the_file_can_be_inspected(folde
 @pytest.mark.parametrize(
     ("options", "calibrated", "told"),
     [
-        ({}, False, "give --calibration, or take --precision int8-dynamic"),
-        ({"precision": "int8-dynamic", "ranges": "mse"}, True, "--ranges says nothing here"),
-        ({"precision": "int8-dynamic", "recipe": "accurate"}, False, "--recipe says nothing here: without"),
-        ({"precision": "int8-dynamic", "max_drop_points": 1.0}, False, "--max-drop says nothing here"),
-        ({"precision": "int8-dynamic", "algorithms": ("range-search",)}, True, "ranges that are constants"),
-        ({"precision": "int8-dynamic", "target": "qnn"}, False, "take --precision int8, or the target of a CPU"),
-        ({"precision": "fp16"}, True, "float16 has no ranges"),
-        ({"precision": "fp16", "target": "x86-vnni"}, False, "--target says nothing here"),
-        ({"precision": "int4"}, False, "choose int8, int8-dynamic, fp16"),
+        ({}, False, "give --calibration, or --precision int8-dynamic"),
+        ({"precision": "int8-dynamic", "ranges": "mse"}, True, "--ranges has no effect here"),
+        ({"precision": "int8-dynamic", "recipe": "accurate"}, False, "--recipe has no effect here: without"),
+        ({"precision": "int8-dynamic", "max_drop_points": 1.0}, False, "--max-drop has no effect here"),
+        ({"precision": "int8-dynamic", "algorithms": ("range-search",)}, True, "for constant ranges"),
+        ({"precision": "int8-dynamic", "target": "qnn"}, False, "use --precision int8, or the target of a CPU"),
+        ({"precision": "float16"}, True, "float16 has no ranges"),
+        ({"precision": "float16", "target": "x86-vnni"}, False, "--target has no effect here"),
+        ({"precision": "int4"}, False, "choose int8, int8-dynamic, float16"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -144,22 +144,22 @@ def test_a_file_fixed_at_another_batch_is_refused(folder: Path, tmp_path: Path) 
     for precision, target in (("int8-dynamic", "portable"), ("int8", "qnn")):
         options = QuantizationOptions(precision=precision, target=target)  # type: ignore[arg-type]
         calibration = folder / "calibration" if precision == "int8" else None
-        with pytest.raises(UsageError, match="fixed at 2"):
+        with pytest.raises(UsageError, match="fixed batch of 2"):
             quantize(tmp_path / "m.onnx", calibration=calibration, out=tmp_path / "q.onnx", options=options)
 
 
 def test_float16_is_half_the_file_at_fifty_decibels_and_said_to_be_storage(folder: Path, tmp_path: Path) -> None:
     outputs = ("logits", "probabilities", "top5")
     export_onnx(folder / "c.safetensors", out=tmp_path / "m.onnx", options=ExportOptions(outputs=outputs))
-    done = vit_edge("quantize", "m.onnx", "--precision", "fp16", cwd=tmp_path)
+    done = vit_edge("quantize", "m.onnx", "--precision", "float16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "float16 is storage on CPUs" in done.stderr
-    half, source = open_model(tmp_path / "model.fp16.onnx"), open_model(tmp_path / "m.onnx")
+    assert "float16 saves storage on CPUs" in done.stderr
+    half, source = open_model(tmp_path / "model.float16.onnx"), open_model(tmp_path / "m.onnx")
     assert half.manifest.precision == "float16"
     assert half.manifest.provenance["float_model_sha256"] == source.sha256
     assert len(half.data) < 0.7 * len(source.data)  # much of so small a network's file is no weights
     for engine in _ENGINES:
         expected = _logits(tmp_path / "m.onnx", engine)
-        assert sqnr_db(expected, _logits(tmp_path / "model.fp16.onnx", engine)) >= 50
+        assert sqnr_db(expected, _logits(tmp_path / "model.float16.onnx", engine)) >= 50
     with pytest.raises(UsageError, match="float16"):
-        quantize(tmp_path / "model.fp16.onnx", calibration=folder / "calibration", out=tmp_path / "q.onnx")
+        quantize(tmp_path / "model.float16.onnx", calibration=folder / "calibration", out=tmp_path / "q.onnx")

@@ -99,7 +99,7 @@ def test_a_network_made_elsewhere_becomes_the_file_that_export_makes_of_it_in_in
     assert _run(*_told(tmp_path / "theirs.onnx", "-o", str(out), "--json")) == 0
     printed = json.loads(capsys.readouterr().out)
     assert all(entry["percent"] == 100 for entry in printed["coverage"])
-    assert {"repq", "value-scaling"} <= set(printed["algorithms"])
+    assert {"repq", "cross-layer-equalization"} <= set(printed["algorithms"])
     told = ["--labels", "labels.txt", "--preprocessing", "how.json", "-o", str(reference)]
     assert main(["export", str(tmp_path / "theirs.onnx"), *told]) == 0
     assert open_model(out).manifest.provenance["float_model_sha256"] == open_model(reference).sha256
@@ -116,7 +116,7 @@ def test_a_product_that_reads_a_moved_convolution_is_fitted_over_the_convolution
     assert _run(*_told(tmp_path / "theirs.onnx", "-o", str(tmp_path / "q.onnx"), "--data", "judge")) == 0
     manifest = open_model(tmp_path / "q.onnx").manifest
     assert manifest.quantization is not None
-    assert "rounding" in manifest.quantization["algorithms"]
+    assert "gptq-rounding" in manifest.quantization["algorithms"]
     assert manifest.evaluation is not None
     assert all(entry["sqnr_db"] > 25 for entry in manifest.evaluation["results"])
 
@@ -170,7 +170,7 @@ _REFUSED = {
     "an unknown recipe": (["--recipe", "nonsense"], 2, "recipes: fast, accurate"),
     "an unknown effort": (["--effort", "nonsense"], 2, "choose fast, balanced, thorough"),
     "an unknown algorithm": (["--algorithm", "nonsense"], 2, "algorithms: repq"),
-    "unknown ranges": (["--ranges", "nonsense"], 2, "choose min-max, averaged min-max"),
+    "unknown ranges": (["--ranges", "nonsense"], 2, "choose min-max, moving-average"),
     "a budget without images": (["--max-drop", "1"], 2, "give --data"),
     "a drop that is no number": (["--max-drop", "nan", "--data", "judge"], 2, "max drop is nan"),
     "a time limit without a search": (["--time-limit", "1"], 2, "give --max-drop or --min-agreement too"),

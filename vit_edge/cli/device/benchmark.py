@@ -13,7 +13,7 @@ from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
-from vit_edge.cli.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
 from vit_edge.errors import UsageError
 from vit_edge.machine.cpu import MOST_THREADS
 
@@ -69,7 +69,6 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     "--min-queries", type=click.IntRange(1), default=200, show_default=True, help="Fewest queries for each candidate."
 )
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Measure from file to labels too.")
-@click.option("--loadgen", "with_loadgen", is_flag=True, help="Measure with MLCommons LoadGen too.")
 @third_party_options
 @click.option("--no-peak", is_flag=True, help="Leave out the peak of the CPU.")
 @click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV.")
@@ -81,9 +80,10 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     "--fail-if-slower",
     callback=_percent,
     metavar="PERCENT",
-    help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
+    help="With --compare: exit with code 6 if a result is slower by more than this, with 95 % confidence.",
 )
-@click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
+@click.option("--allow-invalid", is_flag=True, help="Let --fail-if-slower compare runs that are marked INVALID.")
+@click.option("--fail-if-noisy", is_flag=True, help="Exit with code 6 if the machine was too noisy (INVALID).")
 @on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices, here=OUTPUTS, begin=begin)
 def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
     """Measure how fast MODELS answer, in every mix of the options, alternately in rounds.
@@ -119,10 +119,9 @@ def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
         min_seconds=measured["min_seconds"],
         min_queries=measured["min_queries"],
         latency_bound_ms=measured["latency_bound"],
-        with_loadgen=measured["with_loadgen"],
         images=measured["images"],
         has_peak=not measured["no_peak"],
-        **read_told(measured),
+        **read_third_party_options(measured),
     )
     with progress_bar() as progress:
         return measure(models, options, progress=progress)

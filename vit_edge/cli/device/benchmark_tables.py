@@ -45,8 +45,6 @@ _LATENCIES = ("min", "p50", "p90", "p99")
 def tables(run: Benchmark) -> list[Any]:
     """Return the tables and sentences of a run."""
     shown: list[Any] = [_latencies(run), _costs(run)]
-    if any(result.loadgen for result in run.results):
-        shown.append(_loadgen(run))
     if any(result.end_to_end for result in run.results):
         shown.append(_stages(run))
     shown += [
@@ -127,22 +125,6 @@ def _costs(run: Benchmark) -> Table:
     ]
     columns = ("model", "engine", "precision", "batch", "threads", "load ms", "cold start ms", "peak RSS", "file")
     return make_table(f"energy: {run.energy_meter}", (*columns, "of peak", "energy/image"), rows)
-
-
-def _loadgen(run: Benchmark) -> Table:
-    rows = [
-        (
-            *_named(result),
-            *(_or_unknown(value, "{:.3f}") for value in (found.p50_ms, found.p90_ms, found.p99_ms)),
-            _or_unknown(found.throughput_per_s, "{:.0f}"),
-            str(found.num_queries),
-            "VALID" if found.is_valid else "INVALID",
-        )
-        for result in run.results
-        if (found := result.loadgen) is not None
-    ]
-    columns = ("model", "engine", "precision", "batch", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s", "queries")
-    return make_table("MLCommons LoadGen", (*columns, "by its rules"), rows)
 
 
 def _stages(run: Benchmark) -> Table:

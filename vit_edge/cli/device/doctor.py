@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.device.remote import on_devices, ran_on
 from vit_edge.cli.output import Result, command, make_table, megabytes
 from vit_edge.errors import EngineUnavailable
-from vit_edge.remote.fleet import Outcome
+
+if TYPE_CHECKING:
+    from vit_edge.remote.fleet import Outcome
 
 
 def _reported(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Return what each device is told to have."""
+    """Return the report of each device."""
     return [entry for outcome in outcomes for entry in _shown(outcome.value, ran_on(outcome))]
 
 

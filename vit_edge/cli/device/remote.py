@@ -7,24 +7,24 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.core import ParameterSource
 
 from vit_edge.cli.output import Result, make_table
 from vit_edge.errors import UsageError, VitEdgeError, printable
-from vit_edge.model_file.artifact import open_model
-from vit_edge.remote.device import Bundle, Device, Session, Setup
-from vit_edge.remote.fleet import Outcome, chosen_devices, failure, run_on
-from vit_edge.runtime.onnx_import.importer import is_third_party
+
+if TYPE_CHECKING:
+    from vit_edge.remote.device import Bundle, Device, Session, Setup
+    from vit_edge.remote.fleet import Outcome
 
 __all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", "parts", "ran_on"]
 
 # A command's tables for people, of what each device printed.
-Shown = Callable[[Sequence[Outcome]], list[Any]]
-# Given what was told of the result, returns what is done with it.
-Begin = Callable[[dict[str, Any]], Callable[[Result], Result]]
+Shown: TypeAlias = "Callable[[Sequence[Outcome]], list[Any]]"
+# Takes the options about the result, and returns the function that uses them.
+Begin: TypeAlias = Callable[[dict[str, Any]], Callable[[Result], Result]]
 _OWN = ("on", "device_list", "tags", "install", "wheels", "python", "device_timeout")
 _COMMON = ("as_json", "verbose", "quiet", "config")
 _PATH = click.Path(path_type=Path)
@@ -68,8 +68,8 @@ def on_devices(
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def run(**values: Any) -> Result:
-            told = {name: values.pop(name) for name in _OWN}
-            remote = _asked(told)
+            options = {name: values.pop(name) for name in _OWN}
+            remote = _asked(options)
             if own:
                 return function(**values, remote=remote)
             if remote is None:
@@ -100,6 +100,8 @@ def merged(outcomes: Sequence[Outcome], shown: list[Any]) -> Result:
     data["devices"] = devices
     if any("results" in (outcome.value or {}) for outcome in outcomes):
         data["results"] = [entry for outcome in outcomes for entry in labelled(outcome)]
+    from vit_edge.remote.fleet import failure
+
     failed = [f"{ran_on(o)}: {o.error}" for o in outcomes if o.error is not None and len(outcomes) > 1]
     return Result(data=data, shown=[*shown, *failed], error=failure(outcomes))
 
@@ -117,21 +119,27 @@ def _fields(error: VitEdgeError) -> dict[str, Any]:
     return error_fields(error)
 
 
-def _asked(told: dict[str, Any]) -> Remote | None:
-    if not told["on"] and told["device_list"] is None:
-        given = [name for name in ("tags", "install", "wheels") if told[name]]
+def _asked(options: dict[str, Any]) -> Remote | None:
+    if not options["on"] and options["device_list"] is None:
+        given = [name for name in ("tags", "install", "wheels") if options[name]]
         if given:
             option = f"--{given[0].removesuffix('s') if given[0] == 'tags' else given[0]}"
             raise UsageError("cannot choose a device", reason=f"{option} is for one", remedy="name it with --on")
         return None
-    devices = chosen_devices(told["on"], file=told["device_list"], tags=told["tags"], python=told["python"])
-    setup = Setup(install=told["install"], wheels=told["wheels"], seconds=told["device_timeout"])
+    from vit_edge.remote.device import Setup
+    from vit_edge.remote.fleet import chosen_devices
+
+    devices = chosen_devices(options["on"], file=options["device_list"], tags=options["tags"], python=options["python"])
+    setup = Setup(install=options["install"], wheels=options["wheels"], seconds=options["device_timeout"])
     return Remote(devices=tuple(devices), setup=setup)
 
 
 def _run_there(
     remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool, here: Sequence[str]
 ) -> Result:
+    from vit_edge.remote.device import Bundle
+    from vit_edge.remote.fleet import run_on
+
     context = click.get_current_context()
     given = list(_given(context, uploads, here))
     files = {path: parts(path) for _, values, is_file in given if is_file for path in map(Path, values)}
@@ -184,7 +192,7 @@ def _given(
 def _arguments(
     context: click.Context, given: Sequence[tuple[click.Parameter, list[Any], bool]], bundle: Bundle, engine: str | None
 ) -> tuple[str | None, list[str]]:
-    """Return the engine that is asked for, if any, and the command line there; a device's own engine unless told."""
+    """Return the engine that is asked for, if any, and the command line there; a device's own engine by default."""
     options, arguments = list[str](), list[str]()
     for parameter, values, is_file in given:
         texts = [bundle.name_there(Path(value)) if is_file else str(value) for value in values]
@@ -205,6 +213,9 @@ def _arguments(
 
 def parts(path: Path) -> list[tuple[str, Path]]:
     """Return the file and what belongs to it, each with a name for it there; raises what is wrong with a model file."""
+    from vit_edge.model_file.artifact import open_model
+    from vit_edge.runtime.onnx_import.importer import is_third_party
+
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UsageError("cannot send a folder", file=path, reason="devices take files", remedy="name its files")

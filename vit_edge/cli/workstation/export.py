@@ -36,8 +36,6 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
 @command("export")
 @click.argument("source")
 @click.option("-o", "--out", type=_PATH, help="What to write  [default: model.onnx].")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
-              help="fp16 halves the file; on CPUs it is storage, not speed.")  # fmt: skip
 @click.option("--batch", default="dynamic", callback=_batch, metavar="dynamic|N", help="[default: dynamic]")
 @click.option("--input", "input_", type=click.Choice(["uint8-nhwc", "float32-nchw"]), default="uint8-nhwc",
               show_default=True, help="Pixels, or pixels normalised by the application.")  # fmt: skip
@@ -84,7 +82,6 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     from vit_edge.export.tracing.formats import may_write_format
 
     options = ExportOptions(
-        precision=values["precision"],
         batch=values["batch"],
         input=values["input_"],
         outputs=values["outputs"],
@@ -128,7 +125,6 @@ def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
 
 # What a network that is a graph already can no longer be told, and what says that nobody did.
 _NOT_FOR_ONNX = {
-    "precision": "fp32",
     "batch": None,
     "input_": "uint8-nhwc",
     "outputs": ("logits",),

@@ -36,7 +36,7 @@ def verify_there(
             session.provide(bundle, engine=chosen[0], needs_engine=True)
 
             def there(engine: str) -> AbstractContextManager[RemoteModel]:
-                seconds, threads = remote.setup.seconds, request.threads
+                seconds, threads = remote.setup.seconds, request.reference_run.threads
                 return RemoteModel(session, bundle, model=model, engine=engine, threads=threads, seconds=seconds)
 
             return run_verification(replace(request, engines=chosen, open_candidate=there))

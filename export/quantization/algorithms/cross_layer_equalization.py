@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from vit_edge.export.quantization.algorithms.reparameterisation import alignment
 from vit_edge.export.quantization.calibration.observers import ChannelRange
 
-__all__ = ["Mixing", "find_mixings", "scale_values"]
+__all__ = ["Mixing", "equalize", "find_mixings"]
 
 Array = npt.NDArray[Any]
 
@@ -58,9 +58,7 @@ def find_mixings(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) ->
     return found
 
 
-def scale_values(
-    model: onnx.ModelProto, mixings: Sequence[Mixing], ranges: Mapping[str, ChannelRange]
-) -> onnx.ModelProto:
+def equalize(model: onnx.ModelProto, mixings: Sequence[Mixing], ranges: Mapping[str, ChannelRange]) -> onnx.ModelProto:
     """Return a copy of `model` in which the channels of each projection's input have nearer ranges, around zero.
 
     `ranges` are those of the inputs of `mixings`. The function stays the same up to float32 rounding.

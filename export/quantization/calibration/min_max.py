@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Extremes"]
+__all__ = ["MinMax"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
 
-class Extremes:
+class MinMax:
     """Smallest and largest values along an axis, of all images together and as sums over images, in float64."""
 
     def __init__(self, *, axis: int | None) -> None:
@@ -48,9 +48,9 @@ class Extremes:
         """Return what `restore` takes."""
         return {"count": np.array([self._count], np.int64), "ends": np.stack(self._ends)}
 
-    def restored(self, state: Mapping[str, npt.NDArray[Any]]) -> Extremes:
+    def restored(self, state: Mapping[str, npt.NDArray[Any]]) -> MinMax:
         """Return one of this axis that holds `state`; raises ValueError or KeyError where it is none."""
-        made = Extremes(axis=self._axis)
+        made = MinMax(axis=self._axis)
         if state["ends"].shape[0] != 4 or state["ends"].ndim != 2 or state["ends"].dtype != np.float64:
             raise ValueError("it does not hold the ends of ranges")
         made._count, made._ends = int(state["count"][0]), list(state["ends"])
