@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError
+from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError, escaped
 from vit_edge.image import Decoding, Preprocessing
 from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.model_file.artifact import ModelFile, open_model
@@ -20,6 +20,7 @@ from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
 from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
+from vit_edge.runtime.checks.policy import LoadPolicy, Sandbox, current_policy, policy_with
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (
@@ -37,10 +38,9 @@ from vit_edge.runtime.engines.protocol import (
 from vit_edge.runtime.onnx_import.importer import adopt, is_third_party
 from vit_edge.runtime.tuned_configuration import promised_engines, tuned_configuration
 
-__all__ = ["Sandbox", "Verify", "check_decode", "check_sandbox", "load", "load_model", "open_any", "run_checked"]
+__all__ = ["Verify", "check_decode", "load", "load_model", "open_any", "run_checked"]
 
 Verify: TypeAlias = Literal["full", "hash", "none"]
-Sandbox: TypeAlias = Literal["auto", "always", "never"]
 _COMPUTES_NOTHING = "null"
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def load(
     batch_size: int | None = None,
     decode: Decoding = "full",
     verify: Verify = "full",
-    sandbox: Sandbox = "auto",
+    sandbox: Sandbox | None = None,
+    allow_ops: Sequence[str] | None = None,
     allow_fallback: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
@@ -75,7 +76,8 @@ def load(
       is another release than the file was checked in; "none" leaves out the seal too.
     - `sandbox` "auto" tries a file that this machine has not accepted before in a subprocess first, with limits on time
       and memory: a crash there leaves this process unharmed. A file that passed is known to later processes, for the
-      same engine version, CPU and options. "always" tries every file, "never" none.
+      same engine version, CPU and options. "always" tries every file, "never" none. The default is "auto".
+    - `allow_ops` names operators that are allowed besides the operator allow-list; `describe()` lists them.
     - `preprocessing` (or its fields) and `labels` are for an ONNX classifier made elsewhere, and only for one.
 
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable, MissingExtra or UsageError.
@@ -92,10 +94,10 @@ def load(
         allow_fallback=allow_fallback,
     )
     _check_choice("verify", verify, get_args(Verify))
-    check_sandbox(sandbox)
+    policy = policy_with(sandbox, allow_ops)
     check_decode(decode)
     model = open_any(source, preprocessing=preprocessing, labels=labels, verify=verify)
-    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, sandbox=sandbox)
+    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, policy=policy)
 
 
 def open_any(
@@ -141,13 +143,14 @@ def load_model(
     verify: Verify = "full",
     decode: Decoding = "full",
     warn: bool = True,
-    sandbox: Sandbox = "auto",
+    policy: LoadPolicy | None = None,
 ) -> Classifier:
     """Return a classifier from a model file that was opened already; raises as `load` does.
 
     With `warn` False nothing is logged about a target other than this CPU: for callers that just made the file.
     """
-    check_graph(model) if isinstance(model, ModelFile) else check_ir(model)
+    policy = policy or current_policy()
+    check_graph(model, allow_ops=policy.allow_ops) if isinstance(model, ModelFile) else check_ir(model)
     name = target_name(model.manifest.quantization)
     difference = mismatch(name) if name else None
     if difference and warn:
@@ -155,7 +158,7 @@ def load_model(
     engine, options = _chosen(model, engine, options)
     trial = Trial(model=model, sha256=model.sha256, engine=engine, options=options, verify=verify)
     try:
-        _try_first(trial, sandbox)
+        _try_first(trial, policy.sandbox)
         loaded, verified = run_checked(model, engine=engine, options=options, verify=verify)
     except (GoldenMismatch, ModelRejected) as error:
         error.file = error.file or model.source
@@ -163,7 +166,8 @@ def load_model(
             error.remedy = difference  # not that somebody edited the file
         raise
     _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
-    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, checked={"verified": verified})
+    checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
+    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, checked=checked)
 
 
 def _try_first(trial: Trial, sandbox: Sandbox) -> None:
@@ -206,7 +210,7 @@ def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, Eng
 
 
 def _is_unchecked(model: Model) -> bool:
-    return model.manifest.provenance.get("form") == "elsewhere"
+    return isinstance(model, ModelFile) and model.is_third_party
 
 
 def _checked(model: Model, engine: Engine, verify: Verify) -> str:
@@ -220,7 +224,7 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
     is_other_release = recorded not in (None, engine.version)
     if is_other_release:
         _log.warning("%s was checked in %s %s, this is %s: its golden vectors are run",
-                     model.source, engine.name, recorded, engine.version)  # fmt: skip
+                     model.source, engine.name, escaped(str(recorded)), engine.version)  # fmt: skip
     if verify == "hash" and not is_other_release:
         if engine.name not in promised(manifest):
             _log.warning("%s: nothing is promised of its answers in %s", model.source, engine.name)
@@ -233,11 +237,6 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
     check_images(manifest.golden, manifest.preprocessing)
     check_golden(engine, manifest)
     return "full"
-
-
-def check_sandbox(sandbox: object) -> None:
-    """Raise UsageError if there is no such choice of when to use the sandbox."""
-    _check_choice("sandbox", sandbox, get_args(Sandbox))
 
 
 def check_decode(decode: object) -> None:

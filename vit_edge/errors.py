@@ -47,6 +47,7 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "VitEdgeError",
+    "escaped",
     "misfit",
     "printable",
     "require",
@@ -61,7 +62,8 @@ class VitEdgeError(Exception):
     in_json = False  # whether the command line has printed it as JSON already
 
     def __init__(self, what: str, *, reason: str, remedy: str, file: str | os.PathLike[str] | None = None) -> None:
-        self.what, self.reason, self.remedy = what, reason, remedy
+        # A reason may quote a file, a label or a manifest.
+        self.what, self.reason, self.remedy = escaped(what), escaped(reason), escaped(remedy)
         self.file = None if file is None else printable(file)
         super().__init__(what, reason, remedy)
 
@@ -151,7 +153,15 @@ class Interrupted(VitEdgeError):
 def printable(path: str | os.PathLike[str]) -> str:
     """Return a path as text that any terminal can print: control characters and bytes that are not UTF-8 escaped."""
     text = os.fsencode(Path(path)).decode("utf-8", errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return escaped(text, keep="")
+
+
+def escaped(text: str, *, keep: str = "\n") -> str:
+    """Return text from outside as a terminal, log or table may show it, control characters and the like escaped.
+
+    So are marks that turn the direction of writing, and lone surrogates. Characters in `keep` stay.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def require(module: str, *, extra: str, what: str) -> ModuleType:

@@ -91,7 +91,7 @@ class Activations:
             found = []
         if found and all(all(map(_same, *pair)) for pair in zip(alone, found, strict=True)):
             return len(tried)
-        _log.info("images run one by one: in this graph a batch of them gives other values")
+        _log.info("images run one by one: in this graph a batch gives other values")
         return 1
 
     def _run(self, images: Sequence[Array]) -> list[Array]:
@@ -107,8 +107,12 @@ class Activations:
 
 
 def logits_of(model: onnx.ModelProto, images: Sequence[Array]) -> npt.NDArray[np.float32]:
-    """Return the first output [images, classes] of `images`, each [1, ...] as the graph takes it."""
+    """Return the first output [images, classes] of `images`, each [1, ...] as the graph takes it.
+
+    One by one: a trial of a batch costs more than it can win for the few images of a sample.
+    """
     activations = Activations(model, [model.graph.output[0].name])
+    activations.num_at_once = 1
     return np.concatenate([values[0] for values in activations.of([image[0] for image in images])])
 
 

@@ -18,6 +18,7 @@ from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.writing import write_model
 from vit_edge.runtime.checks.acceptance import accept_own
+from vit_edge.runtime.checks.policy import NO_SANDBOX
 from vit_edge.runtime.checks.sandbox import run_apart
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, answers, make_engine
 from vit_edge.runtime.loading import load_model
@@ -77,7 +78,7 @@ def main(folder: str, text: str) -> int:
     try:
         model = open_model(Path(folder) / _MODEL)
         if not job["batches"]:
-            load_model(model, engine=job["engine"], options=EngineOptions(), sandbox="never").close()
+            load_model(model, engine=job["engine"], options=EngineOptions(), policy=NO_SANDBOX).close()
             return 0
         engine = make_engine(job["engine"], model, EngineOptions())
     except VitEdgeError as error:

@@ -1,4 +1,4 @@
-"""Is the INT8 file faster here than the float one? Both in turn, in each engine, so that drift hits both alike."""
+"""Compare the speed of the INT8 and the float32 file: in turns, in each engine, so that drift hits both alike."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.statistics import Ratio, ratio
 from vit_edge.runtime.benchmark.timing import time_calls
 from vit_edge.runtime.checks.golden import golden_images
+from vit_edge.runtime.checks.policy import NO_SANDBOX
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
@@ -69,7 +70,9 @@ def compare_speed(
             ratio_interval=ratio_of_rounds(rounds_FR[0], rounds_FR[1]).interval,
         )
         if speed.ratio <= 1:
-            text = "INT8 is not faster than float in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
+            text = (
+                "INT8 is not faster than float32 in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
+            )
             _log.warning(text, engine, speed.integer_ms, speed.float_ms)
         found.append(speed)
     return tuple(found)
@@ -86,7 +89,7 @@ def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> npt
     stage = f"measuring in {engine}"
     options = EngineOptions(threads=1)
     loaded = [
-        load_model(file, engine=engine, options=options, verify="hash", warn=False, sandbox="never") for file in files
+        load_model(file, engine=engine, options=options, verify="hash", warn=False, policy=NO_SANDBOX) for file in files
     ]
     try:
         height, width = files[0].manifest.preprocessing.crop

@@ -1,4 +1,4 @@
-"""How fast is it here? Every candidate in turn, in rounds, so that drift hits all alike; every sample kept."""
+"""Measure every candidate in turns, so that drift affects all alike, and keep every sample."""
 
 from __future__ import annotations
 
@@ -44,10 +44,14 @@ def measure(
     *,
     progress: Progress = silent,
 ) -> Benchmark:
-    """Return one measurement for every mix of model, engine, device, precision, batch size and threads.
+    """Return one measurement for each combination of model, engine, device, precision, batch size and threads.
 
-    They are measured alternately in rounds, after a warm-up, with inputs prepared beforehand. A mix that an engine
-    cannot do is left out with a warning, unless nothing is left. Raises as `load` does.
+    They are measured in turns, after a warm-up, with inputs prepared beforehand. A combination that an engine does not
+    support is left out with a warning, unless nothing is left. Raises as `load` does.
+
+        >>> run = measure(["model.onnx", "model.int8.onnx"], BenchmarkOptions(threads=(1,)))  # doctest: +SKIP
+        >>> run.results[1]                                                                    # doctest: +SKIP
+        <Measurement model.int8.onnx in onnxruntime, int8, batch 1, threads 1: p50 7.512 ms, ...>
     """
     options = options or BenchmarkOptions()
     with ExitStack() as stack:
@@ -73,7 +77,7 @@ def measure(
 def _opened(models: Sequence[str | os.PathLike[str]], third_party: Mapping[str, dict[str, Any]]) -> dict[str, Model]:
     paths = [os.fspath(model) for model in models]
     for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
-        _log.warning("%s is given more than once: it is measured once", path)
+        _log.warning("%s is given more than once and measured once", path)
     return {path: open_any(path, **third_party.get(path, {})) for path in dict.fromkeys(paths)}
 
 

@@ -1,4 +1,4 @@
-"""Which engine and how many threads answer one image soonest here: measured once, then read by every load."""
+"""Find the fastest engine and number of threads for a file on this machine; every later load uses them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AS_FAST = 1.03
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
-    """One choice, and the latency of one image with it in milliseconds."""
+    """One engine and number of threads, and the latency of one image in milliseconds."""
 
     engine: str
     threads: int
@@ -35,7 +35,7 @@ class Tuning:
 
     configuration: TunedConfiguration
     tried: tuple[Tried, ...]
-    is_kept: bool
+    is_saved: bool
 
 
 def tune(
@@ -45,10 +45,10 @@ def tune(
     min_queries: int = _MIN_QUERIES,
     progress: Progress = silent,
 ) -> Tuning:
-    """Measure every engine that the file is promised for with 1, 2, 4 ... usable threads, and keep the fastest.
+    """Measure every installed engine that the file was validated in with 1, 2, 4 ... threads, and save the fastest.
 
-    Every engine has to pass the golden vectors first. Fewer threads win where more are less than 3 % faster: what they
-    leave is the application's. Raises as `load` does, EngineUnavailable where no promised engine is installed.
+    Every engine must pass the golden vectors first. Fewer threads win if more are less than 3 % faster: the application
+    needs the rest. Raises as `load` does, EngineUnavailable if no validated engine is installed.
     """
     if not (0 < min_seconds <= 3600 and 1 <= min_queries <= 1_000_000):
         reason = f"{min_seconds} seconds, {min_queries} queries"
@@ -56,13 +56,13 @@ def tune(
     model = open_model(source)
     engines = promised_engines(model)
     if not engines:
-        reason = "no engine that the file is promised for is installed"
+        reason = "no engine is installed that the file was validated in"
         raise EngineUnavailable("cannot tune", file=source, reason=reason, remedy='pip install "vit-edge[onnxruntime]"')
     tried = _measured(model, os.fspath(source), engines, (min_seconds, min_queries), progress)
     best = _best(tried)
     configuration = TunedConfiguration(engine=best.engine, threads=best.threads, p50_ms=best.latency_ms.p50)
     ordered = tuple(sorted(tried, key=lambda one: one.latency_ms.p50))
-    return Tuning(configuration=configuration, tried=ordered, is_kept=save_configuration(model, configuration))
+    return Tuning(configuration=configuration, tried=ordered, is_saved=save_configuration(model, configuration))
 
 
 def _measured(
@@ -72,7 +72,7 @@ def _measured(
     try:
         for engine in engines:
             for threads in _counts():
-                candidates.append(  # noqa: PERF401 - those made are closed where a later one fails
+                candidates.append(  # noqa: PERF401 - those made are closed if a later one fails
                     Candidate(path, model, engine, EngineOptions(threads=threads), 1)
                 )
         sample_in_turns(candidates, min_seconds=least[0], min_queries=least[1], progress=progress)

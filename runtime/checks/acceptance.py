@@ -36,7 +36,8 @@ class Trial:
         """Return a name for the trial: everything that may change its result."""
         chosen = self.options
         cpu = [cpu_name(), instruction_set()]
-        file = [type(self.model).__name__, self.sha256, self._unchecked_weights()]
+        kind = [type(self.model).__name__, getattr(self.model, "is_third_party", False)]
+        file = [*kind, self.sha256, self._unchecked_weights()]
         how = [chosen.device, chosen.float_precision, chosen.batch_size, verify or self.verify]
         versions = [vit_edge.__version__, self.engine, _version(self.engine)]
         return sha256_hex(json.dumps([*file, *versions, *cpu, *how]).encode())

@@ -99,7 +99,7 @@ def _rejected(model: ModelFile, reason: str) -> ModelRejected:
 def check_ir(model: IrModel) -> None:
     """Raise ModelRejected where OpenVINO's IR holds another operator than a classifier has need of."""
     layers = ElementTree.fromstring(model.xml).findall("layers/layer")  # declares nothing: looked at when it was opened
-    problems = [] if len(layers) <= 4 * _MAX_NODES else [f"it has {len(layers):,} layers"]
+    problems = [] if len(layers) <= 4 * _MAX_NODES else [f"the IR has {len(layers):,} layers"]
     for layer in layers:
         kind, version = layer.get("type", ""), layer.get("version", "")
         if kind not in _IR_TYPES or not _IR_SETS.fullmatch(version) or layer.find("body") is not None:
@@ -114,11 +114,11 @@ def _problems(proto: Any, model: ModelFile, allowed: Collection[str]) -> Iterato
     yield from _count_problems(proto)
     versions = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}
     if not 3 <= proto.ir_version <= _MAX_IR:
-        yield f"its IR version is {proto.ir_version}; 3 to {_MAX_IR} are read"
+        yield f"the IR version is {proto.ir_version}; 3 to {_MAX_IR} are read"
     if not 7 <= versions.get("ai.onnx", 0) <= _MAX_OPSET:
-        yield f"its opset is {versions.get('ai.onnx', 'not given')}; 7 to {_MAX_OPSET} are read"
+        yield f"the opset is {versions.get('ai.onnx', 'not given')}; 7 to {_MAX_OPSET} are read"
     if proto.functions or proto.training_info or graph.sparse_initializer:
-        yield "it holds functions, training steps or sparse weights"
+        yield "the model holds functions, training steps or sparse weights"
     known = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
     for node in graph.node:
         if not known >= {name for name in node.input if name}:
@@ -193,24 +193,24 @@ def _interface_problems(graph: Any, model: ModelFile) -> Iterator[str]:
     manifest = model.manifest
     names = tuple(value.name for value in graph.output)
     if len(graph.input) != 1 or names != manifest.outputs:
-        yield f"it has {len(graph.input)} inputs and the outputs {', '.join(names)}; the manifest says otherwise"
+        yield f"the graph has {len(graph.input)} inputs and the outputs {', '.join(names)}; the manifest says otherwise"
         return
     name, dtype, shape = _signature(graph.input[0])
     if not shape or any(len(value.type.tensor_type.shape.dim) == 0 for value in graph.output):
-        yield "its input or an output has no shape"
+        yield "the input or an output has no shape"
         return
     if manifest.batch is None and not isinstance(shape[0], str):
-        yield f"its batch is fixed at {shape[0]}"
+        yield f"the batch is fixed at {shape[0]}"
     elif manifest.batch is not None and shape[0] != manifest.batch:
-        yield f"its batch is {shape[0]}; the manifest says {manifest.batch}"
+        yield f"the batch is {shape[0]}; the manifest says {manifest.batch}"
     rows_columns = list(manifest.preprocessing.crop)
     is_uint8 = manifest.input["dtype"] == "uint8"
     expected = (UINT8, [*rows_columns, 3]) if is_uint8 else (FLOAT, [3, *rows_columns])
     if name != manifest.input.get("name") or (dtype, shape[1:]) != expected:
-        yield f"its input {name!r} has shape {shape}; the manifest says {manifest.input} of {rows_columns}"
+        yield f"the input {name!r} has shape {shape}; the manifest says {manifest.input} of {rows_columns}"
     name, dtype, shape = _signature(graph.output[0])
     if (dtype, shape[1:]) != (FLOAT, [len(manifest.labels)]):
-        yield f"its output {name!r} has shape {shape}; the manifest has {len(manifest.labels)} labels"
+        yield f"the output {name!r} has shape {shape}; the manifest has {len(manifest.labels)} labels"
 
 
 def _signature(value: Any) -> tuple[str, int, list[int | str]]:

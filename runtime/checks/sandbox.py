@@ -14,16 +14,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from vit_edge import errors
 from vit_edge.errors import EngineUnavailable, ModelRejected, VitEdgeError
-from vit_edge.model_file.artifact import open_model
+from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, refusal, refuse
-from vit_edge.runtime.engines.protocol import EngineOptions
+from vit_edge.runtime.engines.protocol import EngineOptions, Model
 
 __all__ = ["limit_memory", "main", "run_apart", "start_of", "try_in_sandbox"]
 
@@ -119,8 +119,14 @@ def _write_job(folder: Path, trial: Trial) -> int:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     num_bytes = sum(len(data) for data in files.values())
-    job = {"file": next(iter(files)), "engine": trial.engine, "options": asdict(trial.options),
-           "verify": trial.verify, "bytes": num_bytes}  # fmt: skip
+    job = {
+        "file": next(iter(files)),
+        "engine": trial.engine,
+        "options": asdict(trial.options),
+        "verify": trial.verify,
+        "bytes": num_bytes,
+        "third_party": isinstance(model, ModelFile) and model.is_third_party,
+    }
     (folder / _JOB).write_text(json.dumps(job), encoding="utf-8")
     return num_bytes
 
@@ -149,7 +155,9 @@ def _load(path: Path, job: dict[str, Any]) -> None:
     from vit_edge.runtime.checks.golden import golden_images
     from vit_edge.runtime.loading import run_checked
 
-    model = open_ir(path) if path.suffix == ".xml" else open_model(path, warn=False)
+    model: Model = open_ir(path) if path.suffix == ".xml" else open_model(path, warn=False)
+    if isinstance(model, ModelFile):
+        model = replace(model, is_third_party=job["third_party"])
     loaded, _ = run_checked(model, engine=job["engine"], options=EngineOptions(**job["options"]), verify=job["verify"])
     height, width = model.manifest.preprocessing.crop
     logits = loaded.run(golden_images([1], height=height, width=width))

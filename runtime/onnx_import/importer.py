@@ -82,7 +82,7 @@ def _adopted(
             **more,
         },
     )
-    return replace(ModelFile.from_graph(proto, manifest), source=name)
+    return replace(ModelFile.from_graph(proto, manifest), source=name, is_third_party=True)
 
 
 def _parsed(data: bytes) -> Any:

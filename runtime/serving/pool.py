@@ -26,9 +26,10 @@ from vit_edge.errors import Closed, UsageError, VitEdgeError
 from vit_edge.image import Color, Decoding, ImageSource, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
+from vit_edge.runtime.checks.policy import Sandbox, policy_with
 from vit_edge.runtime.classifier import Prediction, Prepared, check_top
 from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
-from vit_edge.runtime.loading import Sandbox, check_decode, check_sandbox, load_model, open_any
+from vit_edge.runtime.loading import check_decode, load_model, open_any
 from vit_edge.runtime.serving.file_signature import Signature, signature_of
 from vit_edge.runtime.serving.model_slot import ModelSlot, ModelVersion
 from vit_edge.runtime.serving.request_queue import Request, RequestQueue, finish
@@ -74,7 +75,8 @@ class Pool:
         float_precision: FloatPrecision | None = None,
         batch_size: int | None = None,
         decode: Decoding = "full",
-        sandbox: Sandbox = "auto",
+        sandbox: Sandbox | None = None,
+        allow_ops: Sequence[str] | None = None,
         allow_fallback: bool = False,
         preprocessing: Preprocessing | Mapping[str, Any] | None = None,
         labels: Sequence[str] | None = None,
@@ -84,7 +86,7 @@ class Pool:
             check_count(name, value, _MOST[name], what="cannot make the pool")
         _check("max_delay_ms", max_delay_ms, most=_MOST_DELAY_MS)
         check_decode(decode)
-        check_sandbox(sandbox)
+        self._policy = policy_with(sandbox, allow_ops)
         workers = workers or max(1, usable_threads() // threads)
         queue_size = queue_size or 2 * workers
         self._options = EngineOptions(
@@ -95,7 +97,7 @@ class Pool:
             streams=workers,
             allow_fallback=allow_fallback,
         )
-        self._engine, self._decode, self._sandbox, self._workers = engine, decode, sandbox, workers
+        self._engine, self._decode, self._workers = engine, decode, workers
         self._preprocessing, self._labels = preprocessing, labels
         self._queue_size, self._max_batch = queue_size, max_batch
         self._served = _served(source)
@@ -236,9 +238,7 @@ class Pool:
 
     def _loaded(self, source: Source) -> ModelVersion:
         model = open_any(source, preprocessing=self._preprocessing, labels=self._labels)
-        first = load_model(
-            model, engine=self._engine, options=self._options, decode=self._decode, sandbox=self._sandbox
-        )
+        first = load_model(model, engine=self._engine, options=self._options, decode=self._decode, policy=self._policy)
         return ModelVersion(first, workers=self._workers)
 
     def _check_open(self, verb: str) -> None:

@@ -101,17 +101,17 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "20 If": (planted("If", then_branch=BODY, else_branch=BODY), "'planted' is ai.onnx.If"),
     "20 Loop": (planted("Loop", "logits logits", body=BODY), "'planted' is ai.onnx.Loop"),
     "20 Scan": (planted("Scan", body=BODY, num_scan_inputs=1), "'planted' is ai.onnx.Scan"),
-    "20 a function": (lambda m: m.functions.add(name="f", domain="d"), "it holds functions"),
+    "20 a function": (lambda m: m.functions.add(name="f", domain="d"), "the model holds functions"),
     "20 custom": (planted("Mine", domain="com.example"), r"'planted' is com.example.Mine"),
     "20 contrib": (planted("FusedMatMul", "logits logits", domain="com.microsoft"), "com.microsoft.FusedMatMul"),
     "20 EPContext": (planted("EPContext", domain="com.microsoft"), "com.microsoft.EPContext"),
-    "21 opset 999": (named(opset=999), "its opset is 999"),
-    "21 opset 2^62": (named(opset=2**62), "its opset is 4611686018427387904"),
-    "21 IR 99": (named(ir=99), "its IR version is 99"),
+    "21 opset 999": (named(opset=999), "the opset is 999"),
+    "21 opset 2^62": (named(opset=2**62), "the opset is 4611686018427387904"),
+    "21 IR 99": (named(ir=99), "the IR version is 99"),
     "22 a bomb": (appended("ConstantOfShape", shape=np.array([2**40])), "makes 1,099,511,627,776 values"),
     "22 giant sizes": (lambda m: m.graph.initializer[0].dims.append(2**40), "has the shape"),
     "22 20,000 nodes": (chain, "nodes; at most 5,000 are read"),
-    "25 other pixels": (without_pixels, r"its input 'images' has shape .*31"),
+    "25 other pixels": (without_pixels, r"the input 'images' has shape .*31"),
 }
 
 
@@ -152,10 +152,16 @@ def test_fault_24_answers_that_are_not_finite_or_of_another_network_are_found(
 @pytest.mark.parametrize("engine", installed_engines())
 def test_faults_22_to_24_of_files_made_elsewhere_end_a_process_apart(tmp_path: Path, engine: str) -> None:
     # A shape that only running the graph tells: shape inference does not follow a Cast from float.
-    bomb = [node("Cast", ["huge"], ["s"], to=7), node("ConstantOfShape", ["s"], ["h"]),
-            node("ReduceMax", ["h"], ["m"], keepdims=0), node("Add", ["x", "m"], ["z"]), node("Conv", ["z", "filters"], ["c"])]  # fmt: skip
+    bomb = [
+        node("Cast", ["huge"], ["s"], to=7),
+        node("ConstantOfShape", ["s"], ["h"]),
+        node("ReduceMax", ["h"], ["m"], keepdims=0),
+        node("Add", ["x", "m"], ["z"]),
+        node("Conv", ["z", "filters"], ["c"]),
+    ]
+    huge = np.array([200_000, 200_000], np.float32)
     models = {
-        "memory": network(*bomb, *CONV[1:], *HEAD, huge=np.array([200_000, 200_000], np.float32), **WEIGHTS),
+        "memory": network(*bomb, *CONV[1:], *HEAD, huge=huge, **WEIGHTS),
         "shape": network(
             *CONV, HEAD[0], node("Gemm", ["f", "w", "b"], ["g"], transB=1), node("Reshape", ["g", "s"], ["y"]),
             s=np.array([-1, 1]), **WEIGHTS,

@@ -48,7 +48,6 @@ _EXPORT = (
     "vit_edge.export.quantization.calibration",
     "vit_edge.export.quantization.qdq",
     "vit_edge.export.quantization.algorithms",
-    "vit_edge.export.quantization.precisions",
     "vit_edge.export.quantization.calibrated_graph",
     "vit_edge.export.quantization.options",
     "vit_edge.export.quantization.coverage",
@@ -72,8 +71,10 @@ _CLI = (
 ORDER = (
     "vit_edge.__init__",
     "vit_edge",
+    "vit_edge.data",
     "vit_edge.model_file",
     "vit_edge.machine",
+    "vit_edge.cache",
     *_RUNTIME,
     "vit_edge.remote",
     *_TORCH,

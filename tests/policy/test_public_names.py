@@ -63,6 +63,7 @@ SURFACE = {
         "VitEdgeError",
         "printable",
         "require",
+        "version_of",
     ],
 }
 MODULES = [

@@ -146,7 +146,7 @@ def _spoken(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     """Yield (what it is, expression) of the parts of a node that a person will read."""
     if isinstance(node, ast.Call):
         keywords = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-        yield from ((name, keywords[name]) for name in _MESSAGE_NAMES & keywords.keys())
+        yield from ((name, keywords[name]) for name in sorted(_MESSAGE_NAMES & keywords.keys()))
         method = node.func
         is_log = isinstance(method, ast.Attribute) and method.attr in _LOG_METHODS and _name(method.value) in _LOGS
         is_echo = _name(method) in {"echo", "say", "require"}

@@ -474,3 +474,14 @@ def test_a_child_after_a_fork_can_drop_what_it_inherited_and_load_its_own(worksp
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     classifier.close()
+
+
+def test_results_describe_themselves_in_a_line_and_as_html(small_model: Path) -> None:
+    with load(small_model / "m.onnx", threads=1) as classifier:
+        prediction = classifier(np.zeros((40, 40, 3), np.uint8))
+        assert repr(classifier).startswith("<Classifier ")
+        assert "threads=1" in repr(classifier)
+        assert classifier._repr_html_().startswith("<table>")
+    assert repr(prediction).startswith(f"<Prediction {prediction.label!r}: {prediction.probability:.1%}")
+    assert prediction.label in prediction._repr_html_()
+    assert repr(classifier).endswith("closed>")

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from vit_edge import __version__
-from vit_edge.errors import EngineUnavailable, VitEdgeError, version_of
+from vit_edge.errors import EngineUnavailable, MissingExtra, VitEdgeError, version_of
 from vit_edge.machine.package_versions import conflicts
 
 __all__ = ["crash", "versions"]
@@ -26,6 +26,11 @@ def crash(error: BaseException, arguments: Sequence[str]) -> VitEdgeError:
         return EngineUnavailable("cannot use the packages", reason=reason, remedy=misfits[0][1])
     lines = [f"vit-edge {' '.join(map(repr, arguments))}", *versions(), "", *traceback.format_exception(error)]
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if isinstance(error, ImportError) and not (error.name or "").startswith("vit_edge"):
+        # Commands import what they need when they run: a package is missing, or does not fit another.
+        installed = ", ".join(versions()[2:])
+        remedy = "pip install --upgrade vit-edge"
+        return MissingExtra("cannot start vit-edge", reason=f"{reason} (installed: {installed})", remedy=remedy)
     try:
         descriptor, path = tempfile.mkstemp(prefix="vit-edge-crash-", suffix=".txt")
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:

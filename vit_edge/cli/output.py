@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
+from vit_edge.cli.progress_lines import progress_lines
 from vit_edge.cli.streams import holds_unicode
-from vit_edge.cli.tables import make_table
-from vit_edge.errors import UsageError, VitEdgeError
+from vit_edge.cli.tables import FittingTable
+from vit_edge.errors import UsageError, VitEdgeError, escaped
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
 from vit_edge.progress import Progress
@@ -104,8 +105,15 @@ class _Remembering(GroupedCommand):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Yield a Progress that draws one bar a stage on stderr; it is silent where stderr is no terminal or with -q."""
+def progress_bar(*, announce: bool = True) -> Iterator[Progress]:
+    """Yield a Progress that draws one bar per stage on stderr; lines if stderr is no terminal; nothing with -q.
+
+    Without `announce` a stage gets lines only if it lasts ten seconds, for commands that mostly take less.
+    """
+    if not sys.stderr.isatty() and not click.get_current_context().meta.get("quiet", False):
+        with progress_lines(announce=announce) as lines:
+            yield lines
+        return
     with bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as drawn:
         tasks: dict[str, TaskID] = {}
 
@@ -122,6 +130,11 @@ def bar(*columns: Any) -> Bar:
     console = Console(stderr=True)
     quiet = click.get_current_context().meta.get("quiet", False)
     return Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittingTable:
+    """Return a table that breaks no word: on a narrow terminal its rows are stacked."""
+    return FittingTable(title, columns, rows)
 
 
 def megabytes(size_bytes: int) -> str:
@@ -233,12 +246,13 @@ class _Collector(logging.Handler):
         self.quiet, self.messages = quiet, list[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage() in self.messages:  # the same files are looked through more than once
+        message = escaped(record.getMessage())
+        if message in self.messages:  # the same files are looked through more than once
             return
         if record.levelno >= logging.WARNING:
-            self.messages.append(record.getMessage())
+            self.messages.append(message)
         if not self.quiet:
-            click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+            click.echo(f"{record.levelname.lower()}: {message}", err=True)
 
 
 @contextmanager
@@ -266,7 +280,9 @@ def error_fields(error: VitEdgeError) -> dict[str, Any]:
 
 def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
     everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
-    click.echo(json.dumps(finite(everything), ensure_ascii=not holds_unicode(), default=str))
+    text = json.dumps(finite(everything), ensure_ascii=not holds_unicode(), default=str)
+    # A terminal may show it: what is not printable is escaped as JSON escapes it.
+    click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def print_error_json(name: str, error: dict[str, Any]) -> None:
@@ -281,4 +297,7 @@ def _show(shown: Sequence[Any]) -> None:
         console = Console(highlight=False, markup=False, emoji=False, width=width or _WIDTH_WITHOUT_TERMINAL)
     for entry in shown:
         # In a terminal a line ends between words; in a file a sentence stays one line.
-        console.print(entry, soft_wrap=isinstance(entry, str) and not console.is_terminal)
+        console.print(
+            escaped(entry) if isinstance(entry, str) else entry,
+            soft_wrap=isinstance(entry, str) and not console.is_terminal,
+        )

@@ -1,61 +1,75 @@
-"""Tables that fit the terminal: where a word would be broken, the rows are stacked."""
+"""Tables that never break a word: if a table is wider than the terminal, each row becomes lines of `column: value`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["make_table"]
+from vit_edge.errors import escaped
 
-_NUMBER = re.compile(r"-?[\d.e+-]+( %| MB| GB)?")
+__all__ = ["FittingTable"]
+
+# Between two columns of the box that is used.
+_GAP = 2
+# Names and values.
+_FIELDS = 2
+_NO_VALUE = ("-", "")
 
 
-class _Table(Table):
-    """A table that shows each row as a list of its cells where the columns do not fit side by side."""
+class FittingTable(Table):
+    """A table: text to the left, numbers (given as text) to the right; a column without any value is dropped."""
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        texts = [[str(column.header), *map(str, column.cells)] for column in self.columns]
-        least = [max((cell_len(word) for text in each for word in text.split()), default=1) for each in texts]
-        spare = options.max_width - self._extra_width - sum(least) - len(least)
+    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        kept = [
+            at
+            for at in range(len(columns))
+            if at == 0 or not rows or any(str(row[at]) not in _NO_VALUE for row in rows)
+        ]
+        columns, rows = [columns[at] for at in kept], [[row[at] for at in kept] for row in rows]
+        super().__init__(
+            title=escaped(title) or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True
+        )
+        self.names, self.cells = tuple(columns), [tuple(escaped(str(cell)) for cell in row) for row in rows]
+        for at, name in enumerate(self.names):
+            numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", self.cells[0][at]) is not None
+            least = max(_longest_word(row[at]) for row in (self.names, *self.cells))
+            self.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
+        for row in self.cells:
+            self.add_row(*row)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        spare = options.max_width - sum((column.min_width or 0) + _GAP for column in self.columns)
+        if spare < 0 and len(self.columns) == _FIELDS and (self.columns[1].min_width or 0) + spare > 0:
+            self.columns[1].min_width = (self.columns[1].min_width or 0) + spare  # only a value is that long
+            spare = 0
         if spare >= 0:
-            _widen(self, least, [max(map(cell_len, each)) for each in texts], spare)
+            self._widen(spare)
             yield from super().__rich_console__(console, options)
             return
-        if self.title:
-            yield Text(str(self.title), style="italic")
-        names = [str(column.header) for column in self.columns]
-        for row in zip(*(list(column.cells) for column in self.columns), strict=True):
-            block = Table.grid(padding=(0, 2))
-            block.add_column(no_wrap=True)
-            block.add_column(overflow="fold")
-            for name, cell in zip(names, row, strict=True):
-                block.add_row(name, cell)
-            yield ""
-            yield block
+        yield Text(str(self.title)) if self.title else ""
+        for first, *others in self.cells:
+            yield Padding(Text(first or "-"), (0, 0, 0, 2))
+            for name, value in zip(self.names[1:], others, strict=True):
+                if value:
+                    yield Padding(Text(f"{name}: {value}" if name else value), (0, 0, 0, 6))
+        yield ""
+
+    def _widen(self, spare: int) -> None:
+        """Give what is left of the line to the columns that need least of it first."""
+        least = [column.min_width or 0 for column in self.columns]
+        most = [max(map(cell_len, texts)) for texts in zip(self.names, *self.cells, strict=True)]
+        for at in sorted(range(len(least)), key=lambda at: most[at] - least[at]):
+            more = max(0, min(most[at] - least[at], spare))
+            self.columns[at].width, spare = least[at] + more, spare - more
 
 
-def _widen(table: Table, least: Sequence[int], most: Sequence[int], spare: int) -> None:
-    """Give each column its longest word, and what is left to the columns that need least of it first."""
-    for position in sorted(range(len(least)), key=lambda n: most[n] - least[n]):
-        more = min(most[position] - least[position], spare)
-        table.columns[position].width = least[position] + more
-        spare -= more
-
-
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Return a table: text to the left, numbers (given as text) to the right; columns without any value are dropped."""
-    kept = [n for n in range(len(columns)) if not rows or n == 0 or any(str(row[n]) != "-" for row in rows)]
-    table = _Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for position in kept:
-        numeric = bool(rows) and _NUMBER.fullmatch(str(rows[0][position])) is not None
-        table.add_column(columns[position], justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row[position]) for position in kept))
-    return table
+def _longest_word(text: str) -> int:
+    return max((cell_len(word) for word in text.split()), default=0)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from vit_edge.cli.options import option_group
 from vit_edge.errors import InputError
 
 __all__ = ["read_third_party_options", "third_party_options"]
@@ -24,7 +25,8 @@ def third_party_options(function: _Function) -> _Function:
     more = click.option("--preprocessing", type=_PATH, metavar="FILE", help=what)
     named = "Class names of a third-party ONNX model."
     labels = click.option("--labels", type=_PATH, metavar="FILE|DIR", help=named)
-    return labels(more(function))
+    decorated: _Function = option_group("Third-party ONNX models", labels, more)(function)
+    return decorated
 
 
 def read_third_party_options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 from vit_edge import __version__
 from vit_edge.errors import version_of
 from vit_edge.machine.cpu import VNNI, cpu_report, is_arm, is_x86
-from vit_edge.machine.package_versions import conflicts
 from vit_edge.machine.targets import TARGETS, choose
 from vit_edge.model_file.onnx_schema import one_node
 
@@ -118,7 +117,6 @@ def examine() -> dict[str, Any]:
         "misfits": _misfits(installed),
         "onnxruntime_wheels": {name: installed[name] for name in _ONNXRUNTIME_WHEELS if name in installed},
         "missing_extras": _missing_extras(installed),
-        "version_conflicts": [{"what": what, "advice": advice} for what, advice in conflicts()],
     }
     chosen, reason = choose(report)
     report["target"] = {"name": chosen.name, "verified": chosen.verified, "reason": reason}
@@ -129,8 +127,7 @@ def examine() -> dict[str, Any]:
 
 def findings(report: Mapping[str, Any]) -> list[Finding]:
     """Return what a report shows to be wrong or improvable, problems first."""
-    fit = [Finding(kind="problem", **entry) for entry in report.get("version_conflicts", ())]
-    found = [*fit, *_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
+    found = [*_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
     if report["python"]["bits"] < 64:
         what = f"Python has {report['python']['bits']} bits"
         advice = "install a 64-bit system: engines have no wheels for others"
@@ -178,7 +175,7 @@ def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding(kind="advice", what="the CPU has no dot products of 8 bits", advice=advice))
     if cpu["usable_threads"] < cpu["cpus"]:
         what = f"{cpu['usable_threads']} of {cpu['cpus']} CPUs are granted to this process"
-        advice = f"vit-edge starts {cpu['usable_threads']} threads; other software may need the same setting"
+        advice = f"vit-edge starts {cpu['usable_threads']} threads; set the same number in other software"
         found.append(Finding(kind="advice", what=what, advice=advice))
     slow = [name for name in cpu["governors"] if name != "performance"]
     if slow:

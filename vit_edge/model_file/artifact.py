@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from vit_edge.errors import ModelRejected, NotTrusted, printable
+from vit_edge.errors import ModelRejected, NotTrusted, escaped, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.golden_fields import check_golden_fields
@@ -136,9 +136,8 @@ class Manifest:
         if not all(isinstance(name, str) for name in self.assumed):
             raise ValueError("the manifest's list of what was assumed is not a list of texts")
         if self.weights is not None and not is_plain_name(self.weights.get("file")):
-            raise ValueError(
-                f"the manifest's weights are in {self.weights.get('file')!r}, not in a file of the same folder"
-            )
+            file_name = self.weights.get("file")
+            raise ValueError(f"the manifest's weights are in {file_name!r}, not in a file of the same folder")
         if not all(isinstance(number, int) and number >= 0 for number in (self.macs or {}).values()):
             raise ValueError(f"the manifest's multiply-accumulates are {dict(self.macs or {})!r}")
         images = (self.quantization or {}).get("images", [])
@@ -214,6 +213,7 @@ class ModelFile:
     manifest: Manifest
     source: str
     weights: bytes | None = None  # of the file next to the model, for a network over 2 GiB
+    is_third_party: bool = False  # opened with labels and preprocessing from the user: no golden vectors are expected
 
     @classmethod
     def from_graph(cls, graph: Any, manifest: Manifest, *, weights: bytes | None = None) -> ModelFile:
@@ -347,7 +347,8 @@ def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> N
     """Log a warning where something about the network in `source` was assumed and not specified."""
     if assumed:
         advice = "convert the weights again with the settings of training, or infer them with `vit-edge convert --data`"
-        _log.warning("%s: assumed, not specified: %s; %s", printable(source), ", ".join(assumed), advice)
+        names = escaped(", ".join(assumed), keep="")
+        _log.warning("%s: assumed, not specified: %s; %s", printable(source), names, advice)
 
 
 def reseal(path: str | os.PathLike[str]) -> ModelFile:

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.conftest import vit_edge
 from tests.support.networks import SIZE
 from vit_edge.errors import DataRejected, UsageError
-from vit_edge.export import ExportOptions, QuantizationOptions, export_onnx, quantize, verify
+from vit_edge.export import QuantizationOptions, quantize, verify
 from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.quantization.coverage import coverage
 from vit_edge.export.tracing.outputs import fix_batch
@@ -146,20 +146,3 @@ def test_a_file_fixed_at_another_batch_is_refused(folder: Path, tmp_path: Path) 
         calibration = folder / "calibration" if precision == "int8" else None
         with pytest.raises(UsageError, match="fixed batch of 2"):
             quantize(tmp_path / "m.onnx", calibration=calibration, out=tmp_path / "q.onnx", options=options)
-
-
-def test_float16_is_half_the_file_at_fifty_decibels_and_said_to_be_storage(folder: Path, tmp_path: Path) -> None:
-    outputs = ("logits", "probabilities", "top5")
-    export_onnx(folder / "c.safetensors", out=tmp_path / "m.onnx", options=ExportOptions(outputs=outputs))
-    done = vit_edge("quantize", "m.onnx", "--precision", "float16", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "float16 saves storage on CPUs" in done.stderr
-    half, source = open_model(tmp_path / "model.float16.onnx"), open_model(tmp_path / "m.onnx")
-    assert half.manifest.precision == "float16"
-    assert half.manifest.provenance["float_model_sha256"] == source.sha256
-    assert len(half.data) < 0.7 * len(source.data)  # much of so small a network's file is no weights
-    for engine in _ENGINES:
-        expected = _logits(tmp_path / "m.onnx", engine)
-        assert sqnr_db(expected, _logits(tmp_path / "model.float16.onnx", engine)) >= 50
-    with pytest.raises(UsageError, match="float16"):
-        quantize(tmp_path / "model.float16.onnx", calibration=folder / "calibration", out=tmp_path / "q.onnx")

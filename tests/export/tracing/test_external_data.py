@@ -108,5 +108,5 @@ def test_a_tensor_that_points_elsewhere_is_refused(copy: Path, key: str, value: 
 
 
 def test_quantization_says_that_it_needs_one_file(copy: Path) -> None:
-    with pytest.raises(UsageError, match="its weights lie beside it"):
+    with pytest.raises(UsageError, match="weights are in a second file"):
         quantize(copy / "m.onnx", calibration=copy, out=copy / "q.onnx")

@@ -34,7 +34,7 @@ def test_every_promised_engine_is_tried_and_the_tuned_configuration_is_what_load
     medians = [one["latency_ms"]["p50"] for one in printed["tried"]]
     assert medians == sorted(medians)
     assert printed["configuration"]["p50_ms"] <= medians[0] * 1.03
-    assert printed["is_kept"] is True
+    assert printed["is_saved"] is True
     with load(workspace.int8_model) as classifier:
         described = classifier.describe()
     assert (described["engine"], described["threads"]) == (

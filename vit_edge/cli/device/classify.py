@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from vit_edge.cli.device.remote import classified, on_devices
-from vit_edge.cli.options import option_group
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
 from vit_edge.errors import DataRejected, ImageRejected, printable
@@ -59,6 +59,7 @@ from vit_edge.errors import DataRejected, ImageRejected, printable
 )
 @third_party_options
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
+@load_options
 def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
     """Classify IMAGES (files or folders) with MODEL, an .onnx file or OpenVINO's .xml with its .bin.
 
@@ -70,13 +71,11 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
       vit-edge classify theirs.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
-    from vit_edge.runtime.engines.protocol import refuse_null
     from vit_edge.runtime.loading import load
 
-    refuse_null(values["engine"])
     values |= read_third_party_options(values)
     rows, classified_images, rejected = [], [], []
-    with load(model, **values) as classifier, progress_bar() as progress:
+    with load(model, **values) as classifier, progress_bar(announce=False) as progress:
         described = classifier.describe()
         paths = _files(images)
         for position, path in enumerate(paths):

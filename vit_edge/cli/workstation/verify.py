@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.device.remote import Remote, merged, on_devices, ran_on
-from vit_edge.cli.options import option_group
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
 from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
@@ -77,6 +77,7 @@ _PATH = click.Path(path_type=Path)
     threads_option(),
 )
 @on_devices(own=True)
+@load_options
 def verify(
     model: Path,
     reference: Path,
