@@ -33,7 +33,7 @@ from vit_edge.runtime.engines.protocol import (
     engines_with,
     make_engine,
 )
-from vit_edge.runtime.onnx_import.importer import adopt, is_third_party
+from vit_edge.runtime.onnx_import.importer import is_third_party, read_third_party
 from vit_edge.runtime.tuned_configuration import promised_engines, verdict_for
 
 __all__ = ["Verify", "check_decode", "load", "load_model", "open_any"]
@@ -124,7 +124,7 @@ def open_any(
         except (TypeError, ValueError) as error:
             remedy = "give resize, crop, interpolation, mean and std"
             raise UsageError("cannot use the preprocessing", reason=str(error), remedy=remedy) from error
-    return adopt(source, preprocessing=preprocessing, labels=labels)
+    return read_third_party(source, preprocessing=preprocessing, labels=labels)
 
 
 def load_model(
@@ -180,7 +180,7 @@ def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, Eng
 
 
 def _is_unchecked(model: Model) -> bool:
-    return model.manifest.provenance.get("form") == "elsewhere"
+    return model.manifest.provenance.get("form") == "third-party"
 
 
 def _checked(model: Model, engine: Engine, verify: Verify) -> str:

@@ -98,7 +98,7 @@ def float_file(path: Path) -> Contestant:
 
 
 def plain_file(path: Path, reference: Contestant) -> Contestant:
-    """Return the same network, exported without the deploy form: what other tools usually get."""
+    """Return the same network, exported without the fused inference graph: what other tools usually get."""
     plain = Contestant(name=f"{FLOAT}{PLAIN}", path=path, model=_opened_float(path), settings=SETTINGS)
     preprocessing = reference.model.manifest.preprocessing
     if plain.model.manifest.preprocessing == preprocessing:

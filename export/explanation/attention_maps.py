@@ -67,7 +67,7 @@ def _to_patches(weights_NTT: npt.NDArray[Any], config: ViTConfig) -> npt.NDArray
     to_patches_NTP = weights_NTT.astype(np.float32)[:, :, -config.num_patches :]
     if config.pooling == "mean":
         from_pooled_NP = to_patches_NTP[:, -config.num_patches :].mean(axis=1)
-    else:  # the class token is the first that asks, in the deploy form too, where the last block has no others
+    else:  # the class token is the first that asks, in the fused inference graph too, where the last block has no others
         from_pooled_NP = to_patches_NTP[:, 0]
     found: npt.NDArray[np.float32] = from_pooled_NP.mean(axis=0).reshape(config.grid)
     return found

@@ -1,4 +1,4 @@
-"""Export a network to a model file: deploy form, traced, proven against PyTorch, then written."""
+"""Export a network to a model file: fused inference graph, traced, proven against PyTorch, then written."""
 
 from __future__ import annotations
 
@@ -235,9 +235,9 @@ def _explain(network: Network, options: ExportOptions, model: ModelFile, engine:
 def _manifest(network: Network, options: ExportOptions) -> Manifest:
     is_float32 = options.input == "float32-nchw"
     layout: Mapping[str, object] = {"dtype": "float32", "layout": "NCHW"} if is_float32 else {}
-    batch = {} if options.batch is None else {"batch": options.batch}
+    batch = {} if options.batch_size is None else {"batch": options.batch_size}
     name = {"name": "pixel_values"} if options.format == "huggingface" else {}
-    is_deploy_form = isinstance(network.model, VisionTransformer) and options.deploy_form
+    is_fused = isinstance(network.model, VisionTransformer) and options.fuse
     return Manifest(
         name=network.name,
         architecture=network.architecture,
@@ -252,7 +252,7 @@ def _manifest(network: Network, options: ExportOptions) -> Manifest:
         assumed=network.assumed,
         provenance={
             **network.provenance,
-            "form": "deploy" if is_deploy_form else "plain",
+            "form": "fused" if is_fused else "plain",
             "vit_edge": vit_edge.__version__,
             "torch": torch.__version__,
             "onnx": onnx.__version__,

@@ -128,14 +128,14 @@ def _architecture(module: nn.Module) -> dict[str, Any]:
 
 
 def traced_form(network: Network, options: ExportOptions) -> nn.Module:
-    """Return the module that is traced: the deploy form of a Vision Transformer, else the network behind its pixels."""
+    """Return the module that is traced: the fused inference graph of a Vision Transformer, else the network behind its pixels."""
     extras = [name for name in EXTRAS if name in options.outputs]
     pixels = options.input == "uint8-nhwc"
-    if isinstance(network.model, VisionTransformer) and options.deploy_form:
+    if isinstance(network.model, VisionTransformer) and options.fuse:
         with torch.no_grad():
             return DeployedViT(network.model, network.preprocessing, pixels=pixels, extras=extras).eval()
     if extras:
-        reason = f"{' and '.join(extras)} come with the deploy form of a Vision Transformer only"
+        reason = f"{' and '.join(extras)} come with the fused inference graph of a Vision Transformer only"
         raise UsageError("cannot export", file=network.name, reason=reason, remedy="leave them out of --outputs")
     return PlainNetwork(network.model, network.preprocessing, pixels=pixels).eval()
 

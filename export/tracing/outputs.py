@@ -20,8 +20,8 @@ def finish(graph: onnx.ModelProto, options: ExportOptions) -> onnx.ModelProto:
     _add_answers(graph.graph, options)
     if options.format == "huggingface":
         _rename_input(graph.graph, "pixel_values")
-    if options.batch is not None:
-        fix_batch(graph.graph, options.batch)
+    if options.batch_size is not None:
+        fix_batch(graph.graph, options.batch_size)
     graph.producer_name, graph.producer_version = PRODUCER, vit_edge.__version__
     return graph
 

@@ -94,7 +94,7 @@ _OPERATORS = frozenset(
 # A network traced as it is (`--no-deploy-form`) asks for its batch; nothing else does.
 _PLAIN_OPERATORS = frozenset(["Expand", "Shape"])
 # What exporters of others leave in, arithmetic on shapes for the most part; such files are tried in a process apart.
-_ELSEWHERE_OPERATORS = _PLAIN_OPERATORS | frozenset(
+_THIRD_PARTY_OPERATORS = _PLAIN_OPERATORS | frozenset(
     [
         "And", "ArgMax", "Ceil", "ConstantOfShape", "ConvInteger", "Cos", "Dropout", "Einsum", "Equal", "Floor",
         "Greater", "GreaterOrEqual", "GroupNormalization", "LRN", "Less", "LessOrEqual", "LpNormalization", "Mod",
@@ -115,13 +115,13 @@ _IR_TYPES = frozenset(
         "StridedSlice", "Subtract", "Swish", "Tanh", "TopK", "Transpose", "Unsqueeze", "VariadicSplit",
     ]
 )  # fmt: skip
-_MORE = {"plain": _PLAIN_OPERATORS, "elsewhere": _ELSEWHERE_OPERATORS}
+_MORE = {"plain": _PLAIN_OPERATORS, "third-party": _THIRD_PARTY_OPERATORS}
 _IR_SETS = re.compile(r"opset\d{1,2}")
 
 
 def check_graph(model: ModelFile) -> None:
     """Raise ModelRejected where the graph holds anything a classifier has no need of, or contradicts its manifest."""
-    is_ours = model.manifest.provenance.get("form") != "elsewhere"
+    is_ours = model.manifest.provenance.get("form") != "third-party"
     for problem in _problems(model.proto, model):
         again = "make the model file again with `vit-edge export`"
         reason, remedy = problem, again if is_ours else "export it again where it was made, as a plain classifier"

@@ -29,7 +29,7 @@ from vit_edge.export.explanation.explainer import ExplainOptions, Explanation, L
 from vit_edge.export.explanation.layer_noise import scaled_columns, sqnr_by_op
 from vit_edge.export.graph.macs import shapes_for_one_image
 from vit_edge.export.graph.matmuls import find_quantizable_ops
-from vit_edge.export.onnx_import.importer import adopt
+from vit_edge.export.onnx_import.importer import import_onnx
 from vit_edge.export.quantization.algorithms.cross_layer_equalization import equalize, find_mixings
 from vit_edge.export.quantization.calibration.observers import observe_channels
 from vit_edge.model_file.artifact import open_model, reseal
@@ -87,7 +87,7 @@ def test_the_forms_come_in_the_order_in_which_they_were_made(made: Made) -> None
     assert [(stage.name, stage.engine) for stage in stages] == [
         ("PyTorch", "pytorch"),
         ("plain ONNX", "onnxruntime"),
-        ("deploy form", "onnxruntime"),
+        ("fused inference graph", "onnxruntime"),
         ("INT8, plain", "onnxruntime"),
         ("+ repq", "onnxruntime"),
         ("+ cross-layer-equalization", "onnxruntime"),
@@ -142,7 +142,7 @@ def _share(layer: Layer) -> float:
 
 def test_without_checkpoint_and_calibration_the_file_is_still_explained(made: Made, tmp_path: Path) -> None:
     found = made.explain(engines=("onnxruntime",), num_images=1000)
-    assert [stage.name for stage in found.stages] == ["deploy form", "the file"]
+    assert [stage.name for stage in found.stages] == ["fused inference graph", "the file"]
     assert found.num_images == 9
     assert all(layer.noise_share is None and layer.sqnr_db is not None for layer in found.layers)
     assert [note.split()[1] for note in found.notes] == ["--checkpoint", "--calibration"]
@@ -246,8 +246,8 @@ def test_a_convolutional_network_is_explained(made: Made, tmp_path: Path) -> Non
 
 def test_a_network_made_elsewhere_is_explained(tmp_path: Path) -> None:
     path = save(tmp_path / "theirs.onnx", network(*CONV, *HEAD, **WEIGHTS))
-    adopted = adopt(path, preprocessing=FOREIGN, labels=LABELS)
-    (tmp_path / "model.onnx").write_bytes(adopted.model.data)
+    imported = import_onnx(path, preprocessing=FOREIGN, labels=LABELS)
+    (tmp_path / "model.onnx").write_bytes(imported.model.data)
     folders = {name: images(tmp_path / name, count=8, seed=seed, size=FOREIGN.crop) for seed, name in enumerate("cd")}
     options = QuantizationOptions(effort="fast", measure_speed=False, use_cache=False)
     quantize(tmp_path / "model.onnx", calibration=folders["c"], out=tmp_path / "int8.onnx", options=options)
@@ -267,7 +267,7 @@ def test_the_command_adds_tables_json_and_a_image(
                "--min-agreement", "1", "--engine", "onnxruntime"]  # fmt: skip
     assert main([*command, "--explain", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["explain"]
-    assert [stage["name"] for stage in found["stages"]] == ["deploy form", "the file"]
+    assert [stage["name"] for stage in found["stages"]] == ["fused inference graph", "the file"]
     assert found["stages"][0]["sqnr_db"] is None
     times = [layer["engines"]["onnxruntime"] for layer in found["layers"]]
     assert set(times[0]) == {"precision", "reference_ms", "candidate_ms"}
@@ -285,7 +285,7 @@ def test_the_command_adds_tables_json_and_a_image(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*command, "--explain"]) == 0
     printed = capsys.readouterr().out
-    assert "Where the error comes in, on 9 images, against deploy form" in printed
+    assert "Where the error comes in, on 9 images, against fused inference graph" in printed
     assert "the whole network" in printed
     assert 'layers.png is not drawn: the package matplotlib is not installed; pip install "vit-edge[train]"' in printed
     assert printed.rstrip().endswith("verdict: pass")

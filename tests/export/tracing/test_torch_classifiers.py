@@ -100,10 +100,10 @@ def test_an_unusual_network_exports_with_every_name_once(tmp_path: Path) -> None
         assert classifier.manifest.provenance["weights_sha256"]
 
 
-def test_a_vision_transformer_as_a_module_gets_its_deploy_form(tmp_path: Path) -> None:
+def test_a_vision_transformer_as_a_module_gets_its_fused_graph(tmp_path: Path) -> None:
     export_onnx(random_network(small_config()), out=tmp_path / "m.onnx", preprocessing=PREPROCESSING)
     manifest = open_model(tmp_path / "m.onnx").manifest
-    assert manifest.provenance["form"] == "deploy"
+    assert manifest.provenance["form"] == "fused"
     assert manifest.labels == tuple("0123456")
     assert manifest.assumed == ("labels",)
 
