@@ -5,7 +5,7 @@
 Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in float32). With --calibration the peers are
 made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF with
 `model_type=TRANSFORMER`. Our fused inference graph makes these faster too; with --plain, the same network from
-`vit-edge export --no-deploy-form`, they are made from that as well: it is what they get elsewhere. Needs the machine
+`vit-edge export --no-fuse`, they are made from that as well: it is what they get elsewhere. Needs the machine
 for itself, and says where it was not. Writes a section of docs/results.md.
 """
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vit_edge.export.onnx_import.importer import ImportResult, import_onnx
     from vit_edge.export.quantization.options import QuantizationOptions
     from vit_edge.export.quantization.quantizer import QuantizationResult, quantize
     from vit_edge.export.tracing.exporter import ExportResult, export_onnx
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ExportOptions",
     "ExportResult",
+    "ImportResult",
     "QuantizationOptions",
     "QuantizationResult",
     "Verification",
     "export_onnx",
+    "import_onnx",
     "quantize",
     "verify",
 ]
@@ -30,10 +33,12 @@ __all__ = [
 _MODULES = {
     "ExportOptions": "tracing.options",
     "ExportResult": "tracing.exporter",
+    "ImportResult": "onnx_import.importer",
     "QuantizationOptions": "quantization.options",
     "QuantizationResult": "quantization.quantizer",
     "Verification": "verification.results",
     "export_onnx": "tracing.exporter",
+    "import_onnx": "onnx_import.importer",
     "quantize": "quantization.quantizer",
     "verify": "verification.verifier",
 }

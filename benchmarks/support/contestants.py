@@ -107,7 +107,7 @@ def plain_file(path: Path, reference: Contestant) -> Contestant:
         if logits[0].shape == logits[1].shape and sqnr_db(*logits) > _SAME_SQNR_DB:
             return plain
     reason = f"it does not answer as {reference.path.name} does"
-    remedy = "give what `vit-edge export --no-deploy-form` makes of the same checkpoint"
+    remedy = "give what `vit-edge export --no-fuse` makes of the same checkpoint"
     raise UsageError("cannot compare with", file=path, reason=reason, remedy=remedy)
 
 

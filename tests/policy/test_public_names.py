@@ -14,10 +14,12 @@ SURFACE = {
     "vit_edge.export": [
         "ExportOptions",
         "ExportResult",
+        "ImportResult",
         "QuantizationOptions",
         "QuantizationResult",
         "Verification",
         "export_onnx",
+        "import_onnx",
         "quantize",
         "verify",
     ],

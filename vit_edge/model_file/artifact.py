@@ -90,6 +90,7 @@ _RENAMED = {
     "quantization": {"float_products": "float32_ops"},
     "evaluation": {"rungs": "steps"},
 }
+_RENAMED_FORMS = {"deploy": "fused", "elsewhere": "third-party"}  # of provenance.form
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

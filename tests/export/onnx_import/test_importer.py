@@ -79,7 +79,9 @@ def inputs_as_initializers(model: onnx.ModelProto) -> None:
     model.ir_version = 3
 
 
-def test_an_imported_network_answers_as_it_did_in_both_engines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_imported_network_answers_as_it_did_in_both_engines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = network(*CONV, *HEAD[:-1], node("Gemm", ["f", "w", "b"], ["z"], transB=1), node("Softmax", ["z"], ["y"]),
                     opset=11, **WEIGHTS)  # fmt: skip
     inputs_as_initializers(model)

@@ -191,7 +191,7 @@ def test_a_failure_names_the_first_tensor_that_parts_and_writes_nothing(
 
 
 def test_a_fixed_batch_that_contradicts_the_manifest_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(batch=2))
+    export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(batch_size=2))
     model = open_model(tmp_path / "m.onnx")
     claimed = replace(model.manifest, input={**model.manifest.input, "batch": 3})
     with pytest.raises(ModelRejected, match="its batch is 2; the manifest says 3"):
