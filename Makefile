@@ -1,13 +1,19 @@
-# `make demo` and `make test` do all their set-up: a virtual environment in this folder, packages from the package index.
+# Every target does its own set-up: a virtual environment in this folder, packages from the package index.
+#   make check                                     before each commit: lint, types, policy and core tests, under a minute
+#   make test                                      everything
+#   make check PYTHON=python3.13 VENV=.venv313     with another interpreter, in an environment for it
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-avx2 test-emulated test-arm64 qemu lint clean
+.PHONY: demo check test test-avx2 test-emulated test-arm64 qemu lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py
+
+check: $(VENV)/.dev-installed lint
+	$(BIN)/python -m pytest tests/core tests/policy --quick --numprocesses 2
 
 test: $(VENV)/.dev-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

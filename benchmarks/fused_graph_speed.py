@@ -1,4 +1,4 @@
-"""Measure how much faster the fused inference graph is than the same network traced as it is: in one run, in turn, batch 1.
+"""Measure how much faster the fused inference graph is than the same network traced as it is, in turn, batch 1.
 
     python benchmarks/fused_graph_speed.py CHECKPOINT [--rounds 20] [--out FILE]
 
@@ -11,22 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from support.results import machine, write_section
+from support.timing import take_turns
 
 from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.export.graph.macs import costs
+from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import open_model
 from vit_edge.runtime import load
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.classifier import Classifier
 
 FORMS = ("deploy", "plain")
-WARM_UP = 20
 GOAL = 1.08
 
 
@@ -55,30 +56,19 @@ def export(checkpoint: Path, folder: Path, form: str) -> Path:
 
 
 def measure(files: dict[str, Path], *, rounds: int, queries: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Return every sample in milliseconds by form, one form after the other in each round, and what ran."""
-    classifiers = {form: load(path, engine="onnxruntime", threads=1) for form, path in files.items()}
-    height, width = classifiers["deploy"].manifest.preprocessing.crop
+    """Return every sample in milliseconds by form, measured in turns, and what ran."""
+    classifiers = [load(path, engine="onnxruntime", threads=1) for path in files.values()]
+    height, width = classifiers[0].manifest.preprocessing.crop
     images = golden_images(range(4), height=height, width=width)
-    samples_ms: dict[str, list[float]] = {form: [] for form in files}
-    for classifier in classifiers.values():
-        sample(classifier, images, WARM_UP)
-    for number in range(rounds):
-        order = FORMS if number % 2 == 0 else FORMS[::-1]
-        for form in order:
-            samples_ms[form] += sample(classifiers[form], images, queries)
-    described = classifiers["deploy"].describe()
+    asked = [partial(ask, classifier, images) for classifier in classifiers]
+    samples_CRQ = take_turns(asked, rounds=rounds, queries=queries)
+    described = classifiers[0].describe()
     kept = {key: described[key] for key in ("engine", "engine_version", "device", "float_precision", "threads")}
-    return samples_ms, kept
+    return {form: samples_RQ.ravel().tolist() for form, samples_RQ in zip(files, samples_CRQ, strict=True)}, kept
 
 
-def sample(classifier: Classifier, images: Any, queries: int) -> list[float]:
-    taken = []
-    for number in range(queries):
-        image = images[number % len(images)][None]
-        started = time.perf_counter_ns()
-        classifier.logits(image)
-        taken.append((time.perf_counter_ns() - started) / 1e6)
-    return taken
+def ask(classifier: Classifier, images_NHWC: Pixels, number: int) -> None:
+    classifier.logits(images_NHWC[number % len(images_NHWC)][None])
 
 
 def summary(samples_ms: dict[str, list[float]], gmac: dict[str, float]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python benchmarks/int8_speed.py FLOAT.onnx INT8.onnx... [--calibration DIR] [--plain PLAIN.onnx] [--json FILE]
 
-Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in float32). With --calibration the peers are
-made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF with
-`model_type=TRANSFORMER`. Our fused inference graph makes these faster too; with --plain, the same network from
+Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in float32). With --calibration the peers
+are made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF with
+`model_type=TRANSFORMER`. Our fused graph makes these faster too; with --plain, the same network from
 `vit-edge export --no-fuse`, they are made from that as well: it is what they get elsewhere. Needs the machine
 for itself, and says where it was not. Writes a section of docs/results.md.
 """
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("float_model", type=Path, metavar="FLOAT.onnx")
     parser.add_argument("int8_models", type=Path, nargs="+", metavar="INT8.onnx")
     parser.add_argument("--calibration", type=Path, help="images for the peers; without it there are none")
-    parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the fused inference graph")
+    parser.add_argument(
+        "--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the fused inference graph"
+    )
     measure_and_write(parser, SECTION, run, table)
 
 

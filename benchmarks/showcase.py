@@ -1,6 +1,7 @@
 """Take a network the whole way and show it: float32, float16 and INT8 in every engine, 1 and 2 threads, batch 1 and 8.
 
-    python benchmarks/showcase.py DEIT_TINY --labels NAMES --calibration IMAGES --data LABELLED
+    python benchmarks/showcase.py DEIT_TINY --like timm:deit_tiny_patch16_224 --labels NAMES --calibration IMAGES
+        --data LABELLED
 
 Runs the commands of the README, writes the page docs/report.html and the image docs/benchmark.png, and the
 table into a section of docs/results.md. Images that judge are named in the page, not shown: they may be others' own.
@@ -25,7 +26,8 @@ EVERY_MIX = ("--threads", "1", "--threads", "2", "--batch-size", "1", "--batch-s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--labels", type=Path, help="class names, where the checkpoint has none")
+    parser.add_argument("--like", help="timm:NAME with the preprocessing of the checkpoint, so that none is assumed")
+    parser.add_argument("--labels", type=Path, help="class names, if the checkpoint has none")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--min-seconds", default="3", help="for each of the candidates")
@@ -40,7 +42,8 @@ def show(args: argparse.Namespace, folder: Path) -> None:
     models = [folder / name for name in ("float32.onnx", "float16.onnx", "int8.onnx")]
     calibration, data = args.calibration.resolve(), args.data.resolve()
     labels = [] if args.labels is None else ["--labels", args.labels.resolve()]
-    run("export", args.checkpoint.resolve(), *labels, "-o", models[0])
+    like = [] if args.like is None else ["--like", args.like]
+    run("export", args.checkpoint.resolve(), *like, *labels, "-o", models[0])
     # With their accuracy in them, which the image of the benchmark draws.
     run("quantize", models[0], "--precision", "float16", "--data", data, "-o", models[1])
     run("quantize", models[0], "--calibration", calibration, "--data", data, "-o", models[2], "--no-speed")

@@ -1,4 +1,4 @@
-"""From a checkpoint to a verified INT8 model file: `export_onnx`, `quantize`, `verify`.
+"""From a checkpoint to a verified INT8 model file: `export_onnx`, `quantize`, `verify`, `explain`, `deploy`.
 
 Each name is imported when it is first used: verification needs no torch, and torch takes seconds to import.
 """
@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vit_edge.export.deployment.deployer import Deployment, DeploymentOptions, deploy
+    from vit_edge.export.explanation.explainer import Explanation, explain
+    from vit_edge.export.explanation.inputs import ExplanationOptions
     from vit_edge.export.onnx_import.importer import ImportResult, import_onnx
     from vit_edge.export.quantization.options import QuantizationOptions
     from vit_edge.export.quantization.quantizer import QuantizationResult, quantize
@@ -18,12 +21,18 @@ if TYPE_CHECKING:
     from vit_edge.export.verification.verifier import verify
 
 __all__ = [
+    "Deployment",
+    "DeploymentOptions",
+    "Explanation",
+    "ExplanationOptions",
     "ExportOptions",
     "ExportResult",
     "ImportResult",
     "QuantizationOptions",
     "QuantizationResult",
     "Verification",
+    "deploy",
+    "explain",
     "export_onnx",
     "import_onnx",
     "quantize",
@@ -31,12 +40,18 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Deployment": "deployment.deployer",
+    "DeploymentOptions": "deployment.deployer",
+    "Explanation": "explanation.explainer",
+    "ExplanationOptions": "explanation.inputs",
     "ExportOptions": "tracing.options",
     "ExportResult": "tracing.exporter",
     "ImportResult": "onnx_import.importer",
     "QuantizationOptions": "quantization.options",
     "QuantizationResult": "quantization.quantizer",
     "Verification": "verification.results",
+    "deploy": "deployment.deployer",
+    "explain": "explanation.explainer",
     "export_onnx": "tracing.exporter",
     "import_onnx": "onnx_import.importer",
     "quantize": "quantization.quantizer",

@@ -19,6 +19,7 @@ from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.metrics import activated
 from vit_edge.model_file.artifact import Manifest
 from vit_edge.runtime.engines.protocol import Engine, Logits, answers
+from vit_edge.runtime.notebook import html_table
 
 __all__ = ["Answer", "Classifier", "Prediction", "Prepared", "Timings", "check_top"]
 
@@ -40,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """Where the time of one answer went, in milliseconds; of a batch, each image's share.
+    """The time of each stage of one prediction in milliseconds; in a batch, the share of each image.
 
     `decode_ms` reads and decodes the image, `resize_ms` fits it to the network, `inference_ms` is the engine,
     `answer_ms` turns logits into labels; `waited_ms` is the time in the queue of a `Pool`.
@@ -58,9 +59,9 @@ class Timings:
         return self.waited_ms + self.decode_ms + self.resize_ms + self.inference_ms + self.answer_ms
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Prediction:
-    """The likeliest answers for one image, the likeliest first, and where the time went."""
+    """The most likely labels of one image, the most likely first, and the time of each stage."""
 
     answers: tuple[Answer, ...]
     timings: Timings
@@ -75,6 +76,14 @@ class Prediction:
         """Return the probability of the likeliest label."""
         return self.answers[0].probability
 
+    def __repr__(self) -> str:
+        named = ", ".join(f"{answer.label!r}: {answer.probability:.1%}" for answer in self.answers)
+        return f"<Prediction {named}; {self.timings.total_ms:.1f} ms>"
+
+    def _repr_html_(self) -> str:
+        rows = [(answer.label, f"{answer.probability:.1%}") for answer in self.answers]
+        return html_table(f"{self.timings.total_ms:.1f} ms", ("label", "probability"), rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the prediction as JSON-ready values: `label`, `probability`, `answers`, `timings`."""
         answers = [asdict(answer) for answer in self.answers]
@@ -84,7 +93,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """An image as the network sees it, uint8 RGB [height, width, 3], and how long that took."""
+    """An image as the network takes it, uint8 RGB [height, width, 3], and how long that took."""
 
     pixels: Pixels
     decode_ms: float
@@ -93,13 +102,20 @@ class Prepared:
 
 
 def check_top(top: object) -> None:
-    """Raise UsageError where the number of answers asked for is none."""
+    """Raise UsageError unless `top` is a whole number of at least 1."""
     if not isinstance(top, int) or top < 1:
         raise UsageError("cannot classify", reason=f"top is {top!r}", remedy="give 1 or more")
 
 
 class Classifier:
-    """A model ready to answer; made by `vit_edge.runtime.load`, usable from several threads, not across a fork."""
+    """A loaded model with its preprocessing and labels; usable from several threads, not across a fork.
+
+    `vit_edge.runtime.load` makes it.
+
+        >>> with load("model.int8.onnx") as classifier:  # doctest: +SKIP
+        ...     classifier("image.jpg")
+        <Prediction 'pizza': 98.2%, 'steak': 1.1%, 'sushi': 0.7%; 8.4 ms>
+    """
 
     def __init__(
         self,
@@ -121,20 +137,20 @@ class Classifier:
 
     @property
     def manifest(self) -> Manifest:
-        """Return what the model file says of itself."""
+        """Return the manifest of the model file: preprocessing, labels, provenance and more."""
         return self._manifest
 
     def __call__(self, source: ImageSource, *, top: int = 5, color: Color = "rgb") -> Prediction:
-        """Return the `top` likeliest labels of one image; raises ImageRejected where it cannot be used.
+        """Return the `top` most likely labels of one image; raises ImageRejected if the image cannot be read.
 
         An image is a path, the bytes of a file, a binary file, a PIL image, or uint8 pixels [height, width, 3 or 4]
         whose channels are those of `color`: OpenCV gives "bgr", picamera2 "bgr" or "bgra". An array with another number
-        of channels raises TypeError. What is given is never changed.
+        of channels raises TypeError. The image is never changed.
         """
         return self.predict([self.prepare(source, color=color)], tops=[top])[0]
 
     def classify_batch(self, images: Iterable[ImageSource], *, top: int = 5, color: Color = "rgb") -> list[Prediction]:
-        """Return one prediction for each image, computed together, 64 at once: memory does not grow with them."""
+        """Return one prediction for each image, computed in batches of 64: memory does not grow with their number."""
         if isinstance(images, str | bytes | bytearray | os.PathLike) or not isinstance(images, Iterable):
             raise TypeError(f"images is {type(images).__name__}; give a list of images")
         check_top(top)
@@ -145,7 +161,7 @@ class Classifier:
         return found
 
     def prepare(self, source: ImageSource, *, color: Color = "rgb") -> Prepared:
-        """Return an image as the network sees it; raises as a call does."""
+        """Return an image as the network takes it; raises as a call does."""
         started = time.perf_counter()
         preprocessing = self._manifest.preprocessing
         image, upright = decode_for(preprocessing if self._decoding == "fast" else None, source, color=color)
@@ -155,7 +171,7 @@ class Classifier:
         return Prepared(pixels=pixels, decode_ms=(decoded - started) * 1000, resize_ms=resize_ms)
 
     def predict(self, prepared: Sequence[Prepared], *, tops: Sequence[int]) -> list[Prediction]:
-        """Return one prediction for each prepared image, with as many answers as `tops` says, computed together."""
+        """Return one prediction for each prepared image, with the number of labels in `tops`, computed together."""
         for top in tops:
             check_top(top)
         if not prepared:
@@ -184,19 +200,19 @@ class Classifier:
     def logits(self, images_NHWC: Pixels) -> Logits:
         """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]; batch 0 gives none.
 
-        Raises TypeError or InputError on anything else: engines cast silently what they should refuse.
+        Raises TypeError or InputError on anything else: engines cast such input silently.
         """
         return self._run(images_NHWC, self._engine.run, len(self.labels))
 
     def features(self, images_NHWC: Pixels) -> Logits:
         """Return float32 [batch, width], what the head reads, for uint8 RGB images [batch, height, width, 3].
 
-        Raises UsageError where the file has none: `vit-edge export --outputs logits,features` puts them in.
+        Raises UsageError if the file has no features: export it with `vit-edge export --outputs logits,features`.
         """
         if "features" not in self._manifest.outputs:
             has = ", ".join(self._manifest.outputs)
             remedy = "export it again with --outputs logits,features"
-            raise UsageError("cannot give features", reason=f"the file has the outputs {has}", remedy=remedy)
+            raise UsageError("cannot compute features", reason=f"the file has only the outputs {has}", remedy=remedy)
         return self._run(images_NHWC, self._features, 0)
 
     def _features(self, images_NHWC: Pixels) -> Logits:
@@ -211,14 +227,14 @@ class Classifier:
         found = parts[0] if len(parts) == 1 else np.concatenate(parts)
         broken = np.flatnonzero(~np.isfinite(found).all(axis=1))
         if len(broken):
-            reason = f"what it gives for image {broken[0]} of {len(found)} is not finite"
-            raise VerificationFailed("the model gave no answer", reason=reason, remedy="export it again")
+            reason = f"the output for image {broken[0]} of {len(found)} is not finite"
+            raise VerificationFailed("cannot use the output of the model", reason=reason, remedy="export it again")
         return found
 
     def describe(self) -> dict[str, Any]:
         """Return what really runs, as JSON-ready values.
 
-        `engine`, `device`, `float_precision` and `threads` are what the engine says of itself; `placement` is the
+        `engine`, `device`, `float_precision` and `threads` are read back from the engine; `placement` is the
         number of nodes of the graph on each of its devices, or "unknown" where it is too old to tell; `fallback` why it
         is not the device that was asked for, else None; `target_warning` what differs between the CPU that the file was
         quantized for and this one, else None; `verified` how the file was checked when it was loaded.
@@ -245,7 +261,7 @@ class Classifier:
         }
 
     def twin(self) -> Classifier:
-        """Return another classifier over the same loaded model, which runs beside this one and is closed apart."""
+        """Return another classifier over the same loaded model, for another thread; each is closed on its own."""
         self._check_usable()
         return Classifier(
             self._engine.twin(), self._manifest, sha256=self._sha256, decoding=self._decoding, checked=self._checked
@@ -256,6 +272,20 @@ class Classifier:
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
             self._engine.close()
+
+    def __repr__(self) -> str:
+        manifest, engine = self._manifest, self._engine
+        height, width = manifest.preprocessing.crop
+        if self._closed:
+            return f"<Classifier {manifest.name!r}, closed>"
+        runs = f"{engine.name} {engine.version} on {engine.device}, threads={engine.threads}"
+        return (
+            f"<Classifier {manifest.name!r}, {manifest.precision}, {height}x{width}, {len(self.labels)} labels, {runs}>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [(name.replace("_", " "), value) for name, value in self.describe().items() if value is not None]
+        return html_table(f"Classifier with {len(self.labels)} labels", ("field", "value"), rows)
 
     def __enter__(self) -> Classifier:
         return self
@@ -274,10 +304,12 @@ class Classifier:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise Closed("cannot classify", reason="the model is closed", remedy="load it again")
+            raise Closed("cannot classify", reason="the model is closed", remedy="load the model again")
         if os.getpid() != self._pid:
             reason = "the model was loaded before a fork, and engines do not survive one"
-            raise Closed("cannot classify", reason=reason, remedy="load it in the child, or start with spawn")
+            raise Closed(
+                "cannot classify", reason=reason, remedy="load the model in the child process, or start it with spawn"
+            )
 
     def _validated(self, images_NHWC: Pixels) -> Pixels:
         if not isinstance(images_NHWC, np.ndarray):

@@ -1,7 +1,7 @@
 """The one way a model file becomes a classifier, for the command line, applications and tests alike.
 
-Size limit, one read, seal, manifest, allow-list of operators, its target compared with the CPU, for files made
-elsewhere a throw-away process that tries it first, the engine from those very bytes, what runs read back, golden check.
+Size limit, one read, seal, manifest, operator allow-list, target against this CPU, a trial in a sandbox unless this
+machine has accepted the file before, the engine from those very bytes, what runs read back, golden check.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
-from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError
+from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError, escaped
 from vit_edge.image import Decoding, Preprocessing
 from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
+from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
-from vit_edge.runtime.checks.operators import check_graph, check_ir
-from vit_edge.runtime.checks.sandbox import probe
+from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
+from vit_edge.runtime.checks.policy import LoadPolicy, Sandbox, current_policy, policy_with
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (
@@ -31,15 +32,15 @@ from vit_edge.runtime.engines.protocol import (
     available_devices,
     chosen_engines,
     engines_with,
+    installed_engines,
     make_engine,
 )
 from vit_edge.runtime.onnx_import.importer import is_third_party, read_third_party
-from vit_edge.runtime.tuned_configuration import promised_engines, verdict_for
+from vit_edge.runtime.tuned_configuration import promised_engines, tuned_configuration
 
-__all__ = ["Verify", "check_decode", "load", "load_model", "open_any"]
+__all__ = ["Verify", "check_decode", "load", "load_model", "open_any", "run_checked"]
 
 Verify: TypeAlias = Literal["full", "hash", "none"]
-_VERIFY = ("full", "hash", "none")
 _COMPUTES_NOTHING = "null"
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ def load(
     batch_size: int | None = None,
     decode: Decoding = "full",
     verify: Verify = "full",
+    sandbox: Sandbox | None = None,
+    allow_ops: Sequence[str] | None = None,
     allow_fallback: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
@@ -71,6 +74,10 @@ def load(
     - `decode` "fast" decodes large JPEGs at the smallest scale above the network's input.
     - `verify` "full" checks seal, operators and golden vectors; "hash" leaves out the golden vectors unless the engine
       is another release than the file was checked in; "none" leaves out the seal too.
+    - `sandbox` "auto" tries a file that this machine has not accepted before in a subprocess first, with limits on time
+      and memory: a crash there leaves this process unharmed. A file that passed is known to later processes, for the
+      same engine version, CPU and options. "always" tries every file, "never" none. The default is "auto".
+    - `allow_ops` names operators that are allowed besides the operator allow-list; `describe()` lists them.
     - `preprocessing` (or its fields) and `labels` are for an ONNX classifier made elsewhere, and only for one.
 
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable, MissingExtra or UsageError.
@@ -86,10 +93,11 @@ def load(
         batch_size=batch_size,
         allow_fallback=allow_fallback,
     )
-    _check_choice("verify", verify, _VERIFY)
+    _check_choice("verify", verify, get_args(Verify))
+    policy = policy_with(sandbox, allow_ops)
     check_decode(decode)
     model = open_any(source, preprocessing=preprocessing, labels=labels, verify=verify)
-    return load_model(model, engine=engine, options=options, verify=verify, decode=decode)
+    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, policy=policy)
 
 
 def open_any(
@@ -135,42 +143,64 @@ def load_model(
     verify: Verify = "full",
     decode: Decoding = "full",
     warn: bool = True,
+    policy: LoadPolicy | None = None,
 ) -> Classifier:
     """Return a classifier from a model file that was opened already; raises as `load` does.
 
-    `warn` False says nothing of a target that is another than this CPU: for who knows, having just made the file.
+    With `warn` False nothing is logged about a target other than this CPU: for callers that just made the file.
     """
-    check_graph(model) if isinstance(model, ModelFile) else check_ir(model)
+    policy = policy or current_policy()
+    check_graph(model, allow_ops=policy.allow_ops) if isinstance(model, ModelFile) else check_ir(model)
     name = target_name(model.manifest.quantization)
     difference = mismatch(name) if name else None
     if difference and warn:
         _log.warning("%s: %s", model.source, difference)
     engine, options = _chosen(model, engine, options)
+    trial = Trial(model=model, sha256=model.sha256, engine=engine, options=options, verify=verify)
     try:
-        if _is_unchecked(model) and verify != "none" and isinstance(model, ModelFile) and engine != _COMPUTES_NOTHING:
-            probe(model, engine)
-        loaded = make_engine(engine, model, options)
-        _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
-        verified = _checked(model, loaded, verify)
+        _try_first(trial, policy.sandbox)
+        loaded, verified = run_checked(model, engine=engine, options=options, verify=verify)
     except (GoldenMismatch, ModelRejected) as error:
         error.file = error.file or model.source
         if difference and isinstance(error, GoldenMismatch):
             error.remedy = difference  # not that somebody edited the file
         raise
-    return Classifier(loaded, model.manifest, sha256=model.sha256, decoding=decode, checked={"verified": verified})
+    _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
+    checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
+    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, checked=checked)
+
+
+def _try_first(trial: Trial, sandbox: Sandbox) -> None:
+    """Run the trial in a sandbox if the file is not known here, or if every file is to be tried."""
+    if trial.engine not in installed_engines() or (sandbox == "auto" and is_known(trial)):
+        return
+    check_sizes(trial.model)
+    if sandbox == "never":
+        return
+    from vit_edge.runtime.checks.sandbox import try_in_sandbox  # a known file does not pay for its imports
+
+    try_in_sandbox(trial)
+    accept(trial)
+
+
+def run_checked(model: Model, *, engine: str, options: EngineOptions, verify: Verify) -> tuple[Engine, str]:
+    """Return the engine that runs the model in this process, after the golden check, and what was checked."""
+    loaded = make_engine(engine, model, options)
+    return loaded, _checked(model, loaded, verify)
 
 
 def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, EngineOptions]:
-    """Return the engine, and the options with the threads of a verdict that `vit-edge tune` left for this file."""
+    """Return the engine, and the options with the threads that `vit-edge tune` saved for this file."""
     if engine != "auto":
         return engine, options
     if isinstance(model, IrModel):
         return "openvino", options
-    chosen_engines()  # raises where none is installed
+    if not installed_engines():
+        chosen_engines()  # raises what to install
     if options.device == "cpu" and options.float_precision is None and options.batch_size is None:
-        verdict = verdict_for(model)
-        if verdict is not None:
-            return verdict.apply(options)
+        configuration = tuned_configuration(model)
+        if configuration is not None:
+            return configuration.apply(options)
     able = engines_with(options.device)
     if not able and not options.allow_fallback:
         here = [f"{name} ({', '.join(engines)})" for name, engines in available_devices().items()]
@@ -180,7 +210,7 @@ def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, Eng
 
 
 def _is_unchecked(model: Model) -> bool:
-    return model.manifest.provenance.get("form") == "third-party"
+    return isinstance(model, ModelFile) and model.is_third_party
 
 
 def _checked(model: Model, engine: Engine, verify: Verify) -> str:
@@ -194,7 +224,7 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
     is_other_release = recorded not in (None, engine.version)
     if is_other_release:
         _log.warning("%s was checked in %s %s, this is %s: its golden vectors are run",
-                     model.source, engine.name, recorded, engine.version)  # fmt: skip
+                     model.source, engine.name, escaped(str(recorded)), engine.version)  # fmt: skip
     if verify == "hash" and not is_other_release:
         if engine.name not in promised(manifest):
             _log.warning("%s: nothing is promised of its answers in %s", model.source, engine.name)

@@ -1,6 +1,6 @@
-"""What `vit-edge tune` found fastest, by file and machine: written by it, read by loads that leave the choice open.
+"""The fastest engine and number of threads for a file on this machine: `vit-edge tune` writes it, `load` reads it.
 
-A verdict counts for the same bytes, the same releases of the engines, the same CPU and as many usable threads.
+A tuned configuration applies to the same bytes, the same engine releases, the same CPU and as many usable threads.
 """
 
 from __future__ import annotations
@@ -16,42 +16,48 @@ from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.checks.golden import promised
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, installed_version
 
-__all__ = ["Verdict", "leave_verdict", "promised_engines", "verdict_for"]
+__all__ = ["TunedConfiguration", "promised_engines", "save_configuration", "tuned_configuration"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """The engine and number of threads that answered one image soonest, and the median latency it had."""
+class TunedConfiguration:
+    """The engine and the number of threads with the lowest latency for one image, and that median latency."""
 
     engine: str
     threads: int
     p50_ms: float
 
     def apply(self, options: EngineOptions) -> tuple[str, EngineOptions]:
-        """Return the engine, and the options with its threads where none were asked for."""
+        """Return the engine, and the options with its threads unless the options name some."""
         return self.engine, replace(options, threads=options.threads or self.threads)
 
 
 def promised_engines(model: ModelFile) -> tuple[str, ...]:
-    """Return the installed engines whose answers the file promises, in the order of "auto"."""
+    """Return the installed engines that the file was validated in, in the order of "auto"."""
     return tuple(name for name in installed_engines() if name in promised(model.manifest))
 
 
-def verdict_for(model: ModelFile) -> Verdict | None:
-    """Return the verdict for this file on this machine; None where there is none, or one for an engine not promised."""
+def tuned_configuration(model: ModelFile) -> TunedConfiguration | None:
+    """Return the saved configuration for this file here; None if there is none for an engine it was validated in."""
     found = recall("tuning", _key(model))
     try:
-        verdict = Verdict(**found) if found else None
+        configuration = TunedConfiguration(**found) if found else None
     except TypeError:
         return None
-    if verdict is None or verdict.engine not in promised_engines(model):
+    if configuration is None or configuration.engine not in promised_engines(model):
         return None
-    return verdict if isinstance(verdict.threads, int) and 1 <= verdict.threads <= MOST_THREADS else None
+    return (
+        configuration if isinstance(configuration.threads, int) and 1 <= configuration.threads <= MOST_THREADS else None
+    )
 
 
-def leave_verdict(model: ModelFile, verdict: Verdict) -> bool:
-    """Keep the verdict; returns whether that was possible."""
-    value: dict[str, Any] = {"engine": verdict.engine, "threads": verdict.threads, "p50_ms": verdict.p50_ms}
+def save_configuration(model: ModelFile, configuration: TunedConfiguration) -> bool:
+    """Save the configuration; returns whether that was possible."""
+    value: dict[str, Any] = {
+        "engine": configuration.engine,
+        "threads": configuration.threads,
+        "p50_ms": configuration.p50_ms,
+    }
     return remember("tuning", _key(model), value)
 
 

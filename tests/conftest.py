@@ -47,8 +47,18 @@ class Workspace:
         return self.folder / "images" / "test"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with one file that needs the workspace and end with the others: while it is made, nobody waits for it."""
+# What takes long to make, or is not in every clone: `--quick` leaves out the tests that need it.
+SLOW_FIXTURES = {"workspace", "digits", "small_model", "deployment", "shared_data", "wheel"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="Leave out tests that train, export or build first.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with one file that needs the workspace and end with the rest of them: no process waits while it is made."""
+    if config.getoption("--quick"):
+        items[:] = [item for item in items if not SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}]
     needing = list(dict.fromkeys(item.path for item in items if "workspace" in getattr(item, "fixturenames", ())))
     turn = dict.fromkeys(needing, 2) | dict.fromkeys(needing[:1], 0)
     items.sort(key=lambda item: turn.get(item.path, 1))

@@ -14,10 +14,26 @@ def run() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         from vit_edge.cli import main
-
-        sys.exit(main())
-    except KeyboardInterrupt:  # while importing
+    except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # a package of a version that does not fit may raise anything
+        sys.exit(_cannot_start(error))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _cannot_start(error: Exception) -> int:
+    """Print which packages are there, and return the exit code: they do not fit each other, or one is missing."""
+    from vit_edge.errors import MissingExtra, version_of
+
+    installed = {name: version_of(name) for name in ("protobuf", "numpy", "Pillow", "click", "rich")}
+    found = ", ".join(f"{name} {version or 'missing'}" for name, version in installed.items())
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (installed: {found})"
+    problem = MissingExtra("cannot start vit-edge", reason=reason, remedy="pip install --upgrade vit-edge")
+    sys.stderr.write(f"error: {problem}\n")
+    return problem.exit_code
 
 
 if __name__ == "__main__":

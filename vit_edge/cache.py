@@ -1,11 +1,12 @@
 """What is remembered between runs: small JSON files by kind and key in the user's cache folder.
 
-Nothing in it is trusted: an entry that cannot be read, or whose name is not its own key, counts as absent. Losing it
-costs time only.
+Each entry is authenticated under a key that only this user can read. An entry that cannot be read, that somebody else
+wrote, or whose name is not its own key counts as absent. Losing an entry costs time only.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 from pathlib import Path
@@ -13,18 +14,19 @@ from typing import Any, Literal, TypeAlias
 
 from vit_edge.errors import VitEdgeError
 from vit_edge.files import read_file, write_atomic
+from vit_edge.machine.user_key import signature
 
 __all__ = ["Kind", "cache_folder", "recall", "remember"]
 
-Kind: TypeAlias = Literal["probes", "tuning"]
+Kind: TypeAlias = Literal["accepted", "refused", "tuning"]
 _MAX_BYTES = 100_000
 
 
 def cache_folder() -> Path:
     """Return the folder: $VIT_EDGE_CACHE, else $XDG_CACHE_HOME/vit-edge, else ~/.cache/vit-edge."""
-    told = os.environ.get("VIT_EDGE_CACHE")
-    if told:
-        return Path(told)
+    chosen = os.environ.get("VIT_EDGE_CACHE")
+    if chosen:
+        return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     home = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
     return home / "vit-edge"
@@ -40,18 +42,29 @@ def recall(kind: Kind, key: str) -> dict[str, Any] | None:
     if not isinstance(entry, dict) or entry.get("key") != key or not isinstance(entry.get("value"), dict):
         return None
     value: dict[str, Any] = entry["value"]
-    return value
+    expected, found = _authenticated(kind, key, value), entry.get("hmac")
+    if expected is None or not isinstance(found, str) or not found.isascii():
+        return None
+    return value if hmac.compare_digest(expected, found) else None
 
 
 def remember(kind: Kind, key: str, value: dict[str, Any]) -> bool:
     """Keep `value`; returns whether that was possible: a full or read-only disk is no reason to fail."""
+    authenticated = _authenticated(kind, key, value)
+    if authenticated is None:
+        return False
+    entry = {"key": key, "value": value, "hmac": authenticated}
     try:
         place = _place(kind, key)
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(place, (json.dumps({"key": key, "value": value}, sort_keys=True) + "\n").encode())
+        write_atomic(place, (json.dumps(entry, sort_keys=True) + "\n").encode())
     except (VitEdgeError, OSError, RuntimeError):  # RuntimeError: no home folder is known
         return False
     return True
+
+
+def _authenticated(kind: Kind, key: str, value: dict[str, Any]) -> str | None:
+    return signature(json.dumps([kind, key, value], sort_keys=True).encode())
 
 
 def _place(kind: Kind, key: str) -> Path:

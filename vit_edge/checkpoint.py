@@ -1,4 +1,4 @@
-"""A checkpoint: safetensors with what the weights alone cannot tell in its header.
+"""A checkpoint: safetensors with everything else about the network in its header.
 
 A SHA-256 covers header and tensors: a flipped bit is found before the weights are used.
 """
@@ -29,7 +29,7 @@ _NUM_NAMED = 5
 class Checkpoint:
     """A Vision Transformer with its weights, and everything needed to use it on an image.
 
-    `assumed` names what nobody told and was filled in by default, such as "preprocessing.mean" or "labels".
+    `assumed` names what was not specified and filled in by default, such as "preprocessing.mean" or "labels".
     """
 
     name: str
@@ -91,13 +91,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             sha256=file_sha256,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise rejected(path, f"its header does not fit ({error})", "save it again") from error
+        raise rejected(path, f"the checkpoint's header does not fit ({error})", "save it again") from error
     warn_of_assumed(checkpoint.assumed, path)
     return checkpoint
 
 
 def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> VisionTransformer:
-    with torch.device("meta"):  # shapes only: a configuration that lies must not allocate
+    with torch.device("meta"):  # shapes only: a wrong configuration must not allocate
         model = VisionTransformer(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())][:_NUM_NAMED]
@@ -109,7 +109,7 @@ def _model(config: ViTConfig, tensors: Mapping[str, Tensor], path: str | os.Path
         if name in tensors and tuple(tensors[name].shape) != shape
     ][:_NUM_NAMED]
     if problems:
-        reason = f"its weights do not fit its configuration: {'; '.join(problems)}"
+        reason = f"the checkpoint's weights do not fit its configuration: {'; '.join(problems)}"
         raise rejected(path, reason, "take the checkpoint and its configuration from one source")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:

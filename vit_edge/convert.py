@@ -1,6 +1,6 @@
-"""Weights from elsewhere into one of our checkpoints: recognised, mapped, held against what was told, and reported.
+"""Third-party weights as a checkpoint: recognised, mapped, compared with their configuration, and reported.
 
-Whose word counts, first to last: --preprocessing and --labels; the configuration beside the weights; --like; what the
+Precedence, first to last: --preprocessing and --labels; the configuration next to the weights; --like; what the
 library's code fixes; defaults, which are assumed and warned of. Nothing is loaded partially.
 """
 
@@ -21,8 +21,8 @@ from vit_edge.conversion.architecture import Shaped, defaults, shape
 from vit_edge.conversion.conversion import Conversion, ConversionReport, TensorMapping
 from vit_edge.conversion.label_names import read_labels
 from vit_edge.conversion.pickled_weights import unusable
+from vit_edge.conversion.preprocessing.inference import InferredPreprocessing, infer_preprocessing
 from vit_edge.conversion.preprocessing.knowledge import Facts, Knowledge
-from vit_edge.conversion.preprocessing.labelled_evidence import Evidence, gather
 from vit_edge.conversion.preprocessing.settings import preprocessing_facts, read_settings
 from vit_edge.conversion.sources import Source, open_weights
 from vit_edge.conversion.tensor_names import Renamed, rename
@@ -107,8 +107,8 @@ def read_source(
     """Return SOURCE converted in memory, with the report; raises VitEdgeError.
 
     SOURCE is a file, a folder, `timm:NAME`, `hf:REPO` or `torchvision:NAME`. `like` is `timm:NAME`, whose heads,
-    activation, eps and preprocessing fill what is not told otherwise. `preprocessing` and `labels` are files (`labels`
-    also a folder of class folders) whose word counts most. `data` are labelled images that settle what is assumed.
+    activation, eps and preprocessing fill what is not specified otherwise. `preprocessing` and `labels` are files that
+    count most (`labels` also a folder of class folders). `data` are labelled images that settle what is assumed.
     `image_size` (height, width) resamples the positions; `num_classes` replaces the head by zeros.
     """
     progress("converting", 0, 3)
@@ -117,11 +117,13 @@ def read_source(
     progress("converting", 1, 3)
     knowledge = _knowledge(opened, renamed, like=like, preprocessing=preprocessing, labels=labels)
     shaped, model = _built(opened, renamed, knowledge, image_size=image_size, num_classes=num_classes)
+    if opened.checkpoint is None and not shaped.new_head:
+        _refuse_other_heads(knowledge, shaped.config.num_classes, opened.weights.origin)
     progress("converting", 2, 3)
-    settings, evidence = _settings(knowledge, shaped, labels), None
+    settings, inferred = _settings(knowledge, shaped, labels), None
     if data is not None:
-        settings, evidence = _settled(model, settings, data, progress)
-    report = _report(opened, renamed, shaped, knowledge, settings, evidence)
+        settings, inferred = _settled(model, settings, data, progress)
+    report = _report(opened, renamed, shaped, knowledge, settings, inferred)
     asked = any(option is not None for option in (like, preprocessing, labels, data, image_size, num_classes))
     checkpoint = opened.checkpoint if not asked else None
     made = Conversion(checkpoint=checkpoint or _checkpoint(opened, model, settings, report, knowledge), report=report)
@@ -131,7 +133,7 @@ def read_source(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Settings:
-    """How a network is fed and what its classes are called, what of that and of its shape is assumed, what is said."""
+    """How a network is fed and what its classes are called, what of that and of its shape is assumed, and notes."""
 
     preprocessing: Preprocessing
     labels: tuple[str, ...]
@@ -176,22 +178,22 @@ def _settings(knowledge: Knowledge, shaped: Shaped, given: str | os.PathLike[str
 
 def _settled(
     model: VisionTransformer, settings: _Settings, data: str | os.PathLike[str], progress: Progress
-) -> tuple[_Settings, Evidence]:
-    """Return the settings after the images had their say, and what they said."""
-    evidence = gather(
+) -> tuple[_Settings, InferredPreprocessing]:
+    """Return the settings after the preprocessing search, and what it found."""
+    inferred = infer_preprocessing(
         model, data, preprocessing=settings.preprocessing, labels=settings.labels, assumed=settings.assumed,
         progress=progress,
     )  # fmt: skip
-    if evidence.bgr:
+    if inferred.bgr:
         _swap_colours(model)
     settled = dataclasses.replace(
         settings,
-        preprocessing=evidence.preprocessing,
-        labels=evidence.labels,
-        assumed=tuple(name for name in settings.assumed if name not in evidence.settled),
-        notes=(*settings.notes, *evidence.notes),
+        preprocessing=inferred.preprocessing,
+        labels=inferred.labels,
+        assumed=tuple(name for name in settings.assumed if name not in inferred.settled),
+        notes=(*settings.notes, *inferred.notes),
     )
-    return settled, evidence
+    return settled, inferred
 
 
 def _knowledge(
@@ -202,27 +204,29 @@ def _knowledge(
     preprocessing: str | os.PathLike[str] | None,
     labels: str | os.PathLike[str] | None,
 ) -> Knowledge:
-    told: list[Facts] = []
+    specified: list[Facts] = []
     if preprocessing is not None:
         facts = preprocessing_facts(read_settings(preprocessing), origin=printable(preprocessing))
-        told.append(dataclasses.replace(facts, origin="--preprocessing", image_size=None, input_size=None))
+        specified.append(dataclasses.replace(facts, origin="--preprocessing", image_size=None, input_size=None))
     if labels is not None:
-        told.append(Facts(origin="--labels", labels=read_labels(labels)))
-    told += [facts for facts in opened.facts if not facts.assumed]
+        specified.append(Facts(origin="--labels", labels=read_labels(labels)))
+    specified += [facts for facts in opened.facts if not facts.assumed]
     if like is not None:
-        told.append(_alike(like, opened))
+        specified.append(_alike(like, opened))
     assumed = [facts for facts in opened.facts if facts.assumed]
-    return Knowledge(facts=(*told, *assumed, *defaults(renamed)))
+    return Knowledge(facts=(*specified, *assumed, *defaults(renamed)))
 
 
 def _alike(like: str, opened: Source) -> Facts:
     library, _, name = like.partition(":")
     if library != "timm" or not name:
         raise UsageError(
-            "cannot use --like", reason=f"it is {like!r}", remedy="write timm:NAME, such as timm:deit_tiny_patch16_224"
+            "cannot use --like",
+            reason=f"the value is {like!r}",
+            remedy="write timm:NAME, such as timm:deit_tiny_patch16_224",
         )
     facts = facts_of_timm_name(name, origin=f"--like {like}")
-    # Heads go with the width. Depth, patches and size the tensors tell; names and licence are those of the weights.
+    # Heads go with the width. The tensors give depth, patches and size; names and licence are those of the weights.
     shape_told = {"width": facts.shape["width"]}
     labels = imagenet_names(tag_of_timm_name(name), _IMAGENET_CLASSES)
     return dataclasses.replace(
@@ -232,7 +236,7 @@ def _alike(like: str, opened: Source) -> Facts:
 
 def _assembled(shaped: Shaped, renamed: Renamed, origin: str) -> VisionTransformer:
     """Return the network with its weights; raises CheckpointRejected that names what is wrong, five of each kind."""
-    with torch.device("meta"):  # shapes only: a configuration that lies must not allocate
+    with torch.device("meta"):  # shapes only: a wrong configuration must not allocate
         model = VisionTransformer(shaped.config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = shaped.tensors
@@ -250,7 +254,7 @@ def _assembled(shaped: Shaped, renamed: Renamed, origin: str) -> VisionTransform
         if names
     ]
     if problems:
-        reason = f"its tensors are not those of one plain Vision Transformer: {'; '.join(problems)}"
+        reason = f"the network's tensors are not those of one plain Vision Transformer: {'; '.join(problems)}"
         raise unusable(origin, reason, "take the whole state dict of one network, and its own configuration")
     model.load_state_dict(dict(tensors), assign=True)
     return model.eval()
@@ -261,6 +265,16 @@ def _name_of(config: ViTConfig) -> str:
     rows, columns = config.patch_size
     patch = f"{rows}" if rows == columns else f"{rows}x{columns}"
     return f"vit_{config.width}x{config.depth}_patch{patch}_{max(config.image_size)}"
+
+
+def _refuse_other_heads(knowledge: Knowledge, num_classes: int, origin: str) -> None:
+    """Raise CheckpointRejected unless the head gives one class of several: softmax would misread any other."""
+    problem = knowledge.value("problem_type")
+    if problem in (None, "single_label_classification") and num_classes > 1:
+        return
+    what = f"problem_type is {problem!r}" if problem else "the head has one logit"
+    remedy = "use a head for one class of several; --num-classes N replaces the head, to train it anew"
+    raise unusable(origin, f"{what}: no single-label classification, which softmax needs", remedy)
 
 
 def _field_of(name: str) -> str:
@@ -275,45 +289,44 @@ def _field_of(name: str) -> str:
 def _preprocessing(
     knowledge: Knowledge, image_size: tuple[int, int]
 ) -> tuple[Preprocessing, tuple[str, ...], tuple[str, ...]]:
-    """Return the settings for the network's size, what of them is assumed, and what is to be said."""
+    """Return the settings for the network's size, what of them is assumed, and notes."""
     geometry = knowledge.value("geometry")
     try:
-        settings = Preprocessing(
-            resize=geometry.resize_for(image_size),
-            crop=image_size,
+        settings = geometry.preprocessing(
+            image_size,
             interpolation=knowledge.value("interpolation"),
             mean=knowledge.value("mean"),
             std=knowledge.value("std"),
         )
     except ValueError as error:
-        remedy = "tell how images are prepared with --preprocessing"
+        remedy = "specify the preprocessing with --preprocessing"
         raise UsageError("cannot use the preprocessing", reason=str(error), remedy=remedy) from error
-    assumed = [name for name in _PREPROCESSING if not knowledge.told(name)]
+    assumed = [name for name in _PREPROCESSING if not knowledge.specifies(name)]
     # Short side and crop of a network that is not square: libraries differ, and none wrote it down.
     if image_size[0] != image_size[1] and isinstance(settings.resize, int) and geometry.crop != image_size:
         assumed = list(dict.fromkeys([*assumed, "geometry"]))
     notes = []
     if geometry.crop not in (None, image_size):
-        told = f"the preprocessing told is for {geometry.crop[0]}x{geometry.crop[1]}"
-        notes.append(f"{told}; kept in proportion for {image_size[0]}x{image_size[1]}")
+        note = f"the specified preprocessing is for {geometry.crop[0]}x{geometry.crop[1]}"
+        notes.append(f"{note}; kept in proportion for {image_size[0]}x{image_size[1]}")
     return settings, tuple(f"preprocessing.{name.replace('geometry', 'resize')}" for name in assumed), tuple(notes)
 
 
 def _labels(
     knowledge: Knowledge, shaped: Shaped, given: str | os.PathLike[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the classes, "labels" where they are assumed, and what is to be said."""
+    """Return the names of the classes, "labels" if they are assumed, and notes."""
     num_classes, names = shaped.config.num_classes, knowledge.value("labels")
     numbers = tuple(map(str, range(num_classes)))
     if names is None:
         return numbers, ("labels",), ()
     if len(names) == num_classes and (not shaped.new_head or given is not None):
-        return names, () if knowledge.told("labels") else ("labels",), ()
+        return names, () if knowledge.specifies("labels") else ("labels",), ()
     if given is not None:
-        reason = f"it holds {len(names)} names, the network has {num_classes} classes (num_classes)"
+        reason = f"the file holds {len(names)} names, the network has {num_classes} classes (num_classes)"
         raise InputError("cannot use the labels", file=given, reason=reason, remedy="give one name for each class")
     why = "the head is new" if shaped.new_head else f"they are {len(names)} for {num_classes} classes"
-    return numbers, ("labels",), (f"the labels that were told are not taken: {why}",)
+    return numbers, ("labels",), (f"the specified labels are not used: {why}",)
 
 
 def _swap_colours(model: VisionTransformer) -> None:
@@ -328,11 +341,11 @@ def _report(
     shaped: Shaped,
     knowledge: Knowledge,
     settings: _Settings,
-    evidence: Evidence | None,
+    inferred: InferredPreprocessing | None,
 ) -> ConversionReport:
-    said = [f"prefix {renamed.prefix!r} stripped from the keys"] if renamed.prefix else []
-    said += [*opened.weights.notes, *renamed.notes, *shaped.notes]
-    said += [note for facts in knowledge.facts for note in facts.notes]
+    notes = [f"prefix {renamed.prefix!r} stripped from the keys"] if renamed.prefix else []
+    notes += [*opened.weights.notes, *renamed.notes, *shaped.notes]
+    notes += [note for facts in knowledge.facts for note in facts.notes]
     dropped = dict.fromkeys(renamed.pre_logits, "it belongs to the head that was replaced")
     return ConversionReport(
         source=opened.weights.origin,
@@ -342,11 +355,11 @@ def _report(
         mapped=_mapped(shaped.tensors, shaped.reshaped, renamed),
         unused={**renamed.unused, **dropped},
         prefix=renamed.prefix,
-        notes=(*said, *settings.notes),
+        notes=(*notes, *settings.notes),
         known=_known(knowledge, settings.assumed),
         assumed=settings.assumed,
-        found=evidence.settled if evidence else (),
-        finding=evidence.finding if evidence else None,
+        found=inferred.settled if inferred else (),
+        finding=inferred.finding if inferred else None,
         num_parameters=sum(tensor.numel() for tensor in shaped.tensors.values()),
     )
 
@@ -365,10 +378,10 @@ def _known(knowledge: Knowledge, assumed: tuple[str, ...]) -> dict[str, str]:
     names = ("num_heads", "activation", "layer_norm_eps", "pooling", *_PREPROCESSING, "labels", "license")
     known = {}
     for name in names:
-        teller = knowledge.teller(name)
+        source = knowledge.source_of(name)
         dotted = f"preprocessing.{name.replace('geometry', 'resize')}" if name in _PREPROCESSING else name
-        if teller is not None and not teller.assumed and dotted not in assumed:
-            known[dotted] = teller.origin
+        if source is not None and not source.assumed and dotted not in assumed:
+            known[dotted] = source.origin
     return known
 
 

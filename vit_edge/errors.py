@@ -12,7 +12,7 @@
     |- ResourceExhausted         exit 5    disk, memory or time
     |  |- Overloaded                       the queue of a pool is full
     |  `- DeadlineExceeded                 a request's time was over before its turn
-    |- VerificationFailed        exit 6    the answers are not the ones promised
+    |- VerificationFailed        exit 6    unexpected predictions, or too few images
     |  `- GoldenMismatch                   the golden vectors give other logits here
     |- EngineUnavailable         exit 7    no such engine or device here
     |  `- MissingExtra                     a package has to be installed first
@@ -24,6 +24,7 @@ A message has two lines: `cannot read FILE: reason`, then `try: what to do`.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 from pathlib import Path
 from types import ModuleType
@@ -46,8 +47,10 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "VitEdgeError",
+    "escaped",
     "printable",
     "require",
+    "version_of",
 ]
 
 
@@ -58,7 +61,8 @@ class VitEdgeError(Exception):
     in_json = False  # whether the command line has printed it as JSON already
 
     def __init__(self, what: str, *, reason: str, remedy: str, file: str | os.PathLike[str] | None = None) -> None:
-        self.what, self.reason, self.remedy = what, reason, remedy
+        # A reason may quote a file, a label or a manifest.
+        self.what, self.reason, self.remedy = escaped(what), escaped(reason), escaped(remedy)
         self.file = None if file is None else printable(file)
         super().__init__(what, reason, remedy)
 
@@ -120,7 +124,7 @@ class DeadlineExceeded(ResourceExhausted):
 
 
 class VerificationFailed(VitEdgeError):
-    """The answers are not the ones promised."""
+    """A model does not give the expected predictions."""
 
     exit_code = 6
 
@@ -148,18 +152,39 @@ class Interrupted(VitEdgeError):
 def printable(path: str | os.PathLike[str]) -> str:
     """Return a path as text that any terminal can print: control characters and bytes that are not UTF-8 escaped."""
     text = os.fsencode(Path(path)).decode("utf-8", errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return escaped(text, keep="")
+
+
+def escaped(text: str, *, keep: str = "\n") -> str:
+    """Return text from outside as a terminal, log or table may show it, control characters and the like escaped.
+
+    So are marks that turn the direction of writing, and lone surrogates. Characters in `keep` stay.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def require(module: str, *, extra: str, what: str) -> ModuleType:
-    """Import and return `module`; raises MissingExtra, which says what to install, where it is absent."""
+    """Import and return `module`; raises MissingExtra, which says what to install, if it cannot be imported.
+
+    A package that is installed may fail beside an older protobuf or another NumPy: then the versions are named.
+    """
+    package = module.split(".", maxsplit=1)[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".", maxsplit=1)[0]:
-            raise
-        raise MissingExtra(
-            f"cannot {what}",
-            reason=f"the package {module.split('.', maxsplit=1)[0]} is not installed",
-            remedy=f'pip install "vit-edge[{extra}]"',
-        ) from error
+    except Exception as error:  # protobuf raises its own VersionError, a wheel for another NumPy ImportError or worse
+        remedy = f'pip install --upgrade "vit-edge[{extra}]"'
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == package:
+            reason, remedy = f"the package {package} is not installed", f'pip install "vit-edge[{extra}]"'
+        else:
+            beside = " and ".join(f"{name} {version_of(name)}" for name in ("protobuf", "numpy"))
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{package} {version_of(package)} cannot be imported with {beside} ({why})"
+        raise MissingExtra(f"cannot {what}", reason=reason, remedy=remedy) from error
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

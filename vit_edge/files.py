@@ -31,17 +31,17 @@ __all__ = [
 
 # What people really hand over when it is not the file they meant; checked in this order.
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "it is a Git LFS pointer, not the file itself", "run `git lfs pull`"),
-    (b"<!doctype html", "it is an HTML page, not the file itself", "download the file itself, not the page about it"),
-    (b"<html", "it is an HTML page, not the file itself", "download the file itself, not the page about it"),
-    (b"\x89png", "it is a PNG image", "give an image where an image is asked for"),
-    (b"\xff\xd8\xff", "it is a JPEG image", "give an image where an image is asked for"),
+    (b"version https://git-lfs", "the file is a Git LFS pointer", "run `git lfs pull`"),
+    (b"<!doctype html", "the file is an HTML page", "download the file itself, not the page about it"),
+    (b"<html", "the file is an HTML page", "download the file itself, not the page about it"),
+    (b"\x89png", "the file is a PNG image", "give an image where an image is asked for"),
+    (b"\xff\xd8\xff", "the file is a JPEG image", "give an image where an image is asked for"),
     (
         b"pk\x03\x04",
-        "it is a zip archive (torch.save writes these)",
+        "the file is a zip archive (torch.save writes these)",
         "save the weights as safetensors where it was made",
     ),
-    (b"\x80\x02", "it is a Python pickle", "save the weights as safetensors where it was made"),
+    (b"\x80\x02", "the file is a Python pickle", "save the weights as safetensors where it was made"),
 )
 
 
@@ -60,7 +60,7 @@ def looks_like_safetensors(data: bytes) -> bool:
 def kind_of(data: bytes) -> tuple[str, str] | None:
     """Return (what this file is instead, what to do) for the files people hand over by mistake, else None."""
     if not data:
-        return "it is empty (0 bytes)", "copy or download it again"
+        return "the file is empty (0 bytes)", "copy or download it again"
     if looks_like_safetensors(data):
         return None
     head = data[:64].lstrip().lower() if data[:1] not in (b"\x80", b"\x89", b"\xff") else data[:64].lower()
@@ -78,7 +78,7 @@ def read_file(
     Devices, sockets and FIFOs are never opened for reading: they could block for ever or never end.
     """
     try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to must not hang before fstat can refuse it.
+        # O_NONBLOCK: opening a FIFO without a writer must not hang before fstat can refuse it.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as problem:
         raise error(f"cannot read the {what}", file=path, reason=_why(problem), remedy="check the path") from problem
@@ -86,15 +86,17 @@ def read_file(
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise error(f"cannot read the {what}", file=path, reason=f"it is {kind}", remedy="give the path of a file")
+        raise error(
+            f"cannot read the {what}", file=path, reason=f"the path is {kind}", remedy="give the path of a file"
+        )
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > max_bytes:
-            reason = f"it has {status.st_size:,} bytes; at most {max_bytes:,} are read"
+            reason = f"the file has {status.st_size:,} bytes; at most {max_bytes:,} are read"
             raise error(f"cannot read the {what}", file=path, reason=reason, remedy="give a smaller file")
         try:
             return file.read(status.st_size)
         except OSError as problem:
-            remedy = "check the disk it lies on"
+            remedy = "check the disk"
             raise error(f"cannot read the {what}", file=path, reason=_why(problem), remedy=remedy) from problem
 
 
@@ -111,9 +113,11 @@ def may_write(path: str | os.PathLike[str], *, force: bool, made_from: str | os.
 
 def _may_write(target: Path, *, force: bool, made_from: str | os.PathLike[str] | None) -> Path:
     if target.is_dir():
-        raise UsageError("cannot write", file=target, reason="it is a folder", remedy="give the path of a file")
+        raise UsageError("cannot write", file=target, reason="the path is a folder", remedy="give the path of a file")
     if made_from is not None and target.exists() and Path(made_from).exists() and target.samefile(made_from):
-        raise UsageError("will not overwrite", file=target, reason="it is the input", remedy="choose another name")
+        raise UsageError(
+            "will not overwrite", file=target, reason="the path is the input", remedy="choose another name"
+        )
     if os.path.lexists(target) and not force:
         remedy = "choose another name, or add --force to replace it"
         raise UsageError("will not overwrite", file=target, reason="the file exists", remedy=remedy)

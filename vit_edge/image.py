@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "Color",
     "Decoding",
     "ImageSource",
+    "Interpolation",
     "Pixels",
     "Preprocessing",
     "decode",
@@ -37,6 +39,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | Pixels"
 # The channels of an array in their order: OpenCV gives "bgr", picamera2 "bgra" too.
 Color: TypeAlias = Literal["rgb", "bgr", "rgba", "bgra"]
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 # "fast" lets the JPEG decoder leave out what the resize would average away: the nearest scale above its size.
 Decoding: TypeAlias = Literal["full", "fast"]
 
@@ -69,15 +72,19 @@ _log = logging.getLogger(__name__)
 class Preprocessing:
     """How an image becomes the network's input; raises ValueError where the fields disagree.
 
-    `resize` is the short side in pixels (the aspect ratio is kept), or (height, width) to squash to; `crop` is the
-    (height, width) cut from the centre, which is the network's input size; `mean` and `std` belong to RGB in [0, 1].
+    `resize` is the short side in pixels (the aspect ratio is kept), or (height, width) to squash to; with `keep_ratio`
+    the image covers (height, width), as timm resizes for inputs that are not square. `crop` is the (height, width) cut
+    from the centre, which is the network's input size; half pixels of its offset go to the even number ("half-even",
+    torchvision) or down ("floor", transformers). `mean` and `std` belong to RGB in [0, 1].
     """
 
     resize: int | tuple[int, int]
     crop: tuple[int, int]
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    keep_ratio: bool = False
+    crop_rounding: Literal["half-even", "floor"] = "half-even"
 
     def __post_init__(self) -> None:
         for name in ("crop", "mean", "std"):  # JSON has no tuples
@@ -91,6 +98,10 @@ class Preprocessing:
             raise ValueError(f"crop {self.crop} is larger than the image resized to {self.resize}")
         if max(*self.crop, *sides) > _MAX_SIDE or not all(isinstance(side, int) for side in (*self.crop, *sides)):
             raise ValueError(f"resize {self.resize} and crop {self.crop} must be whole numbers up to {_MAX_SIDE:,}")
+        if not isinstance(self.keep_ratio, bool) or (self.keep_ratio and isinstance(resize, int)):
+            raise ValueError(f"keep_ratio {self.keep_ratio!r} needs a resize of (height, width)")
+        if self.crop_rounding not in ("half-even", "floor"):
+            raise ValueError(f"crop_rounding {self.crop_rounding!r}; choose half-even or floor")
         if self.interpolation not in _INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r}; choose one of {', '.join(_INTERPOLATIONS)}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(np.isfinite([*self.mean, *self.std])):
@@ -104,8 +115,10 @@ class Preprocessing:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON-ready values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return the settings as JSON-ready values; rules of other libraries only if they are not the usual ones."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        usual = {"keep_ratio": False, "crop_rounding": "half-even"}
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
     def pixels(self, source: ImageSource) -> Pixels:
         """Return uint8 [height, width, 3] RGB, resized and cropped; raises ImageRejected, or TypeError."""
@@ -119,8 +132,8 @@ class Preprocessing:
         height, width = self.resized(*(upright or (image.height, image.width)))
         if (width, height) != image.size:
             image = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
-        # Python's round, as torchvision's CenterCrop uses: half goes to the even number.
-        top, left = round((height - self.crop[0]) / 2), round((width - self.crop[1]) / 2)
+        halve = math.floor if self.crop_rounding == "floor" else round  # Python's round: half to even
+        top, left = halve((height - self.crop[0]) / 2), halve((width - self.crop[1]) / 2)
         image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         return np.array(image, dtype=np.uint8)
 
@@ -133,7 +146,10 @@ class Preprocessing:
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width that an image is resized to before the crop."""
         if not isinstance(self.resize, int):
-            return self.resize
+            if not self.keep_ratio:
+                return self.resize
+            ratio = min(height / self.resize[0], width / self.resize[1])  # as timm's ResizeKeepRatio
+            return round(height / ratio), round(width / ratio)
         # The long side is rounded down, as torchvision's Resize does.
         if width <= height:
             return int(self.resize * height / width), self.resize
@@ -176,7 +192,7 @@ def decode_for(
         raise
     # Pillow's decoders raise struct.error, TypeError, IndexError, SyntaxError, ValueError, RuntimeError and more.
     except Exception as error:
-        reason = f"it is damaged or incomplete ({type(error).__name__}: {error})"
+        reason = f"the image is damaged or incomplete ({type(error).__name__}: {error})"
         raise _rejected(name, reason, "copy or export it again") from error
 
 
@@ -192,7 +208,7 @@ def _upright(image: Image.Image) -> tuple[int, int]:
 
 
 def _scale_down(image: Image.Image, needed: tuple[int, int]) -> None:
-    """Tell the decoder of a JPEG file what (height, width) of the upright image is needed; others take no notice."""
+    """Tell the decoder of a JPEG file which (height, width) of the upright image is needed; others ignore it."""
     is_turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
     height, width = reversed(needed) if is_turned else needed
     image.draft(None, (width, height))
@@ -215,9 +231,11 @@ def _open(source: ImageSource, color: Color) -> tuple[str, Image.Image]:
     elif hasattr(source, "read"):
         name = "the file given"
         try:
+            if source.seekable():  # a BytesIO that was just written stands at its end
+                source.seek(0)
             data = source.read(_MAX_FILE_BYTES)
         except (OSError, ValueError) as error:  # it is closed, or its disk fails
-            raise _rejected(name, f"it cannot be read ({error})", "open it again") from error
+            raise _rejected(name, f"the file cannot be read ({error})", "open it again") from error
         if not isinstance(data, bytes):
             raise TypeError("image is a file opened as text; open it with mode 'rb'")
     else:
@@ -234,10 +252,10 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
     except Exception as error:
         kind = kind_of(data)
         if isinstance(error, Image.DecompressionBombError):
-            raise _rejected(name, "it has far too many pixels", "scale it down first") from error
+            raise _rejected(name, "the image has far too many pixels", "scale it down first") from error
         if kind is not None and "image" not in kind[0]:
             raise _rejected(name, kind[0], kind[1]) from error
-        reason = f"it is not an image that can be read ({', '.join(FORMATS)})"
+        reason = f"the file is not an image that can be read ({', '.join(FORMATS)})"
         raise _rejected(name, reason, "convert it to one of these") from error
 
 
@@ -249,7 +267,7 @@ def _from_array(pixels: Pixels, color: Color) -> Image.Image:
         hint = f", or say its color: {' or '.join(others)}" if others and pixels.dtype == np.uint8 else ""
         raise TypeError(f"image is {pixels.dtype} {list(pixels.shape)}; give {expected}{hint}")
     if 0 in pixels.shape:
-        raise _rejected("the array given", "it has no pixels", "give at least one row and one column")
+        raise _rejected("the array given", "the image has no pixels", "give at least one row and one column")
     return Image.fromarray(np.ascontiguousarray(pixels[..., channels]))
 
 
@@ -258,10 +276,10 @@ def _check_size(image: Image.Image, name: str) -> None:
     long, short = max(width, height), min(width, height)
     if long > _MAX_SIDE or width * height > _MAX_PIXELS:
         limit = f"at most {_MAX_PIXELS:,} pixels and {_MAX_SIDE:,} a side are decoded"
-        raise _rejected(name, f"it has {width} x {height} pixels; {limit}", "scale it down first")
+        raise _rejected(name, f"the image has {width} x {height} pixels; {limit}", "scale it down first")
     if short < _MIN_SIDE or long > _MAX_ASPECT * short:
         limit = f"at least {_MIN_SIDE} a side and at most {_MAX_ASPECT} times as long as wide can be judged"
-        raise _rejected(name, f"it has {width} x {height} pixels; {limit}", "leave it out")
+        raise _rejected(name, f"the image has {width} x {height} pixels; {limit}", "leave it out")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -274,7 +292,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         background = Image.new("RGBA", opaque.size, (*BACKGROUND, 255))
         return Image.alpha_composite(background, opaque).convert("RGB")
     if mode in ("I", "F"):
-        reason = f"its colour mode is {mode} (32 bits a pixel), which has no known range"
+        reason = f"the image's colour mode is {mode} (32 bits a pixel), which has no known range"
         raise _rejected(name, reason, "convert it to 8 or 16 bits a channel")
     return image if mode == "RGB" else image.convert("RGB")
 

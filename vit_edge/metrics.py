@@ -1,4 +1,4 @@
-"""How near two sets of answers are, and what a number of images can prove about it.
+"""How near two sets of logits are, and what a number of images can prove about it.
 
 Drops are in percentage points, agreement in percent, SQNR in decibels. The accuracy claim is a one-sided 95 % upper
 bound on the drop over paired images, right also where few or no answers differ: there a Wald interval would claim
@@ -52,7 +52,7 @@ UNKNOWN, NO_CLASS = -1, -2
 TOP = 5
 # The share of the nuisance rate's confidence interval that is left out, and added to the p-value instead.
 _RULED_OUT = 1e-5
-# Nobody labels more.
+# More images are not labelled by hand.
 _MOST_IMAGES = 1_000_000
 # What the bounds are called wherever they are printed.
 BOUND_METHOD = (
@@ -63,7 +63,7 @@ AGREEMENT_METHOD = "exact (Clopper and Pearson 1934), one-sided 95 %; its interv
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedAnswers:
-    """What two networks answer on the same images, without the logits: 5,000 images of 1,000 classes take 0.5 MB.
+    """What two networks predict for the same images, without the logits: 5,000 images of 1,000 classes take 0.5 MB.
 
     `reference_BT` and `candidate_BT` are the top classes (five, or all where there are fewer), the best first; a margin
     is the distance of the two largest logits.
@@ -79,18 +79,18 @@ class PairedAnswers:
 
     @property
     def num_images(self) -> int:
-        """Return how many images were answered."""
+        """Return how many images were classified."""
         return len(self.reference_BT)
 
     @property
     def changed(self) -> npt.NDArray[np.bool_]:
-        """Return where the two answers differ: only these images can change what is said of the accuracy."""
+        """Return where the two predictions differ: only these images can change the accuracy."""
         return np.asarray(self.reference_BT[:, 0] != self.candidate_BT[:, 0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A candidate against its reference on the same images; None is what the labels do not tell.
+    """A candidate against its reference on the same images; None is what the labels do not show.
 
     `unlabelled` images changed their answer and have no label: they are counted among `worse`.
     """
@@ -149,7 +149,7 @@ def pair_answers(reference_BK: Logits, candidate_BK: Logits) -> PairedAnswers:
 
 
 def join_answers(parts: Sequence[PairedAnswers]) -> PairedAnswers:
-    """Return the answers of all batches as one."""
+    """Return the predictions of all batches as one."""
     return PairedAnswers(
         reference_BT=np.concatenate([part.reference_BT for part in parts]),
         candidate_BT=np.concatenate([part.candidate_BT for part in parts]),
@@ -167,7 +167,7 @@ def compare(reference_BK: Logits, candidate_BK: Logits, labels_B: Indices) -> Co
 
 
 def compare_answers(answers: PairedAnswers, labels_B: Indices) -> Comparison:
-    """Return every paired figure of two sets of answers; a label is a class, UNKNOWN, or NO_CLASS.
+    """Return every paired figure of two sets of logits; a label is a class, UNKNOWN, or NO_CLASS.
 
     The drop needs the labels of the changed images only: where both answer the same, both are right or both are wrong.
     A changed image whose label is UNKNOWN counts as if the reference were right.
@@ -237,7 +237,7 @@ def drop_upper_bound_points(images: int, *, worse: int, better: int, confidence:
 
 
 def best_certifiable_points(images: int) -> float:
-    """Return the smallest drop that this many images can certify: the bound where not one answer differs."""
+    """Return the smallest drop that this many images can certify: the bound if no prediction differs."""
     return float(1 - (1 - CONFIDENCE - _RULED_OUT) ** (1 / images)) * 100
 
 
@@ -247,12 +247,12 @@ def best_certifiable_agreement(images: int) -> float:
 
 
 def fewest_images(*, max_drop_points: float) -> int | None:
-    """Return how many images certify a drop where not one answer differs; None where it is over a million."""
+    """Return how many images certify a drop if no prediction differs; None if it is over a million."""
     return _fewest(lambda images: best_certifiable_points(images) <= max_drop_points)
 
 
 def fewest_images_for_agreement(min_agreement: float) -> int | None:
-    """Return how many images certify an agreement where not one answer differs; None where no number does."""
+    """Return how many images certify an agreement if no prediction differs; None if no number does."""
     return _fewest(lambda images: best_certifiable_agreement(images) >= min_agreement)
 
 
@@ -371,7 +371,7 @@ def _top(logits_BK: Floats) -> tuple[Indices, Floats]:
 
 
 def _share_right(answers_BT: Indices, labels_B: Indices) -> float | None:
-    """Return the percentage of images whose label is among the answers; None where a label is not known."""
+    """Return the percentage of images whose label is among the predictions; None if a label is not known."""
     if (labels_B == UNKNOWN).any():
         return None
     return float((answers_BT == labels_B[:, None]).any(axis=1).mean() * 100)

@@ -45,15 +45,15 @@ def read_tensors(path: str | os.PathLike[str], *, key: str) -> tuple[dict[str, A
         # The library has checked the header by now; it gives the metadata only of a file, read a second time.
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except (SafetensorError, ValueError) as error:
-        reason = f"it is not a whole safetensors file ({error})"
+        reason = f"the file is not a whole safetensors file ({error})"
         remedy = f"copy it again, or save the weights as safetensors where it was made{_others(path)}"
         raise rejected(path, reason, remedy) from error
     header = _header(metadata.get(key), path)
     if header.get("schema") != SCHEMA:
-        reason = f"it has schema {header.get('schema')!r}; this vit-edge reads {SCHEMA}"
+        reason = f"the file has schema {header.get('schema')!r}; this vit-edge reads {SCHEMA}"
         raise rejected(path, reason, "install the vit-edge that wrote it")
     if header.pop("sha256", None) != tensor_digest(header, tensors):
-        reason = "its SHA-256 is not the one it was saved with: it was changed or damaged"
+        reason = "the file's SHA-256 is not the one it was saved with: it was changed or damaged"
         raise rejected(path, reason, f"take an earlier copy{_others(path)}")
     return header, tensors, sha256_hex(data)
 
@@ -75,18 +75,20 @@ def rejected(path: str | os.PathLike[str], reason: str, remedy: str) -> Checkpoi
 
 def _header(text: str | None, path: str | os.PathLike[str]) -> dict[str, Any]:
     if text is None:
-        reason = "it is safetensors, but not a checkpoint of vit-edge: it has no configuration in it"
+        reason = "the file is safetensors, but not a checkpoint of vit-edge: it has no configuration in it"
         raise rejected(path, reason, "make one with `vit-edge convert` or `vit-edge train`")
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
-        raise rejected(path, f"its header cannot be read ({error})", f"take an earlier copy{_others(path)}") from error
+        raise rejected(
+            path, f"the file's header cannot be read ({error})", f"take an earlier copy{_others(path)}"
+        ) from error
     return header
 
 
 def _others(path: str | os.PathLike[str]) -> str:
-    """Return the names of the other checkpoints beside `path`, as the end of a sentence."""
-    beside = sorted(p.name for p in Path(path).parent.glob("*.safetensors") if p.name != Path(path).name)
-    return f"; beside it: {', '.join(map(printable, beside[:5]))}" if beside else ""
+    """Return the names of the other checkpoints in the folder of `path`, as the end of a sentence."""
+    others = sorted(p.name for p in Path(path).parent.glob("*.safetensors") if p.name != Path(path).name)
+    return f"; next to it: {', '.join(map(printable, others[:5]))}" if others else ""

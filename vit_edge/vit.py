@@ -103,7 +103,7 @@ class LayerScale(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """In training, leave a branch out for some images of the batch, and scale it up for the others."""
+    """In training, leave a branch out for some images of the batch, and scale it up for the rest."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

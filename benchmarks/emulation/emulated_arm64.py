@@ -98,8 +98,8 @@ def emulation() -> Iterator[None]:
 def mirror() -> str:
     """Return the Debian mirror that apt uses here."""
     command = ["apt-get", "indextargets", "--format", "$(LABEL)|$(SITE)"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    sites = [line.partition("|")[2] for line in told.stdout.splitlines() if line.startswith("Debian|")]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    sites = [line.partition("|")[2] for line in listed.stdout.splitlines() if line.startswith("Debian|")]
     if not sites:
         sys.exit("cannot build an arm64 root: apt names no Debian mirror here; run apt-get update on a Debian")
     return sites[0]

@@ -236,9 +236,9 @@ def compared(full: list[Any], fast: list[Any]) -> dict[str, Any]:
 def times_as_fast(rows: dict[str, Any]) -> list[str]:
     """Return a sentence on how many times as fast each model answers with fast decoding."""
     pairs = {name: f"{name}, decode fast" for name in rows if f"{name}, decode fast" in rows}
-    told = [f"{rows[full]['median_ms'] / rows[fast]['median_ms']:.2f} times ({full.removeprefix('ours, ')})"
+    ratios = [f"{rows[full]['median_ms'] / rows[fast]['median_ms']:.2f} times ({full.removeprefix('ours, ')})"
             for full, fast in pairs.items()]  # fmt: skip
-    return [f'With `decode="fast"` it is {", ".join(told)} as fast as without, by medians.', ""] if told else []
+    return [f'With `decode="fast"` it is {", ".join(ratios)} as fast as without, by medians.', ""] if ratios else []
 
 
 def table(result: dict[str, Any]) -> str:

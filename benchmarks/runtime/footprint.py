@@ -45,7 +45,7 @@ print(json.dumps(found))
 _START = """
 import json, os, sys, time
 started = time.perf_counter()
-def told(**more):
+def report(**more):
     pages = int(open("/proc/self/statm").read().split()[1])
     print(json.dumps({"seconds": time.perf_counter() - started, "rss": pages * os.sysconf("SC_PAGE_SIZE"), **more}))
 import numpy, PIL.Image, {engine}
@@ -70,7 +70,7 @@ loading = time.perf_counter()
 classifier = load(model, engine=engine, threads=1)
 height, width = classifier.manifest.preprocessing.crop
 classifier(golden_images([1], height=height, width=width)[0])
-told(load_seconds=time.perf_counter() - loading)
+report(load_seconds=time.perf_counter() - loading)
 """
 
 
@@ -106,16 +106,16 @@ def measured(engine: str, arguments: argparse.Namespace) -> dict[str, Any]:
         values = f"engine, model, graph = {engine!r}, {str(arguments.model.resolve())!r}, {one_node()!r}\n"
         start = _START.replace("{engine}", engine) + values
         scripts = {
-            "import": "told()",
-            "one node": f"{_ONE_NODE[engine]}told()",
+            "import": "report()",
+            "one node": f"{_ONE_NODE[engine]}report()",
             "runtime": "import vit_edge.runtime\ntold()",
             "model": _RUN,
         }
-        steps = {name: told(python, start + script, folder, arguments.rounds) for name, script in scripts.items()}
+        steps = {name: report(python, start + script, folder, arguments.rounds) for name, script in scripts.items()}
     return {"packages": packages, "steps": steps}
 
 
-def told(python: Path, script: str, folder: Path, rounds: int) -> dict[str, float]:
+def report(python: Path, script: str, folder: Path, rounds: int) -> dict[str, float]:
     """Return the medians of what fresh processes tell; one more runs first, so that the files lie in memory."""
     found = [json.loads(output(python, script, folder)) for _ in range(rounds + 1)][1:]
     return {key: statistics.median(each[key] for each in found) for key in found[0]}

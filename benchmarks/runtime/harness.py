@@ -5,7 +5,7 @@
 Batch 1, one thread, the same loaded model wherever one process allows it: in each round our single-stream loop, a bare
 loop over the engine's own call, and a LoadGen run of as many queries; benchmark_app runs in processes of its own, in
 turn with blocks of ours, on the same bytes with the same settings. The null engine shows what the harness itself takes.
-Needs `pip install -e ".[loadgen]"`. Writes a section of docs/results.md.
+Needs `pip install mlcommons-loadgen`. Writes a section of docs/results.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from typing import Any
 import numpy as np
 import openvino
 from support.contestants import measure_and_write
+from support.loadgen import LoadgenRun, import_loadgen, run_loadgen
 from support.results import machine, versions
-from support.timing import Samples, Watch
+from support.timing import Samples, Watch, block
 
 from vit_edge.errors import MissingExtra, VitEdgeError
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.runtime.benchmark.candidate import Candidate
-from vit_edge.runtime.benchmark.loadgen import check_loadgen, run_loadgen
 from vit_edge.runtime.benchmark.statistics import latency, ratio
 from vit_edge.runtime.engines import ov
 from vit_edge.runtime.engines.ort import make_session
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    check_loadgen()
+    import_loadgen()
     app = shutil.which("benchmark_app", path=str(Path(sys.executable).parent))
     if app is None:
         raise MissingExtra(
@@ -121,23 +120,11 @@ def our_block(candidate: Candidate, queries: int) -> Samples:
     return np.array(candidate.samples_ns) / 1e6
 
 
-def loadgen_block(candidate: Candidate, queries: int) -> Any:
+def loadgen_block(candidate: Candidate, queries: int) -> LoadgenRun:
     """Return a LoadGen run of at least as many queries."""
     if not candidate.rounds:
         candidate.sample(0.0, 3)  # LoadGen wants to know what to expect
-    return run_loadgen(candidate, "single-stream", min_seconds=0.001, min_queries=queries)
-
-
-def block(ask: Callable[[int], object], queries: int) -> Samples:
-    """Return the milliseconds of calls, after three that are not measured, as our scenario has them."""
-    for number in range(3):
-        ask(number)
-    taken = []
-    for number in range(queries):
-        started = time.perf_counter_ns()
-        ask(number)
-        taken.append(time.perf_counter_ns() - started)
-    return np.array(taken) / 1e6
+    return run_loadgen(candidate, min_seconds=0.001, min_queries=queries)
 
 
 def bare_loop(model: ModelFile, engine: str, candidate: Candidate) -> Callable[[int], object]:

@@ -29,7 +29,7 @@ SECTION = "serving"
 TIMES_CAPACITY = 3
 # What the bound on the 99th percentile leaves for noise.
 SLACK = 1.5
-# A refusal is told within this, and memory is flat where it grows by no more than this.
+# A refusal comes within this, and memory is flat where it grows by no more than this.
 REFUSED_MS, GROWN_BYTES = 5.0, 5_000_000
 
 

@@ -1,6 +1,6 @@
 """INT8 files by other tools and by ours, each made in a process of its own, with its time and its peak memory.
 
-Every tool gets our float file (the fused inference graph; without its manifest, which only we read), the same calibration
+Every tool gets our float file (the fused graph; without its manifest, which only we read), the same calibration
 images through the same preprocessing, its own defaults, and every thread it takes by itself.
 """
 
@@ -46,9 +46,9 @@ def make(method: str, float_model: Path, *, calibration: Path, folder: Path, opt
     """
     name = re.sub(r"[^a-z0-9]+", "-", " ".join((float_model.stem, method, *options)).lower())
     out = folder / f"{name}.{'xml' if method in (NNCF_TRANSFORMER, NNCF_PLAIN) else 'onnx'}"
-    told = folder / f"{name}.json"
+    report = folder / f"{name}.json"
     job = {"method": method, "model": str(float_model), "calibration": str(calibration), "out": str(out)}
-    command = [sys.executable, __file__, json.dumps({**job, "told": str(told), "options": list(options)})]
+    command = [sys.executable, __file__, json.dumps({**job, "report": str(report), "options": list(options)})]
     print(f"making: {out.name}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     # NNCF tells its makers over the network that it was used, but for this variable.
@@ -58,7 +58,7 @@ def make(method: str, float_model: Path, *, calibration: Path, folder: Path, opt
     if done.returncode:
         reason = f"its process ended with {done.returncode}: {' '.join(done.stderr.split())[-500:]}"
         raise VitEdgeError(f"{method} makes no file", file=float_model, reason=reason, remedy="run it by itself")
-    return Made(path=out, seconds=seconds, **json.loads(told.read_bytes()))
+    return Made(path=out, seconds=seconds, **json.loads(report.read_bytes()))
 
 
 def why_not(method: str) -> str | None:
@@ -72,8 +72,8 @@ def main(text: str) -> None:
     """Do one job in this process, and write what it took."""
     job = json.loads(text)
     images = _ours(job) if job["method"] == OURS else _PEERS[job["method"]](open_model(job["model"]), job)
-    told = {"peak_rss_bytes": _peak_rss_bytes(), "images": images}
-    Path(job["told"]).write_text(json.dumps(told), encoding="utf-8")
+    report = {"peak_rss_bytes": _peak_rss_bytes(), "images": images}
+    Path(job["report"]).write_text(json.dumps(report), encoding="utf-8")
 
 
 def _ours(job: dict[str, Any]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -12,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.runtime.benchmark import machine_noise
+from vit_edge.runtime.benchmark.candidate import UNMEASURED
 from vit_edge.runtime.benchmark.machine_noise import Noise
 from vit_edge.runtime.benchmark.statistics import Ratio, ratio
+from vit_edge.runtime.benchmark.timing import time_calls, turns
 
-__all__ = ["WARM_UP", "Load", "Ratio", "Samples", "Watch", "count", "ratio", "take_turns"]
+__all__ = ["WARM_UP", "Load", "Ratio", "Samples", "Watch", "block", "count", "ratio", "take_turns"]
 
 Load = Noise
 
@@ -23,8 +24,6 @@ Load = Noise
 Samples: TypeAlias = npt.NDArray[np.float64]
 
 WARM_UP = 30
-# Asked first in every block and not measured: the candidate before has pushed these weights out of the caches.
-_UNMEASURED = 3
 
 
 def count(text: str) -> int:
@@ -35,27 +34,22 @@ def count(text: str) -> int:
 
 
 def take_turns(ask: Sequence[Callable[[int], object]], *, rounds: int, queries: int, warm_up: int = WARM_UP) -> Samples:
-    """Return every sample: each candidate once a round, the first one round later the next, every second backwards."""
+    """Return every sample of every candidate, measured in turns after a warm-up."""
     for one in ask:
         for number in range(warm_up):
             one(number)
     samples_CRQ = np.empty((len(ask), rounds, queries))
-    for number in range(rounds):
-        order = [(number + position) % len(ask) for position in range(len(ask))]
-        for position in order if number % 2 == 0 else reversed(order):
-            samples_CRQ[position, number] = _block(ask[position], queries)
+    for number, order in enumerate(turns(len(ask), rounds)):
+        for position in order:
+            samples_CRQ[position, number] = block(ask[position], queries)
     return samples_CRQ
 
 
-def _block(ask: Callable[[int], object], queries: int) -> list[float]:
-    for number in range(_UNMEASURED):
+def block(ask: Callable[[int], object], queries: int) -> Samples:
+    """Return the milliseconds of `queries` calls, after a few that are not measured, as `Candidate.sample` does."""
+    for number in range(UNMEASURED):
         ask(number)
-    taken_ns = []
-    for number in range(queries):
-        started = time.perf_counter_ns()
-        ask(number)
-        taken_ns.append(time.perf_counter_ns() - started)
-    return [nanoseconds / 1e6 for nanoseconds in taken_ns]
+    return np.array(time_calls(ask, queries=queries)) / 1e6
 
 
 class Watch(machine_noise.Watch):

@@ -93,8 +93,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         if settings.watch:
             pool.watch(settings.model)
-        told = pool.describe()
-        _log.info("%(name)s in %(engine)s %(engine_version)s on %(device)s: %(workers)d workers", told)
+        described = pool.describe()
+        _log.info("%(name)s in %(engine)s %(engine_version)s on %(device)s: %(workers)d workers", described)
         notify("READY=1")
         yield
     finally:
@@ -156,9 +156,9 @@ async def classify(request: Request, top: Annotated[int, Query(ge=1, le=1000)] =
 @app.get("/healthz")
 async def healthz() -> dict[str, Any]:
     """Tell what really runs, and whether an image sent now would be refused."""
-    told = app.state.pool.describe()
-    overloaded = told["queued"] >= told["queue_size"]
-    return {"status": "overloaded" if overloaded else "ok", **told}
+    described = app.state.pool.describe()
+    overloaded = described["queued"] >= described["queue_size"]
+    return {"status": "overloaded" if overloaded else "ok", **described}
 
 
 class Refused(Exception):

@@ -1,4 +1,4 @@
-"""Where a Vision Transformer looks: the attention of its last block to each patch, of a model file as it is."""
+"""Where a Vision Transformer looks: the attention of its last block to each patch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["attention_maps"]
 def attention_maps(model: ModelFile, images_NHWC: Pixels) -> npt.NDArray[np.float32] | None:
     """Return float32 [images, rows, columns]: the last block's attention to each patch, the mean over its heads.
 
-    It is that of the class token, or the mean over the patches where they are what is pooled; what prefix tokens get is
-    left out, so a map sums up to at most 1. ONNX Runtime computes it from the file's own graph, INT8 as it is. None
-    where the file is no Vision Transformer of ours, or no softmax in it has the shape of attention. Raises
-    ModelRejected where the graph does not run.
+    A map is the attention of the class token, or the mean over the patches if those are pooled. Attention to prefix
+    tokens is left out, so a map sums to at most 1. ONNX Runtime computes it from the graph in the file, INT8 included.
+    None if the file holds no Vision Transformer of ours, or no softmax with the shape of attention. Raises
+    ModelRejected if the graph does not run.
     """
     config = _config_of(model.manifest.architecture)
     if config is None or model.weights is not None:
@@ -53,7 +53,7 @@ def _config_of(architecture: Mapping[str, Any]) -> ViTConfig | None:
 
 
 def _softmaxes(graph: onnx.ModelProto) -> Iterator[str]:
-    """Yield what each softmax makes, the last one first: that of the last block, but for one over the classes."""
+    """Yield the output of each softmax, the last one first: a softmax over the classes may come before attention."""
     return (node.output[0] for node in reversed(graph.graph.node) if node.op_type == "Softmax")
 
 
@@ -63,11 +63,11 @@ def _is_attention(weights: npt.NDArray[Any], config: ViTConfig) -> bool:
 
 
 def _to_patches(weights_NTT: npt.NDArray[Any], config: ViTConfig) -> npt.NDArray[np.float32]:
-    """Return [rows, columns] from the weights of one image; patches are the last tokens, whatever stands before."""
+    """Return [rows, columns] from the weights of one image; the patches are the last tokens."""
     to_patches_NTP = weights_NTT.astype(np.float32)[:, :, -config.num_patches :]
     if config.pooling == "mean":
         from_pooled_NP = to_patches_NTP[:, -config.num_patches :].mean(axis=1)
-    else:  # the class token is the first that asks, in the fused inference graph too, where the last block has no others
+    else:  # the class token is the first query, and the only one in a fused inference graph
         from_pooled_NP = to_patches_NTP[:, 0]
     found: npt.NDArray[np.float32] = from_pooled_NP.mean(axis=0).reshape(config.grid)
     return found

@@ -1,4 +1,4 @@
-"""What the nodes of a file take in an engine, run by run, by the profile that the engine itself keeps."""
+"""The time of each node of a file in an engine, run by run, from the profile that the engine keeps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["PROFILERS", "Profile", "Profiler", "one_batch"]
 Times: TypeAlias = npt.NDArray[np.float64]
 
 _KERNEL = "_kernel_time"
-# What products are called that belong to no layer: those of attention.
+# The name of MatMuls that belong to no layer: those of attention.
 _WITHOUT_WEIGHT = "{} without a weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """Milliseconds of each node in each run, its operator, and the product that it computes, where it is one."""
+    """Milliseconds of each node in each run, its operator, and the quantizable op that it computes, if any."""
 
     ms_KR: Times
     kinds: Sequence[str]
@@ -38,16 +38,16 @@ class Profile:
 
 
 class Profiler(Protocol):
-    """One file in one engine, one thread; what it writes goes into `folder`, which is not there yet."""
+    """One file in one engine, one thread; the engine writes into `folder`, which must not exist yet."""
 
     def __init__(self, model: ModelFile, folder: Path) -> None: ...
 
     def run(self) -> None:
-        """Answer one image, or the batch that the file is fixed at."""
+        """Run one image, or the batch that the file is fixed at."""
         ...
 
     def profile(self) -> Profile:
-        """Return what was told of all runs; no further one can follow."""
+        """Return the profile of all runs; no further run can follow."""
         ...
 
 
@@ -85,9 +85,9 @@ class _OnnxRuntime:
 
 
 class _OpenVino:
-    """OpenVINO tells what its nodes took under the names of the graph that it runs: the mean of all runs so far.
+    """OpenVINO reports the mean time of each node over all runs so far, under the names of the graph that it runs.
 
-    Run by run the sums grow by what the last one took. The means come in whole microseconds: an error of up to one for
+    The difference of two sums is the time of the last run. Means come in whole microseconds, an error of up to one for
     each run so far, which the median over the runs leaves out.
     """
 
@@ -112,7 +112,7 @@ class _OpenVino:
         found = nodes_in_openvino(running, self._graph)
         op_of = {entry.names[0]: op for op, entries in found.items() for entry in entries}
         operators = {name: node.op_type for node in self._graph.node for name in (node.name, *node.output)}
-        # What it fuses it names after the ONNX nodes; what it made itself has no other name than its own.
+        # Fused nodes are named after the ONNX nodes; nodes that OpenVINO added have names of OpenVINO only.
         made_of = {entry.names[0]: [operators[name] for name in entry.names if name in operators] for entry in running}
         each = [np.diff(sums, prepend=0.0) for sums in self._sums.values()]
         return Profile(
@@ -126,7 +126,7 @@ PROFILERS: Mapping[str, type[Profiler]] = {"onnxruntime": _OnnxRuntime, "openvin
 
 
 def one_batch(model: ModelFile) -> Pixels:
-    """Return one image, or as many as the file is fixed at."""
+    """Return one image, or the batch that the file is fixed at."""
     height, width = model.manifest.preprocessing.crop
     return golden_images([0] * (model.manifest.batch or 1), height=height, width=width)
 
@@ -136,7 +136,7 @@ def _feed(model: ModelFile) -> dict[str, npt.NDArray[Any]]:
 
 
 def _kind(operators: Sequence[str], own_name: str) -> str:
-    """Return what a node that is no layer's product computes."""
+    """Return what a node computes that is not the op of a layer."""
     names = list(dict.fromkeys(operators))
     if len(names) == 1 and names[0] in PRODUCTS:
         return _WITHOUT_WEIGHT.format(names[0])
@@ -144,6 +144,6 @@ def _kind(operators: Sequence[str], own_name: str) -> str:
 
 
 def _rectangular(taken: Iterable[Sequence[float] | Times], num_runs: int) -> Times:
-    """Return [nodes, runs]: the last `num_runs` of each node, zeros before them where it was told of less often."""
+    """Return [nodes, runs]: the last `num_runs` of each node, with zeros in front if there are fewer."""
     rows = [np.asarray(values, np.float64)[-num_runs:] for values in taken]
     return np.stack([np.pad(row, (num_runs - len(row), 0)) for row in rows])

@@ -1,7 +1,8 @@
-"""Where the error comes in: the same images through every form of a network, and every layer's noise and time."""
+"""Where the error comes from: the same images in every form of a network, and the noise and time of each layer."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import onnx
 
 from vit_edge.data import Rejections, stream_pixels
 from vit_edge.errors import DataRejected, printable
-from vit_edge.export.explanation.inputs import ExplainOptions, Preparation, prepare_explanation
+from vit_edge.export.explanation.inputs import ExplanationOptions, Preparation, prepare_explanation
 from vit_edge.export.explanation.layer_noise import Columns, scaled_columns, sqnr_by_op
 from vit_edge.export.explanation.layer_times import EngineTimes, layer_times
 from vit_edge.export.explanation.stages import RemadeStage, remade_stages
@@ -19,32 +20,34 @@ from vit_edge.export.graph.macs import macs_by_node
 from vit_edge.export.graph.matmuls import QuantizableOp, find_quantizable_ops
 from vit_edge.export.graph.preparation import prepare
 from vit_edge.export.quantization.algorithms.sensitivity import noise_by_op
+from vit_edge.export.verification.request import Model
 from vit_edge.image import Pixels
 from vit_edge.metrics import Logits, decibels, sqnr_db
 from vit_edge.model_file.artifact import PIXELS_INPUT, ModelFile, open_model
 from vit_edge.progress import Progress, silent
+from vit_edge.runtime.checks.policy import NO_SANDBOX
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
 
 if TYPE_CHECKING:
     from vit_edge.export.tracing.network import Network
 
-__all__ = ["ExplainOptions", "Explanation", "Layer", "Preparation", "Stage", "explain", "prepare_explanation"]
+__all__ = ["Explanation", "Layer", "Stage", "explain"]
 
 _BATCH = 16
 # All ONNX forms run in this engine, so that two stages differ in the network alone.
 _ENGINE = "onnxruntime"
-# What the manifest's entry on quantization calls the tensors that are int8 in OpenVINO alone.
+# The key of the manifest that lists the tensors that are int8 in OpenVINO only.
 _OPENVINO_ROUNDS = "openvino_rounds"
-# Images on which each product is tried alone: 51 products of DeiT-tiny take 45 seconds on 16 (busy machine).
+# Images on which each op is quantized alone: 51 ops of DeiT-tiny take 45 seconds on 16 (busy machine).
 _MOST_ALONE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One form of the network: how near its logits are to the first form's and to those of the form before.
+    """One form of the network: its logits against those of the first form and of the form before.
 
-    `agreement` is the percentage of images with the first form's answer; None for the first form itself.
+    `agreement` is the percentage of images with the prediction of the first form; None for the first form itself.
     """
 
     name: str
@@ -58,11 +61,10 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One product with constant weights: its node, billions of multiply-accumulates an image, and its noise.
+    """One op with constant weights: its node, billions of multiply-accumulates per image, and its noise.
 
-    `sqnr_db` is that of its output as it stands in the file, the noise of the layers before it included;
-    `alone_sqnr_db` that of the logits where this product alone is integer, and `noise_share` its percentage of the sum
-    of all such noise. None is what is not known.
+    `sqnr_db` is the SQNR of the op's output in the file, noise of earlier layers included; `alone_sqnr_db` that of the
+    logits if only this op is quantized, and `noise_share` its percentage of the sum of all such noise. None is unknown.
     """
 
     node: str
@@ -75,7 +77,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """The stages in order, each layer's noise, what layers cost in each engine, and what was left out and why."""
+    """The stages in order, the noise of each layer, its time in each engine, and what was left out and why."""
 
     name: str
     precision: str
@@ -86,29 +88,47 @@ class Explanation:
     notes: tuple[str, ...]
 
 
-def explain(prepared: Preparation, *, progress: Progress = silent) -> Explanation:
-    """Return where the error of a quantized file comes in: form by form and layer by layer, with each layer's time.
+def explain(
+    model: Model,
+    *,
+    reference: Model,
+    data: str | os.PathLike[str],
+    options: ExplanationOptions | None = None,
+    progress: Progress = silent,
+) -> Explanation:
+    """Return where the error of a quantized file comes from: stage by stage and layer by layer, with times.
 
-    Raises DataRejected where no image can be read, ModelRejected or VerificationFailed where a form does not run.
+        options = ExplanationOptions(calibration="images/train")
+        found = explain("model.int8.onnx", reference="model.onnx", data="images/test", options=options)
+        worst = min(found.layers, key=lambda layer: layer.alone_sqnr_db or 0)
+
+    The images in `data` need no labels. Raises DataRejected if no image can be read or the calibration images are
+    others, ModelRejected or VerificationFailed if a form of the network does not run, InputError and UsageError.
     """
-    waterfall = _Waterfall(prepared, progress)
-    last = waterfall.run()
-    layers = _layers(prepared, waterfall.images_NHWC, last, progress)
+    options = options or ExplanationOptions()
+    prepared = prepare_explanation(model, reference=reference, data=data, options=options, progress=progress)
+    return _explained(prepared, progress)
+
+
+def _explained(prepared: Preparation, progress: Progress) -> Explanation:
+    breakdown = _Breakdown(prepared, progress)
+    last = breakdown.run()
+    layers = _layers(prepared, breakdown.images_NHWC, last, progress)
     nodes = [layer.node for layer in layers]
     engines = chosen_engines(prepared.options.engines)
-    model, reference = prepared.model, prepared.reference
+    candidate, source = prepared.model, prepared.reference
     return Explanation(
-        name=model.manifest.name,
-        precision=model.manifest.precision,
-        num_images=len(waterfall.images_NHWC),
-        stages=tuple(waterfall.stages),
+        name=candidate.manifest.name,
+        precision=candidate.manifest.precision,
+        num_images=len(breakdown.images_NHWC),
+        stages=tuple(breakdown.stages),
         layers=tuple(layers),
-        engines=tuple(layer_times(model, reference, engine, nodes=nodes, progress=progress) for engine in engines),
+        engines=tuple(layer_times(candidate, source, engine, nodes=nodes, progress=progress) for engine in engines),
         notes=tuple(_left_out(prepared)),
     )
 
 
-class _Waterfall:
+class _Breakdown:
     """The stages so far, and the logits of the first and of the latest."""
 
     def __init__(self, prepared: Preparation, progress: Progress) -> None:
@@ -119,12 +139,12 @@ class _Waterfall:
         self._before: Logits | None = None
 
     def run(self) -> RemadeStage | None:
-        """Run every stage; return the last of those that were made again, if any were."""
+        """Run every stage; return the last one that was made again, if any."""
         prepared = self._prepared
         if prepared.network is not None:
             self._torch(prepared.network)
         form = prepared.reference.manifest.provenance.get("form")
-        name = "fused inference graph" if form == "fused" else "float file"
+        name = "fused graph" if form == "fused" else "float32 file"
         self._add(name, _ENGINE, f"the reference file, {printable(prepared.reference.source)}", prepared.reference)
         last = None
         if prepared.calibration is not None:
@@ -133,22 +153,22 @@ class _Waterfall:
             ):
                 self._add(last.name, _ENGINE, last.note, last.model(prepared.model))
         others = [engine for engine in chosen_engines(prepared.options.engines) if engine != _ENGINE]
-        self._add("the file", _ENGINE, "as it is", prepared.model)
+        self._add("the file", _ENGINE, "the file", prepared.model)
         if last is not None:
             self._compare_with_remade()
         for engine in others:
-            self._elsewhere(engine)
+            self._in_other_engine(engine)
         return last
 
-    def _elsewhere(self, engine: str) -> None:
-        """Run the file in another engine; what is rounded there alone is a stage of its own."""
-        model, note = self._prepared.model, "the same file, other kernels"
+    def _in_other_engine(self, engine: str) -> None:
+        """Run the file in another engine; tensors that are rounded only there make a separate stage."""
+        model, note = self._prepared.model, "same file, other kernels"
         quantization = dict(model.manifest.quantization or {})
         if engine == "openvino" and quantization.pop(_OPENVINO_ROUNDS, None):
             manifest = replace(model.manifest, quantization=quantization, golden=None)
             without = open_model(model.with_manifest(manifest), warn=False)
             self._add("the file, less attention-scores", engine, note, without)
-            note = "attention's scores from int8 queries and keys, which only this engine is faster with"
+            note = "attention scores from int8 queries and keys, which is faster in this engine only"
         self._add("the file", engine, note, model)
 
     def _torch(self, network: Network) -> None:
@@ -164,7 +184,7 @@ class _Waterfall:
         self._progress("tracing plain ONNX", 0, 1)
         plain = _plain_file(network, self._prepared.reference)
         self._progress("tracing plain ONNX", 1, 1)
-        self._add("plain ONNX", _ENGINE, "traced as it is", plain)
+        self._add("plain ONNX", _ENGINE, "traced without fusion", plain)
 
     def _add(self, name: str, engine: str, note: str, model: ModelFile) -> None:
         self._keep(name, engine, note, self._logits(f"running {name} in {engine}", engine, model))
@@ -172,7 +192,9 @@ class _Waterfall:
     def _logits(self, stage: str, engine: str, model: ModelFile) -> Logits:
         images_NHWC, parts = self.images_NHWC, []
         options = EngineOptions(threads=self._prepared.options.threads)
-        with load_model(model, engine=engine, options=options, verify="hash", warn=False) as classifier:
+        with load_model(
+            model, engine=engine, options=options, verify="hash", warn=False, policy=NO_SANDBOX
+        ) as classifier:
             for start in range(0, len(images_NHWC), _BATCH):
                 self._progress(stage, start, len(images_NHWC))
                 parts.append(classifier.logits(images_NHWC[start : start + _BATCH]))
@@ -195,16 +217,16 @@ class _Waterfall:
         self._first, self._before = logits_BK if first is None else first, logits_BK
 
     def _compare_with_remade(self) -> None:
-        """Say of the latest stage, the file, whether it is what the stages before it led to."""
+        """Note on the latest stage, the file, whether it equals the last stage that was made again."""
         level = self.stages[-1].sqnr_before_db
-        note = "the file as it is: bit for bit what was made again"
+        note = "the file: bit for bit equal to the stage before"
         if level is not None and np.isfinite(level):
-            note = f"the file as it is: {level:.1f} dB from what was made again, by another version or on another CPU"
+            note = f"the file: {level:.1f} dB against the stage before; another version or CPU made it"
         self.stages[-1] = replace(self.stages[-1], note=note)
 
 
 def _layers(prepared: Preparation, images_NHWC: Pixels, last: RemadeStage | None, progress: Progress) -> list[Layer]:
-    """Return every product of the float file in graph order."""
+    """Return every quantizable op of the float32 file in graph order."""
     manifest = prepared.reference.manifest
     float_graph, graph = (file.graph() for file in (prepared.reference, prepared.model))
     float_graph = prepare(float_graph)
@@ -239,7 +261,7 @@ def _counted(images: Iterator[Array], total: int, progress: Progress) -> Iterato
 
 
 def _scaled(prepared: Preparation, graph: onnx.ModelProto, ops: Sequence[QuantizableOp]) -> Mapping[str, Columns]:
-    """Return the channels that the file has at another scale, by product: none where its manifest says so."""
+    """Return the channels that the file scales, by op; none if the manifest does not list that algorithm."""
     quantization = prepared.model.manifest.quantization
     algorithms = (quantization or {}).get("algorithms", ("cross-layer-equalization",))
     if quantization is None or not isinstance(algorithms, list | tuple) or "cross-layer-equalization" not in algorithms:
@@ -248,7 +270,7 @@ def _scaled(prepared: Preparation, graph: onnx.ModelProto, ops: Sequence[Quantiz
 
 
 def _alone(last: RemadeStage | None, images: Sequence[Array], progress: Progress) -> dict[str, float]:
-    """Return the noise of each integer product, alone in a float network; empty where nothing was made again."""
+    """Return the noise of each quantized op, alone in a float32 network; empty if nothing was made again."""
     if last is None:
         return {}
     number = min(_MOST_ALONE, len(images))
@@ -274,20 +296,20 @@ def _pixels(prepared: Preparation, progress: Progress) -> Pixels:
         found.append(pixels)
     progress("reading images", len(paths), len(paths))
     if not found:
-        reason, remedy = f"none of {len(paths)} images can be read", "give images that can be"
+        reason, remedy = f"none of the {len(paths)} images can be read", "give other images with --data"
         raise DataRejected("cannot explain with these images", reason=reason, remedy=remedy)
     return np.stack(found)
 
 
 def _left_out(prepared: Preparation) -> Iterator[str]:
     if prepared.network is None:
-        yield "without --checkpoint the stages before the reference file are left out"
+        yield "without --checkpoint, the stages before the reference file are left out"
     if prepared.calibration is None and prepared.model.manifest.precision == "int8":
-        yield "without --calibration the stages of the algorithms, and each layer's share of the noise, are left out"
+        yield "without --calibration, the stages of the algorithms and the share of the noise are left out"
 
 
 def _plain_file(network: Network, reference: ModelFile) -> ModelFile:
-    """Return the network traced as it is, as a model file."""
+    """Return the network, traced without fusion, as a model file."""
     from vit_edge.export.tracing.network import traced_form
     from vit_edge.export.tracing.options import ExportOptions
     from vit_edge.export.tracing.outputs import finish

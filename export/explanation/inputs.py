@@ -1,4 +1,4 @@
-"""What an explanation needs, opened and checked before any of its work: files, images, the network they came from."""
+"""What an explanation needs, opened and checked before the work starts: files, images, the source network."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING
 from vit_edge.errors import InputError, UsageError
 from vit_edge.export.explanation.stages import calibration_images, recorded
 from vit_edge.export.verification.paired_run import find_evaluation_images
-from vit_edge.export.verification.request import check_comparable
+from vit_edge.export.verification.request import Model, check_comparable, opened
 from vit_edge.files import is_file
-from vit_edge.model_file.artifact import ModelFile, open_model
+from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engines.protocol import chosen_engines, refuse_null
 
 if TYPE_CHECKING:
     from vit_edge.export.tracing.network import Network
 
-__all__ = ["ExplainOptions", "Preparation", "prepare_explanation"]
+__all__ = ["ExplanationOptions", "Preparation", "prepare_explanation"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExplainOptions:
-    """What to explain with: each is optional, and leaves its stages out where it is missing.
+class ExplanationOptions:
+    """What to explain with; stages without their inputs are left out.
 
-    `checkpoint` is what the float file was exported from (`weights` for a factory, `like` for weights from elsewhere),
-    `calibration` the folder that calibrated. `num_images` of the images are run; they explain and tune nothing.
+    `checkpoint` is the source of the float32 file (with `weights` for a factory, `like` for third-party weights),
+    `calibration` the folder of the calibration images. `num_images` of the images are run, evenly spaced.
     """
 
     checkpoint: str | None = None
@@ -40,7 +40,6 @@ class ExplainOptions:
     num_images: int = 64
     engines: tuple[str, ...] = ()
     threads: int | None = None
-    unlabelled: bool = False
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -52,43 +51,43 @@ class ExplainOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:
-    """Everything that is needed, opened and checked before any of the work begins."""
+    """Everything that an explanation needs, opened and checked."""
 
     model: ModelFile
     reference: ModelFile
     images: tuple[Path, ...]
     network: Network | None
     calibration: tuple[Path, ...] | None
-    options: ExplainOptions
+    options: ExplanationOptions
 
 
 def prepare_explanation(
-    model: str | os.PathLike[str],
+    model: Model,
     *,
-    reference: str | os.PathLike[str],
+    reference: Model,
     data: str | os.PathLike[str],
-    options: ExplainOptions = ExplainOptions(),
+    options: ExplanationOptions,
     progress: Progress = silent,
 ) -> Preparation:
-    """Return what `explain` takes; raises every error that can be known before the work.
+    """Return the inputs of `explain`, checked; raises every error that can be known before the work.
 
-    DataRejected where the images in `options.calibration` are not those that calibrated `model`, by hash.
+    DataRejected if the images in `options.calibration` are not the calibration images of `model`, by hash.
     """
-    opened, source = open_model(model, warn=False), open_model(reference, warn=False)
-    check_comparable(opened, source)
-    for file in (opened, source):
+    candidate, source = opened(model), opened(reference)
+    check_comparable(candidate, source)
+    for file in (candidate, source):
         if file.weights is not None:
-            reason = "its weights lie beside it, being over 2 GiB; layers are looked at within one file"
-            raise UsageError("cannot explain", file=file.source, reason=reason, remedy="verify it without --explain")
+            reason = "the weights are in a second file, being over 2 GiB; layers are compared within one file"
+            raise UsageError("cannot explain", file=file.source, reason=reason, remedy="`vit-edge verify` alone")
     chosen_engines(options.engines)
-    found = find_evaluation_images(data, source.manifest.labels, unlabelled=options.unlabelled).paths
+    found = find_evaluation_images(data, source.manifest.labels, unlabelled=True).paths
     number = min(options.num_images, len(found))
     calibration = None
     if options.calibration is not None:
-        recorded(opened)
-        calibration = calibration_images(opened, options.calibration, progress=progress)
+        recorded(candidate)
+        calibration = calibration_images(candidate, options.calibration, progress=progress)
     return Preparation(
-        model=opened,
+        model=candidate,
         reference=source,
         images=tuple(found[position * len(found) // number] for position in range(number)),
         network=None if options.checkpoint is None else _network(options, source),
@@ -97,8 +96,8 @@ def prepare_explanation(
     )
 
 
-def _network(options: ExplainOptions, reference: ModelFile) -> Network:
-    """Return the network of the checkpoint; what it does not say itself is as the reference file says it."""
+def _network(options: ExplanationOptions, reference: ModelFile) -> Network:
+    """Return the network of the checkpoint; settings that it does not specify come from the reference file."""
     from vit_edge.convert import open_source
     from vit_edge.export.tracing.factory import is_factory, make_network
     from vit_edge.export.tracing.network import from_checkpoint, from_module
@@ -106,8 +105,8 @@ def _network(options: ExplainOptions, reference: ModelFile) -> Network:
     source, manifest = options.checkpoint or "", reference.manifest
     if is_file(source) and Path(source).suffix.lower() == ".onnx":
         reason, remedy = (
-            "an ONNX file is no checkpoint",
-            "leave --checkpoint out: the reference is the first stage then",
+            "an ONNX file is not a checkpoint",
+            "leave out --checkpoint; the reference is the first stage then",
         )
         raise UsageError("cannot explain", file=source, reason=reason, remedy=remedy)
     if is_factory(source):
@@ -116,8 +115,8 @@ def _network(options: ExplainOptions, reference: ModelFile) -> Network:
             module, preprocessing=manifest.preprocessing, labels=manifest.labels, name=source.partition(":")[2]
         )
     elif options.weights is not None:
-        reason = "--weights is for package.module:factory; any other source has its own"
-        raise UsageError("cannot explain", file=source, reason=reason, remedy="leave --weights out")
+        reason = "--weights is for package.module:factory; any other source holds its weights"
+        raise UsageError("cannot explain", file=source, reason=reason, remedy="leave out --weights")
     else:
         network = from_checkpoint(open_source(source, like=options.like))
     _check_network(network, source, reference)
@@ -128,13 +127,17 @@ def _check_network(network: Network, source: str, reference: ModelFile) -> None:
     manifest = reference.manifest
     size, num_classes = network.preprocessing.crop, len(network.labels)
     if size != manifest.preprocessing.crop or num_classes != len(manifest.labels):
-        reason = f"it takes {size} pixels and has {num_classes} classes; {reference.source}: "
+        reason = f"the network has {size} pixels and {num_classes} classes; {reference.source} has "
         reason += f"{manifest.preprocessing.crop} and {len(manifest.labels)}"
-        remedy = "give the checkpoint that this file was exported from"
+        remedy = "give the checkpoint that the reference was exported from"
         raise InputError("cannot explain with the checkpoint", file=source, reason=reason, remedy=remedy)
     if network.preprocessing != manifest.preprocessing:
-        _log.warning("%s has another preprocessing than %s; its own normalisation is used", source, reference.source)
+        _log.warning(
+            "the preprocessing of %s differs from that of %s; the checkpoint keeps its normalization",
+            source,
+            reference.source,
+        )
     for key in ("checkpoint_sha256", "weights_sha256"):
         own, theirs = network.provenance.get(key), manifest.provenance.get(key)
         if own is not None and theirs is not None and own != theirs:
-            _log.warning("%s was not exported from %s, by the hash in its manifest", reference.source, source)
+            _log.warning("%s was not exported from %s, according to the hash in its manifest", reference.source, source)

@@ -1,4 +1,4 @@
-"""How much noise each layer has: every product's output in the quantized network beside that of the float one."""
+"""The noise of each layer: the output of every quantizable op in the quantized network against float32."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Columns: TypeAlias = npt.NDArray[np.int64]
 
 
 def result_tensors(graph: onnx.GraphProto, ops: Iterable[QuantizableOp]) -> dict[str, str]:
-    """Return by node the tensor that each product gives once its bias is added; what is not there is left out.
+    """Return by node the output of each op after its bias; ops that are missing from the graph are left out.
 
-    Before the bias two graphs of one function differ: what moves a product's input is made up for in its bias.
+    Before the bias two graphs of one function can differ: a shift of an op's input is compensated in its bias.
     """
     vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
     made = {name for node in graph.node for name in node.output}
@@ -35,7 +35,7 @@ def result_tensors(graph: onnx.GraphProto, ops: Iterable[QuantizableOp]) -> dict
             readers.setdefault(name, []).append(node)
     found = {}
     for op in ops:
-        # By its tensor, not its node: that of a dynamic product gives integers, and several nodes make values of them.
+        # By tensor, not node: the node of a dynamic op gives integers, and several nodes turn them into values.
         tensor = op.output
         while (after := readers.get(tensor, [])) and len(after) == 1 and _adds_bias(after[0], vectors):
             tensor = after[0].output[0]
@@ -59,10 +59,10 @@ def sqnr_by_op(
     *,
     scaled: Mapping[str, Columns],
 ) -> dict[str, float]:
-    """Return the SQNR in dB of each product's output over all images, as it stands in the network `candidate`.
+    """Return the SQNR in dB of the output of each op over all images, noise of earlier layers included.
 
-    `images` are what both graphs take for one image each. Of the channels `scaled` a scale and a shift are no error.
-    Products that `candidate` does not have are left out.
+    `images` are inputs of both graphs for one image each. In the channels `scaled` a scale and a shift are no error.
+    Ops that `candidate` does not have are left out.
     """
     names = [result_tensors(model.graph, ops) for model in (reference, candidate)]
     both = [node for node in names[0] if node in names[1]]
@@ -85,7 +85,7 @@ def _adds_bias(node: onnx.NodeProto, vectors: set[str]) -> bool:
 
 @dataclass(slots=True)
 class _Gathered:
-    """Sums over images of one product's output; the channels `columns` are compared up to a scale and a shift."""
+    """Sums over images of the output of one op; the channels `columns` are compared up to a scale and a shift."""
 
     columns: Columns | None = None
     _signal: float = 0.0
@@ -112,13 +112,13 @@ class _Gathered:
         return decibels(self._signal, self._noise + self._scaled_noise())
 
     def _scaled_noise(self) -> float:
-        """Return what is left of the scaled channels after the best scale and shift, in units of the float network."""
+        """Return the noise of the scaled channels after the best scale and shift, in units of the float32 network."""
         if not self._moments:
             return 0.0
         r, g, rr, rg, gg = (self._moments[name] / self._count for name in ("r", "g", "rr", "rg", "gg"))
         variance, covariance = np.maximum(rr - r * r, 0), rg - r * g
         scale = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0)
         left = np.maximum(gg - g * g - scale * covariance, 0)
-        # A channel without a scale has lost all that it said.
+        # A channel without a scale has lost its whole signal.
         lost = np.divide(left, scale * scale, out=variance.copy(), where=scale != 0)
         return float(np.minimum(lost, variance).sum()) * self._count

@@ -1,4 +1,4 @@
-"""What each layer costs in time, in the float file and in the one made from it, engine by engine."""
+"""The time of each layer in the float32 file and in the quantized one, engine by engine."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ _NUM_RUNS = _ROUNDS * _RUNS_A_TURN
 # Other programs interrupt a node in few runs, so that its median is free of them, but a whole network in most: on two
 # busy cores the median run of 13.8 ms took 19.9. Its fastest runs are as they are alone.
 _UNDISTURBED_PERCENT = 10
-# What that takes beside its nodes, so that the sum is the whole.
+# The time of a run outside of its nodes, so that the sum is the whole.
 BETWEEN = "between the nodes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTime:
-    """Median milliseconds of one product in the float file and in the other; None where it has no node of its own.
+    """Median milliseconds of one op in the float32 file and in the candidate; None if the op has no node by itself.
 
-    `precision` is what the engine computes it in, in the second file.
+    `precision` is the one in which the engine computes the op of the candidate.
     """
 
     node: str
-    precision: Literal["integer", "float"]
+    precision: Literal["int8", "float32"]
     reference_ms: float | None
     candidate_ms: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperatorTime:
-    """Median milliseconds of all other nodes of one operator; None where there are none."""
+    """Median milliseconds of all other nodes of one operator; None if there are none."""
 
     operator: str
     reference_ms: float | None
@@ -54,7 +54,7 @@ class OperatorTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineTimes:
-    """What one engine takes, one thread: `layers` and `rest` add up to the whole, `reference_ms` and `candidate_ms`."""
+    """The times in one engine, one thread: `layers` and `rest` add up to `reference_ms` and `candidate_ms`."""
 
     engine: str
     version: str
@@ -69,17 +69,17 @@ class EngineTimes:
 def layer_times(
     model: ModelFile, reference: ModelFile, engine: str, *, nodes: Sequence[str], progress: Progress = silent
 ) -> EngineTimes:
-    """Return what `engine` takes for each product of `nodes`, and for everything else, in both files.
+    """Return the time of each op in `nodes`, and of everything else, in both files.
 
-    What an engine computes together with a product (its bias, a GELU) counts as that product. Raises ModelRejected,
-    EngineUnavailable for an engine without a profile, MissingExtra.
+    Operators that the engine fuses into an op (its bias, a GELU) count as that op. Raises ModelRejected, MissingExtra,
+    EngineUnavailable for an engine without a profile.
     """
     if engine not in PROFILERS:
-        reason = f"{engine!r} keeps no profile"
+        reason = f"{engine!r} has no profiler"
         raise EngineUnavailable("cannot time layers", reason=reason, remedy=f"choose {' or '.join(PROFILERS)}")
-    left_float = set(nodes)
+    in_float32 = set(nodes)
     if model.manifest.precision == "int8":
-        left_float = {op.node for op in coverage(model, engine).float32_ops}
+        in_float32 = {op.node for op in coverage(model, engine).float32_ops}
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
         timed = [_Timed(file, engine, Path(folder) / str(number)) for number, file in enumerate((reference, model))]
         _run(timed, f"timing layers in {engine}", progress)
@@ -87,7 +87,7 @@ def layer_times(
     layers = [
         LayerTime(
             node=node,
-            precision="float" if node in left_float else "integer",
+            precision="float32" if node in in_float32 else "int8",
             reference_ms=before.ops.get(node),
             candidate_ms=after.ops.get(node),
         )
@@ -107,7 +107,7 @@ def layer_times(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Summary:
-    """Median milliseconds by product, and of everything else by operator; they add up to the whole."""
+    """Median milliseconds by op, and of everything else by operator; they add up to the whole."""
 
     ops: dict[str, float]
     rest: dict[str, float]
@@ -118,7 +118,7 @@ class _Summary:
 
 
 class _Timed:
-    """One file in one engine twice: with a profile, and as it runs in use, which is the whole time."""
+    """One file in one engine twice: with a profile, and without one for the time of the whole."""
 
     def __init__(self, model: ModelFile, engine: str, folder: Path) -> None:
         self._profiler = PROFILERS[engine](model, folder)
@@ -148,6 +148,7 @@ class _Timed:
 
 
 def _run(timed: Sequence[_Timed], stage: str, progress: Progress) -> None:
+    progress(stage, 0, _ROUNDS)
     for entry in timed:
         for _ in range(_WARM_UP):
             entry.run()
@@ -160,11 +161,11 @@ def _run(timed: Sequence[_Timed], stage: str, progress: Progress) -> None:
 
 
 def _rest(before: _Summary, after: _Summary, nodes: set[str]) -> tuple[OperatorTime, ...]:
-    """Return everything that is no product of `nodes`, the slowest first; what takes no time is left out."""
+    """Return everything that is no op of `nodes`, the slowest first; operators that take no time are left out."""
     sides = []
     for side in (before, after):
         others = sum(ms for node, ms in side.ops.items() if node not in nodes)
-        sides.append({**side.rest, **({"other products": others} if others else {})})
+        sides.append({**side.rest, **({"other ops": others} if others else {})})
     slowest = {name: max(side.get(name, 0.0) for side in sides) for name in {**sides[0], **sides[1]}}
     return tuple(
         OperatorTime(operator=name, reference_ms=sides[0].get(name), candidate_ms=sides[1].get(name))

@@ -1,4 +1,4 @@
-"""An image of an explanation: what each layer costs in decibels over what it costs in milliseconds."""
+"""A plot of an explanation: the noise of each layer over its time."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["IMAGE", "draw_layers", "require_matplotlib"]
 IMAGE = "layers.png"
 _DPI = 110
 _PANEL_INCHES, _NAMES_INCHES = 2.6, 1.8
-# Wide enough to read each name, up to what a viewer still opens at once; past it only some of the layers are named.
+# Wide enough to read each name, up to what viewers open at once; beyond that only some layers are named.
 _INCHES_A_LAYER, _LEAST_INCHES, _MOST_INCHES = 0.26, 9.0, 60.0
-_FLOAT, _INTEGER, _NOISE = "tab:gray", "tab:blue", "tab:red"
+_FLOAT32, _INT8, _NOISE = "tab:gray", "tab:blue", "tab:red"
 
 
 def require_matplotlib() -> None:
-    """Raise MissingExtra where nothing can be drawn."""
+    """Raise MissingExtra if matplotlib is not installed."""
     require("matplotlib", extra="train", what=f"draw {IMAGE}")
 
 
 def draw_layers(path: str | os.PathLike[str], explanation: Explanation) -> None:
-    """Draw each layer's noise over its milliseconds in each engine, all panels over one axis of layers.
+    """Draw the noise of each layer over its milliseconds in each engine, all panels over one axis of layers.
 
-    The upper panel is the noise share where it is known, with the SQNR; else the SQNR alone.
+    The upper panel has the share of the noise, if known, and the SQNR; else the SQNR alone.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -67,13 +67,13 @@ def _draw_noise(panel: Any, layers: Sequence[Layer]) -> None:
     panel.grid(axis="y", alpha=0.3)
     if not any(share is not None for share in shares):
         panel.bar(positions, levels, color=_NOISE)
-        panel.set_ylabel("SQNR of its output, dB")
+        panel.set_ylabel("SQNR of the output, dB")
         return
     panel.bar(positions, [share or 0.0 for share in shares], color=_NOISE, label="share of the noise")
     panel.set_ylabel("share of the noise\nin the logits, %")
     beside = panel.twinx()
-    beside.plot(positions, levels, color="black", marker=".", linewidth=0.6, label="SQNR of its output")
-    beside.set_ylabel("SQNR of its output, dB")
+    beside.plot(positions, levels, color="black", marker=".", linewidth=0.6, label="SQNR of the output")
+    beside.set_ylabel("SQNR of the output, dB")
     marks = [mark for axis in (panel, beside) for mark in axis.get_legend_handles_labels()[0]]
     panel.legend(handles=marks, fontsize=8, loc="upper center", ncols=2)
 
@@ -82,17 +82,17 @@ def _draw_times(panel: Any, entry: EngineTimes, precision: str) -> None:
     positions = np.arange(len(entry.layers))
     before = [layer.reference_ms or 0.0 for layer in entry.layers]
     after = [layer.candidate_ms or 0.0 for layer in entry.layers]
-    colours = [_INTEGER if layer.precision == "integer" else "tab:orange" for layer in entry.layers]
+    colours = [_INT8 if layer.precision == "int8" else "tab:orange" for layer in entry.layers]
     panel.grid(axis="y", alpha=0.3)
-    panel.bar(positions - 0.2, before, width=0.4, color=_FLOAT, label="float file")
-    panel.bar(positions + 0.2, after, width=0.4, color=colours, label=f"{precision} file (orange: float there)")
+    panel.bar(positions - 0.2, before, width=0.4, color=_FLOAT32, label="float32 file")
+    panel.bar(positions + 0.2, after, width=0.4, color=colours, label=f"{precision} file (orange: runs in float32)")
     panel.set_ylabel("ms")
     panel.legend(fontsize=8, loc="upper right", ncols=2)
     panel.margins(y=0.2)  # room for the legend
     was = f"{sum(before):.2f} of {entry.reference_ms:.2f} ms"
     now = f"{sum(after):.2f} of {entry.candidate_ms:.2f} ms"
     how = f"{entry.engine}, one thread, median of {entry.num_runs}"
-    panel.set_title(f"{how}: these layers take {was} in float, {now} in {precision}", fontsize=9)
+    panel.set_title(f"{how}: these layers take {was} in float32, {now} in {precision}", fontsize=9)
 
 
 def _finite(value: float | None) -> float:

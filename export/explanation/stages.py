@@ -1,4 +1,4 @@
-"""A quantized file made again, one algorithm after another, from its float file and what its manifest says of it."""
+"""A quantized file made again, one algorithm after another, from its float32 file and its manifest."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from vit_edge.progress import Progress, silent
 __all__ = ["Recorded", "RemadeStage", "calibration_images", "recorded", "remade_stages"]
 
 _SCHEME = "static QDQ"
-# What changes the network itself, in any engine, and how.
+# What each algorithm changes.
 _NOTES = {
-    "repq": "the channels of a normalised tensor get one range; exact in float",
-    "cross-layer-equalization": "the channels that a projection reads get nearer ranges; exact in float",
-    "range-search": "ranges searched against the output of each block",
-    "gptq-rounding": "weights rounded together, so that their errors make up for each other",
-    "bias-correction": "what outputs lack on average goes into the biases",
+    "repq": "one range for all channels of a normalized tensor; exact in float32",
+    "cross-layer-equalization": "similar ranges for the channels that a projection reads; exact in float32",
+    "range-search": "ranges that minimize the error at the output of each block",
+    "gptq-rounding": "weights rounded jointly, so that their errors cancel",
+    "bias-correction": "the mean error of each output goes into its bias",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recorded:
-    """What a manifest says of how its file was quantized: the whole plan, and the products that stayed float."""
+    """How a file was quantized according to its manifest: the whole plan, and the ops that stayed in float32."""
 
     plan: Plan
     float32_ops: frozenset[str]
@@ -44,7 +44,7 @@ class Recorded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemadeStage:
-    """One stage: its name, what changed in it, and its network; `graph` is quantized but for the products `left`."""
+    """One stage: its name, what changed, and its network, quantized except for the ops `left`."""
 
     name: str
     note: str
@@ -52,7 +52,7 @@ class RemadeStage:
     left: frozenset[str]
 
     def model(self, candidate: ModelFile) -> ModelFile:
-        """Return the network as a model file that takes and gives what `candidate` does."""
+        """Return the network as a model file with the inputs and outputs of `candidate`."""
         graph = self.calibrated.quantized(self.left)
         if candidate.manifest.batch is not None:
             fix_batch(graph.graph, candidate.manifest.batch)
@@ -61,7 +61,7 @@ class RemadeStage:
 
 
 def recorded(model: ModelFile) -> Recorded:
-    """Return how `model` was quantized; raises UsageError where its manifest does not say it."""
+    """Return how `model` was quantized; raises UsageError if the manifest does not say how."""
     says: Mapping[str, Any] = model.manifest.quantization or {}
     try:
         scheme, method = says["scheme"], says["ranges"]["method"]
@@ -79,29 +79,31 @@ def recorded(model: ModelFile) -> Recorded:
             method=method,
         )
     except (KeyError, TypeError, UsageError, ValueError) as error:
-        reason = f"its manifest does not say how it was quantized ({error or type(error).__name__})"
-        remedy = "leave --calibration out, or give a file that `vit-edge quantize` of this version wrote"
-        raise UsageError("cannot make its stages again", file=model.source, reason=reason, remedy=remedy) from error
+        reason = f"the manifest does not say how the file was quantized ({error or type(error).__name__})"
+        remedy = "leave out --calibration, or quantize again with this version"
+        raise UsageError(
+            "cannot repeat the quantization of", file=model.source, reason=reason, remedy=remedy
+        ) from error
     return Recorded(plan=plan, float32_ops=left)
 
 
 def calibration_images(
     model: ModelFile, folder: str | os.PathLike[str], *, progress: Progress = silent
 ) -> tuple[Path, ...]:
-    """Return the images in `folder`; raises DataRejected unless they are those that calibrated `model`, by hash."""
+    """Return the images in `folder`; raises DataRejected unless they are the calibration images of `model`, by hash."""
     paths = find_images(folder)
     found = set[str]()
     for position, pixels in stream_pixels(paths, model.manifest.preprocessing):
         progress("reading calibration images", position, len(paths))
         found.add(pixel_hash(pixels))
     progress("reading calibration images", len(paths), len(paths))
-    asked = set((model.manifest.quantization or {}).get("images", ()))
-    if found != asked:
-        reason = f"{len(asked - found)} of the {len(asked)} images that calibrated {model.source} are not there"
-        if found - asked:
-            reason += f", and {len(found - asked)} others are"
-        remedy = "give the folder that `vit-edge quantize --calibration` was given"
-        raise DataRejected("cannot make its stages again", file=folder, reason=reason, remedy=remedy)
+    expected = set((model.manifest.quantization or {}).get("images", ()))
+    if found != expected:
+        reason = f"{len(expected - found)} of the {len(expected)} calibration images of {model.source} are missing"
+        if found - expected:
+            reason += f", and the folder holds {len(found - expected)} others"
+        remedy = "give the folder that `vit-edge quantize --calibration` used"
+        raise DataRejected("cannot repeat the quantization with", file=folder, reason=reason, remedy=remedy)
     return paths
 
 
@@ -129,11 +131,11 @@ def remade_stages(
         yield RemadeStage(name=name, note=note, calibrated=found, left=frozenset())
     if record.float32_ops and found is not None:
         left, by = record.float32_ops, "mixed-precision" in record.plan.algorithms
-        name = "+ mixed-precision" if by else "+ float products"
-        note = f"{len(left)} of {len(found.ops)} products stay float"
+        name = "+ mixed-precision" if by else "+ float32 ops"
+        note = f"{len(left)} of {len(found.ops)} ops stay in float32"
         yield RemadeStage(name=name, note=note, calibrated=found, left=left)
 
 
 def _plain_note(plan: Plan, num_ops: int) -> str:
     bits, kind = plan.scheme.weight_bits, plan.scheme.activation
-    return f"{num_ops} products: {bits}-bit weights to the nearest, {kind} inputs, ranges by {plan.method}"
+    return f"{num_ops} ops: {bits}-bit weights, rounded to nearest; {kind} inputs, ranges by {plan.method}"

@@ -91,7 +91,7 @@ class Activations:
             found = []
         if found and all(all(map(_same, *pair)) for pair in zip(alone, found, strict=True)):
             return len(tried)
-        _log.info("images run one by one: in this graph a batch of them gives other values")
+        _log.info("images run one by one: in this graph a batch gives other values")
         return 1
 
     def _run(self, images: Sequence[Array]) -> list[Array]:

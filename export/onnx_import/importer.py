@@ -68,7 +68,7 @@ def is_third_party_onnx(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is a third-party ONNX file; False if there is no such file."""
     try:
         data = read_file(path, what="model file", max_bytes=MODEL_BYTES, error=ModelRejected)
-        return seal_state(data) == "foreign" and kind_of(data) is None and bool(parse(data).graph.node)
+        return seal_state(data) == "third-party" and kind_of(data) is None and bool(parse(data).graph.node)
     except (InputError, ValueError):
         return False
 
@@ -232,7 +232,7 @@ def _read(source: str | os.PathLike[str] | bytes) -> tuple[bytes, dict[str, Any]
     data = source
     if not isinstance(data, bytes):
         data = read_file(data, what="model file", max_bytes=MODEL_BYTES, error=ModelRejected)
-    if seal_state(data) != "foreign":
+    if seal_state(data) != "third-party":
         raise _rejected("the file is a model file of vit-edge", "use the file as it is, without an import")
     proto, hashes = parsed(data), {"source_sha256": sha256_hex(data)}
     weights = take_in_weights(proto, source)

@@ -17,6 +17,8 @@ from vit_edge.errors import ModelRejected, VerificationFailed, VitEdgeError
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.writing import write_model
+from vit_edge.runtime.checks.acceptance import accept_own
+from vit_edge.runtime.checks.policy import NO_SANDBOX
 from vit_edge.runtime.checks.sandbox import run_apart
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, answers, make_engine
 from vit_edge.runtime.loading import load_model
@@ -52,6 +54,7 @@ def load_elsewhere(model: ModelFile, *, engine: str) -> None:
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
         write_model(Path(name) / _MODEL, model)
         _run(Path(name), {"engine": engine, "batches": 0, "outputs": []})
+    accept_own(model, engine=engine)
 
 
 def _run(folder: Path, job: dict[str, object]) -> None:
@@ -75,7 +78,7 @@ def main(folder: str, text: str) -> int:
     try:
         model = open_model(Path(folder) / _MODEL)
         if not job["batches"]:
-            load_model(model, engine=job["engine"], options=EngineOptions()).close()
+            load_model(model, engine=job["engine"], options=EngineOptions(), policy=NO_SANDBOX).close()
             return 0
         engine = make_engine(job["engine"], model, EngineOptions())
     except VitEdgeError as error:

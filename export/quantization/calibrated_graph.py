@@ -1,4 +1,4 @@
-"""A float graph with everything found out to quantize it: each algorithm of a recipe applied, in order."""
+"""A float32 graph with all that is needed to quantize it: each algorithm of a recipe applied, in order."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def _quantizable_ops(graph: onnx.ModelProto, plan: Plan) -> tuple[QuantizableOp,
 def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
     """Return the algorithms of the plan that are for such a graph."""
     if plan.algorithms and is_convolutional(graph):
-        _log.info("convolutions do most of the work here: only ranges are calibrated, no algorithm is for them")
+        _log.info("Conv does most of the work: only ranges are calibrated, no algorithm applies")
         return frozenset()
     return frozenset(plan.algorithms) - (CHOOSE_RANGES if plan.dynamic else frozenset())
 
@@ -281,6 +281,6 @@ def _check_exact(before: onnx.ModelProto, after: onnx.ModelProto, images: Sequen
     logits = [logits_of(model, images) for model in (before, after)]
     level = sqnr_db(*logits)
     if level < _EXACT_DB:
-        reason = f"an exact rewriting changed the logits: {level:.1f} dB, at least {_EXACT_DB:g} are expected"
-        remedy = "leave them out (--without repq --without cross-layer-equalization), and report it with the model"
+        reason = f"an exact re-parameterisation changed the logits: {level:.1f} dB, at least {_EXACT_DB:g} are expected"
+        remedy = "use --without repq --without cross-layer-equalization, and report it with the model"
         raise VerificationFailed("cannot quantize", reason=reason, remedy=remedy)

@@ -1,8 +1,7 @@
-"""How much of a quantized file an engine really computes in integers, read from the graph that the engine runs.
+"""How much of a quantized file an engine really runs in INT8, read from the graph that the engine runs.
 
 A file full of QuantizeLinear proves nothing: an engine that does not recognise a pattern converts the integers back and
-multiplies in float, silently. So the file is loaded as it is in use, and its products are looked up in what the engine
-made of them.
+multiplies in float32, silently. So the file is loaded as in use, and its ops are looked up in the engine's own graph.
 """
 
 from __future__ import annotations
@@ -97,9 +96,9 @@ def coverage(model: ModelFile, engine: str) -> Coverage:
     EngineUnavailable where there is no such engine, MissingExtra where it is not installed.
     """
     if engine not in _LOOKUPS:
-        reason = f"no optimised graph is to be had from {engine!r}"
-        raise EngineUnavailable("cannot tell the coverage", reason=reason, remedy=f"choose {' or '.join(_LOOKUPS)}")
-    version = str(require(engine, extra=engine, what="tell the coverage").__version__)
+        reason = f"{engine!r} gives no optimized graph"
+        raise EngineUnavailable("cannot measure the coverage", reason=reason, remedy=f"choose {' or '.join(_LOOKUPS)}")
+    version = str(require(engine, extra=engine, what="measure the coverage").__version__)
     proto = model.graph()
     weights = _weights(proto.graph)
     ops = {_name(node): node for node in proto.graph.node if _name(node) in weights}
@@ -127,7 +126,7 @@ def _warn(found: Coverage, source: str) -> None:
     named = ", ".join(op.node for op in found.float32_ops[:_NUM_NAMED])
     more = len(found.float32_ops) - _NUM_NAMED
     _log.warning(
-        "%s: %s computes %.1f %% of the multiplications with weights in integers, not %g %%; float: %s%s",
+        "%s: in %s %.1f %% of the multiplications with weights run in INT8, less than %g %%; in float32: %s%s",
         source,
         found.engine,
         found.percent,

@@ -48,11 +48,10 @@ class QuantizationOptions:
     """How to quantize.
 
     `precision` "int8" has constant ranges from calibration images; "int8-dynamic" computes ranges at run time, for CPUs
-    and one image at a time; "float16" halves the file. `target` is a name in `vit_edge.machine.targets.TARGETS`, "auto"
-    for this machine, or a file from `vit-edge doctor --json`. `algorithms` replaces the recipe's algorithms, `without`
-    removes some. `ranges` is the observer that finds the first ranges. `batch_size` is the calibration batch and changes
-    only the time. `time_limit_s`, counted from the start of `quantize`, ends the accuracy search with the best file so
-    far.
+    and one image at a time; "float16" halves the file. `target` is a name of `vit_edge.machine.targets.TARGETS`,
+    "auto" for this machine, or a file from `vit-edge doctor --json`. `algorithms` replaces the recipe's, `without`
+    removes some. `ranges` is the observer that finds the first ranges. `batch_size` is that of calibration and changes
+    only the time. `time_limit_s`, from the start of `quantize`, ends the accuracy search with the best file so far.
     """
 
     precision: Precision = "int8"

@@ -39,11 +39,14 @@ from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import Resolved, Target, resolve_target
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
+from vit_edge.runtime.checks.acceptance import accept_own
+from vit_edge.runtime.checks.policy import NO_SANDBOX
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
 from vit_edge.runtime.loading import load_model
 
 __all__ = ["QuantizationResult", "quantize"]
 
+_DEFAULTS = QuantizationOptions()
 _FEW_IMAGES = 32
 _log = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ def quantize(
     calibration: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
-    options: QuantizationOptions = QuantizationOptions(),
+    options: QuantizationOptions = _DEFAULTS,
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizationResult:
@@ -236,7 +239,8 @@ def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, Mode
         if job.request is not None:
             return None, finished, job.verify(finished)
         for engine in promised_engines(finished):  # a verification loads the file too
-            load_model(finished, engine=engine, options=EngineOptions(), warn=False).close()
+            load_model(finished, engine=engine, options=EngineOptions(), warn=False, policy=NO_SANDBOX).close()
+            accept_own(finished, engine=engine)
         return None, finished, None
     order = ordered_by_noise(found.noise, macs_by_node(found.graph) or {})
     cache = StepCache(default_folder().parent / "budget", judged_by=_judged_by(job)) if job.options.use_cache else None

@@ -64,19 +64,18 @@ def factory_preprocessing(
     Raises InputError or UsageError.
     """
     origin = "nobody" if path is None else printable(path)
-    told = Facts(origin=origin) if path is None else preprocessing_facts(read_settings(path), origin=origin)
-    geometry = told.geometry or Geometry(fraction=_CROP_FRACTION)
-    size = image_size or told.input_size or told.image_size or geometry.crop
-    values = {"crop": size, "resize": told.geometry}
-    values |= {name: getattr(told, name) for name in ("interpolation", "mean", "std")}
+    specified = Facts(origin=origin) if path is None else preprocessing_facts(read_settings(path), origin=origin)
+    geometry = specified.geometry or Geometry(fraction=_CROP_FRACTION)
+    size = image_size or specified.input_size or specified.image_size or geometry.crop
+    values = {"crop": size, "resize": specified.geometry}
+    values |= {name: getattr(specified, name) for name in ("interpolation", "mean", "std")}
     size = size or (_SIDE, _SIDE)
     try:
-        preprocessing = Preprocessing(
-            resize=geometry.resize_for(size),
-            crop=size,
-            interpolation=told.interpolation or "bicubic",  # type: ignore[arg-type]  # checked there
-            mean=told.mean or IMAGENET[0],
-            std=told.std or IMAGENET[1],
+        preprocessing = geometry.preprocessing(
+            size,
+            interpolation=specified.interpolation or "bicubic",  # type: ignore[arg-type]  # checked there
+            mean=specified.mean or IMAGENET[0],
+            std=specified.std or IMAGENET[1],
         )
     except ValueError as error:
         remedy = "correct the file of --preprocessing, or --image-size"

@@ -23,7 +23,7 @@ _ACTIVATIONS: dict[Any, Activation] = {
 
 
 def logits_of(module: nn.Module, images_NCHW: Tensor) -> tuple[Any, Activation | None]:
-    """Return what a module gives, before the softmax or sigmoid that ends it, and that activation; None if none does."""
+    """Return the output of a module before the softmax or sigmoid that ends it, and that activation or None."""
     with _Recorder() as recorder:
         found = module(images_NCHW)
     if not isinstance(found, Tensor):
@@ -34,11 +34,11 @@ def logits_of(module: nn.Module, images_NCHW: Tensor) -> tuple[Any, Activation |
     return found, None
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keep input and output of each softmax and sigmoid over two axes; a logarithm behind one belongs to it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Activation, Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -144,7 +144,7 @@ def _architecture(module: nn.Module) -> dict[str, Any]:
 
 
 def traced_form(network: Network, options: ExportOptions) -> nn.Module:
-    """Return the module that is traced: the fused inference graph of a Vision Transformer, else the network behind its pixels."""
+    """Return the module to trace: the fused inference graph of a Vision Transformer, else the network as it is."""
     extras = [name for name in EXTRAS if name in options.outputs]
     pixels = options.input == "uint8-nhwc"
     if isinstance(network.model, VisionTransformer) and options.fuse:

@@ -25,8 +25,8 @@ _MOST_BATCH = 1024
 class ExportOptions:
     """The form of the exported file; raises UsageError if it is not possible.
 
-    `batch_size` None keeps the batch dynamic. `outputs` always begin with the logits, which golden vectors and the runtime read.
-    With `fuse` a Vision Transformer is traced as its fused inference graph.
+    `batch_size` None keeps the batch dynamic. `outputs` always begin with the logits, which golden vectors and the
+    runtime read. With `fuse` a Vision Transformer is traced as its fused inference graph.
     `min_onnxruntime` is the oldest ONNX Runtime that must be able to run the file.
     """
 

@@ -26,7 +26,17 @@ from vit_edge.export.verification.paired_run import PairedRun
 from vit_edge.files import may_write, read_file
 from vit_edge.metrics import NO_CLASS, UNKNOWN
 
-__all__ = ["COLUMNS", "Change", "FlipLabels", "changes", "class_titles", "flips_csv", "may_write_flips", "read_flips"]
+__all__ = [
+    "COLUMNS",
+    "Change",
+    "FlipLabels",
+    "changes",
+    "class_titles",
+    "flips_csv",
+    "may_write_flips",
+    "path_below",
+    "read_flips",
+]
 
 COLUMNS = (
     "file",
@@ -142,7 +152,7 @@ def flips_csv(found: Mapping[str, Sequence[Change]], *, folder: str | os.PathLik
     for digest, entries_ in sorted(by_image.items(), key=lambda item: next(iter(item[1].values())).path):
         each = list(entries_.values())
         cells = (
-            _relative(each[0].path, folder),
+            path_below(each[0].path, folder),
             _joined(change.reference for change in each),
             _joined(change.candidate for change in each),
             each[0].label or "",
@@ -268,7 +278,8 @@ def _decoded(data: bytes, file: Path) -> str:
     raise _rejected(file, "the file is not text", "save the file as CSV in UTF-8")
 
 
-def _relative(path: str, folder: str | os.PathLike[str]) -> str:
+def path_below(path: str, folder: str | os.PathLike[str]) -> str:
+    """Return a printable path relative to the folder that it is in; any other path stays as it is."""
     root = Path(printable(folder))
     return str(Path(path).relative_to(root)) if root in Path(path).parents else path
 

@@ -201,6 +201,7 @@ def run_both(
     """
     refuse_null(engine)
     options, answers, done = EngineOptions(threads=reference.threads), list[PairedAnswers](), 0
+    progress(f"verifying in {engine}", 0, reference.images.num_images)
     with (
         reference.predicting(engine) as expected,
         candidate(engine) if candidate else load_model(model, engine=engine, options=options) as predictor,

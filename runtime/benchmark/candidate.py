@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,17 @@ from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.energy import Meter
 from vit_edge.runtime.benchmark.statistics import Floats, Latency, latency
+from vit_edge.runtime.benchmark.timing import time_calls, turns
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, Model
 from vit_edge.runtime.loading import load_model
 
-__all__ = ["Candidate", "Round", "WarmUp", "sample_in_turns"]
+__all__ = ["UNMEASURED", "Candidate", "Round", "WarmUp", "sample_in_turns"]
 
 _ROUNDS = 12
-# Asked first in every round and not measured: the candidate before has pushed these weights out of the caches.
-_UNMEASURED = 3
+# The first queries of a round are not measured: the candidate before has pushed these weights out of the caches.
+UNMEASURED = 3
 _WINDOW_S, _WINDOW_QUERIES = 0.1, 3
 _SETTLED, _MOST_WARM_UP_S = 0.03, 5.0
 
@@ -55,7 +55,6 @@ class Candidate:
         self.path, self.model, self.options, self.batch_size = path, model, options, batch_size
         self.classifier = load_model(model, engine=engine, options=options)
         self.prepared = _prepared(self.classifier, batch_size)
-        self.batches = itertools.cycle(self.prepared)
         self.rounds: list[Round] = []
         self.warmed: WarmUp | None = None
         self.joules: float | None = None
@@ -71,11 +70,15 @@ class Candidate:
         """Return the classifiers that answer side by side."""
         return [self.classifier]
 
+    def ask(self, number: int) -> None:
+        """Classify one of the prepared batches."""
+        self.classifier.logits(self.prepared[number % len(self.prepared)])
+
     def warm_up(self) -> None:
         """Answer without measuring until the median of a window is within 3 % of the one before, twice in a row."""
         started, medians, count = time.perf_counter(), list[float](), 0
         while time.perf_counter() - started < _MOST_WARM_UP_S and not _is_settled(medians):
-            window = _ask(self.classifier, self.batches, _WINDOW_S, _WINDOW_QUERIES)
+            window = time_calls(self.ask, seconds=_WINDOW_S, queries=_WINDOW_QUERIES)
             medians.append(float(np.median(window)))
             count += len(window)
         seconds = time.perf_counter() - started
@@ -83,10 +86,10 @@ class Candidate:
 
     def sample(self, seconds: float, queries: int) -> None:
         """Measure one round: at least so many queries, for at least so many seconds."""
-        for _ in range(_UNMEASURED):
-            self.classifier.logits(next(self.batches))
+        for number in range(UNMEASURED):
+            self.ask(number)
         started = time.perf_counter()
-        samples_ns = _ask(self.classifier, self.batches, seconds, queries)
+        samples_ns = time_calls(self.ask, seconds=seconds, queries=queries)
         wall_s = time.perf_counter() - started
         self.rounds.append(Round(samples_ns=samples_ns, num_images=len(samples_ns) * self.batch_size, wall_s=wall_s))
 
@@ -126,15 +129,14 @@ def sample_in_turns(
 ) -> None:
     """Warm every candidate up, then measure each a little in every round, so that drift hits all alike.
 
-    Another candidate comes first in each round, every second round goes backwards; `meter` counts each one's energy.
+    `meter` counts the energy of each.
     """
     for position, candidate in enumerate(candidates):
         progress("warming up", position, len(candidates))
         candidate.warm_up()
     progress("warming up", len(candidates), len(candidates))
-    for number in range(_ROUNDS):
-        order = [(number + position) % len(candidates) for position in range(len(candidates))]
-        for position in order if number % 2 == 0 else reversed(order):
+    for number, order in enumerate(turns(len(candidates), _ROUNDS)):
+        for position in order:
             candidate = candidates[position]
             before = meter.joules() if meter else 0.0
             candidate.sample(min_seconds / _ROUNDS, math.ceil(min_queries / _ROUNDS))
@@ -149,18 +151,6 @@ def _prepared(classifier: Classifier, batch_size: int) -> list[Pixels]:
     height, width = classifier.manifest.preprocessing.crop
     images = golden_images(range(4 * batch_size), height=height, width=width)
     return list(images.reshape(4, batch_size, height, width, 3))
-
-
-def _ask(classifier: Classifier, batches: Iterator[Pixels], seconds: float, queries: int) -> list[int]:
-    """Return the nanoseconds of at least so many queries, asked for at least so many seconds."""
-    samples_ns: list[int] = []
-    end = time.perf_counter() + seconds
-    while len(samples_ns) < queries or time.perf_counter() < end:
-        batch = next(batches)
-        started = time.perf_counter_ns()
-        classifier.logits(batch)
-        samples_ns.append(time.perf_counter_ns() - started)
-    return samples_ns
 
 
 def _is_settled(medians: Sequence[Any]) -> bool:

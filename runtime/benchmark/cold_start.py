@@ -29,14 +29,14 @@ class ColdStart:
 
 
 def cold_start(
-    path: str, engine: str, options: EngineOptions, batch_size: int, *, told: Mapping[str, Any]
+    path: str, engine: str, options: EngineOptions, batch_size: int, *, third_party: Mapping[str, Any]
 ) -> ColdStart:
     """Return what a fresh process needed; raises VitEdgeError where it failed, ResourceExhausted where it hung.
 
-    `told` is what `load` is told of a file made elsewhere.
+    `third_party` has the arguments of `load` for a third-party ONNX model.
     """
     arguments = {
-        **told,
+        **third_party,
         "engine": engine,
         "threads": options.num_threads,
         "device": options.device,

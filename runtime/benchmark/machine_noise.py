@@ -85,8 +85,8 @@ class Noise:
         others = "not known" if self.other_cores is None else f"{self.other_cores:.2f} of a core"
         share = f"own CPU time {100 * self.own_cpu_s / self.wall_s:.0f} % of {self.wall_s:.0f} s"
         average = "not known" if self.load_average is None else "{:.1f} to {:.1f}".format(*self.load_average)
-        told = f"{share}, other processes {others}, load average {average}"
-        return told if self.is_quiet else f"**the machine was not quiet, measure again: {told}**"
+        text = f"{share}, other processes {others}, load average {average}"
+        return text if self.is_quiet else f"**the machine was not quiet, measure again: {text}**"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-ready values."""

@@ -6,7 +6,6 @@ threads, measured now. A network cannot do better in this engine; better kernels
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from vit_edge.errors import VitEdgeError
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.model_file.onnx_schema import FLOAT, INT64, UINT8, parse
+from vit_edge.runtime.benchmark.timing import time_calls
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.engines.protocol import EngineOptions, make_engine
 
@@ -72,13 +72,8 @@ def _rate(engine: str, options: EngineOptions, *, in_integers: bool) -> float | 
     except VitEdgeError:  # a provider without one of these operators
         return None
     try:
-        taken_s: list[float] = []
-        end = time.perf_counter() + _SECONDS
-        while len(taken_s) < _RUNS or time.perf_counter() < end:
-            started = time.perf_counter()
-            loaded.tensors(images, ["logits"])
-            taken_s.append(time.perf_counter() - started)
-        return _GMAC / min(taken_s)
+        taken_ns = time_calls(lambda _: loaded.tensors(images, ["logits"]), seconds=_SECONDS, queries=_RUNS)
+        return _GMAC / (min(taken_ns) / 1e9)
     except VitEdgeError:
         return None
     finally:

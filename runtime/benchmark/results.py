@@ -1,4 +1,4 @@
-"""What `measure` is asked for, and what it gives."""
+"""The options of `measure`, and its results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vit_edge.errors import UsageError
@@ -13,13 +14,13 @@ from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.benchmark.candidate import WarmUp
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd
-from vit_edge.runtime.benchmark.loadgen import LoadgenRun
 from vit_edge.runtime.benchmark.machine_noise import Noise
 from vit_edge.runtime.benchmark.peak_rate import Peak
 from vit_edge.runtime.benchmark.scenarios import Scenario
 from vit_edge.runtime.benchmark.server_scenario import Trial
 from vit_edge.runtime.benchmark.statistics import Latency, Ratio
-from vit_edge.runtime.engines.protocol import FloatPrecision
+from vit_edge.runtime.engines.devices import FloatPrecision
+from vit_edge.runtime.notebook import html_table
 
 __all__ = ["Benchmark", "BenchmarkOptions", "Harness", "Measurement"]
 
@@ -31,8 +32,8 @@ class BenchmarkOptions:
     No engine named is all that are installed. `threads` None is what the container grants, `float_precisions` None what
     `load` takes. `scenario` None is single-stream for batch 1, else multi-stream. Each candidate gets at least
     `min_seconds` and `min_queries`. `latency_bound_ms` is for the server scenario. `images` is a folder of images to
-    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` are told of
-    files made elsewhere, as `load` takes them.
+    measure end to end with; `has_peak` measures the engine's own peak. `preprocessing` and `labels` describe
+    third-party ONNX models, as in `load`.
     """
 
     engines: tuple[str, ...] = ()
@@ -44,7 +45,6 @@ class BenchmarkOptions:
     min_seconds: float = 3.0
     min_queries: int = 200
     latency_bound_ms: float | None = None
-    with_loadgen: bool = False
     images: str | os.PathLike[str] | None = None
     has_peak: bool = True
     preprocessing: Preprocessing | Mapping[str, Any] | None = None
@@ -53,17 +53,19 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         sizes, most = self.batch_sizes, MOST_BATCH
         if not all((self.devices, self.float_precisions, sizes, self.threads)):
-            raise _refused("there is nothing to measure", "give one device, precision, batch size and threads at least")
+            raise _refused(
+                "a list of values is empty", "give at least one device, precision, batch size and number of threads"
+            )
         fits = all(1 <= size <= most for size in sizes) and 1 <= self.min_queries <= 1_000_000
         if not (fits and 0 < self.min_seconds <= 3600):
             reason = f"batch size {', '.join(map(str, sizes))}, {self.min_seconds} seconds, {self.min_queries} queries"
             raise _refused(reason, "give a batch of 1 to 1,024, up to 3,600 seconds, up to 1,000,000 queries")
         if self.scenario in ("single-stream", "server") and set(sizes) != {1}:
             reason = f"{self.scenario} is one image a query, not {', '.join(map(str, sizes))}"
-            raise _refused(reason, "leave the batch size out, or choose multi-stream or offline")
+            raise _refused(reason, "omit the batch size, or choose multi-stream or offline")
         bound = self.latency_bound_ms
         if (self.scenario == "server") != (bound is not None):
-            reason = "the server scenario, and only it, holds a latency bound"
+            reason = "the server scenario needs a latency bound, and no other scenario takes one"
             raise _refused(reason, "give --scenario server and --latency-bound MS together")
         if bound is not None and not (math.isfinite(bound) and bound > 0):
             raise _refused(f"the latency bound is {bound} ms", "give a positive number of milliseconds")
@@ -73,7 +75,7 @@ def _refused(reason: str, remedy: str) -> UsageError:
     return UsageError("cannot measure", reason=reason, remedy=remedy)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Measurement:
     """One candidate: what ran, and how long it took.
 
@@ -117,7 +119,17 @@ class Measurement:
     end_to_end: EndToEnd | None
     latency_bound_ms: float | None
     trials: tuple[Trial, ...]
-    loadgen: LoadgenRun | None
+
+    def row(self) -> tuple[object, ...]:
+        """Return the main values as text: file, engine, precision, batch, threads, latency, throughput, speed-up."""
+        ratio = "1" if self.ratio is None else f"{self.ratio.by_round:.2f}"
+        times = (f"{self.latency_ms.p50:.3f}", f"{self.latency_ms.p99:.3f}", f"{self.throughput_per_s:.0f}", ratio)
+        return (Path(self.model).name, self.engine, self.precision, self.batch_size, self.threads, *times)
+
+    def __repr__(self) -> str:
+        name, engine, precision, batch, threads, p50, p99, rate, ratio = self.row()
+        what = f"{name} in {engine}, {precision}, batch {batch}, threads {threads}"
+        return f"<Measurement {what}: p50 {p50} ms, p99 {p99} ms, {rate} images/s, speed-up {ratio}>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,11 +141,11 @@ class Harness:
     num_queries: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Benchmark:
-    """Every measurement of a run, and what holds for all: noise, the harness's own cost, peaks, the energy meter.
+    """All measurements of a run, and what they share: noise, the overhead of the benchmark, peaks, the energy meter.
 
-    `invalid_because` says why the figures do not count; it is empty where they do.
+    `invalid_because` has the reasons why the figures do not count; it is empty if they do.
     """
 
     results: tuple[Measurement, ...]
@@ -142,3 +154,12 @@ class Benchmark:
     harness: Harness
     peaks: tuple[Peak, ...]
     energy_meter: str
+
+    def __repr__(self) -> str:
+        lines = [f"<Benchmark {'INVALID: ' + '; '.join(self.invalid_because) if self.invalid_because else 'valid'}"]
+        return "\n  ".join([*lines, *map(repr, self.results)]) + ">"
+
+    def _repr_html_(self) -> str:
+        columns = ("model", "engine", "precision", "batch", "threads", "p50 ms", "p99 ms", "images/s", "speed-up")
+        caption = f"INVALID: {'; '.join(self.invalid_because)}" if self.invalid_because else "valid"
+        return html_table(caption, columns, [result.row() for result in self.results])

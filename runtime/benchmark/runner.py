@@ -1,4 +1,4 @@
-"""How fast is it here? Every candidate in turn, in rounds, so that drift hits all alike; every sample kept."""
+"""Measure every candidate in turns, so that drift affects all alike, and keep every sample."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from vit_edge.runtime.benchmark.candidate import Candidate, WarmUp, sample_in_tu
 from vit_edge.runtime.benchmark.cold_start import cold_start
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd, measure_stages
 from vit_edge.runtime.benchmark.energy import Meter, open_meter
-from vit_edge.runtime.benchmark.loadgen import LoadgenRun, check_loadgen, run_loadgen
 from vit_edge.runtime.benchmark.machine_noise import Noise, Watch
 from vit_edge.runtime.benchmark.peak_rate import Peak, measure_peak, share_of_peak
 from vit_edge.runtime.benchmark.results import Benchmark, BenchmarkOptions, Harness, Measurement
@@ -45,23 +44,25 @@ def measure(
     *,
     progress: Progress = silent,
 ) -> Benchmark:
-    """Return one measurement for every mix of model, engine, device, precision, batch size and threads.
+    """Return one measurement for each combination of model, engine, device, precision, batch size and threads.
 
-    They are measured alternately in rounds, after a warm-up, with inputs prepared beforehand. A mix that an engine
-    cannot do is left out with a warning, unless nothing is left. Raises as `load` does.
+    They are measured in turns, after a warm-up, with inputs prepared beforehand. A combination that an engine does not
+    support is left out with a warning, unless nothing is left. Raises as `load` does.
+
+        >>> run = measure(["model.onnx", "model.int8.onnx"], BenchmarkOptions(threads=(1,)))  # doctest: +SKIP
+        >>> run.results[1]                                                                    # doctest: +SKIP
+        <Measurement model.int8.onnx in onnxruntime, int8, batch 1, threads 1: p50 7.512 ms, ...>
     """
     options = options or BenchmarkOptions()
-    if options.with_loadgen:
-        check_loadgen()
     with ExitStack() as stack:
-        told = _told(models, options)
-        opened = _opened(models, told)
+        third_party = _third_party(models, options)
+        opened = _opened(models, third_party)
         candidates = _candidates(opened, options, stack)
         meter, energy_meter = open_meter()
         if meter:
             stack.callback(meter.close)
         noise = _sample(candidates, options, meter, progress)
-        extras = replace(_extras(candidates, opened, options, progress), told=told)
+        extras = replace(_extras(candidates, opened, options, progress), third_party=third_party)
         results = tuple(_result(candidate, candidates[0], extras) for candidate in candidates)
         return Benchmark(
             results=results,
@@ -73,15 +74,15 @@ def measure(
         )
 
 
-def _opened(models: Sequence[str | os.PathLike[str]], told: Mapping[str, dict[str, Any]]) -> dict[str, Model]:
+def _opened(models: Sequence[str | os.PathLike[str]], third_party: Mapping[str, dict[str, Any]]) -> dict[str, Model]:
     paths = [os.fspath(model) for model in models]
     for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
-        _log.warning("%s is given more than once: it is measured once", path)
-    return {path: open_any(path, **told.get(path, {})) for path in dict.fromkeys(paths)}
+        _log.warning("%s is given more than once and measured once", path)
+    return {path: open_any(path, **third_party.get(path, {})) for path in dict.fromkeys(paths)}
 
 
-def _told(models: Sequence[str | os.PathLike[str]], options: BenchmarkOptions) -> dict[str, dict[str, Any]]:
-    """Return for every file that was made elsewhere what `load` is to be told of it, as JSON-ready values."""
+def _third_party(models: Sequence[str | os.PathLike[str]], options: BenchmarkOptions) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `load` for every third-party ONNX model, as JSON-ready values."""
     preprocessing, labels = options.preprocessing, options.labels
     if preprocessing is None and labels is None:
         return {}
@@ -90,8 +91,8 @@ def _told(models: Sequence[str | os.PathLike[str]], options: BenchmarkOptions) -
     paths = [path for path in (os.fspath(model) for model in models) if not path.lower().endswith(".xml")]
     found = {path: {"preprocessing": preprocessing, "labels": labels} for path in paths if is_third_party(path)}
     if not found:
-        reason = "no file given was made elsewhere, and ours say their preprocessing and labels themselves"
-        raise UsageError("cannot measure", reason=reason, remedy="leave preprocessing and labels out")
+        reason = "preprocessing and labels are for third-party ONNX models, and no file is one"
+        raise UsageError("cannot measure", reason=reason, remedy="omit preprocessing and labels")
     return found
 
 
@@ -168,9 +169,8 @@ class _Extras:
     macs: dict[str, Mapping[str, int] | None] = field(default_factory=dict)
     peaks: dict[tuple[str, EngineOptions], Peak] = field(default_factory=dict)
     stages: dict[int, EndToEnd] = field(default_factory=dict)
-    loadgen: dict[int, LoadgenRun] = field(default_factory=dict)
     top1: dict[tuple[str, str], float] = field(default_factory=dict)
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    third_party: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _extras(
@@ -180,12 +180,6 @@ def _extras(
     if options.images is not None:
         stages = measure_stages(candidates, options.images, progress=progress)
         extras.stages.update({id(c): found for c, found in zip(candidates, stages, strict=True)})
-    for candidate in candidates if options.with_loadgen else ():
-        if not candidate.throughput_per_s:
-            continue  # a server of which no rate holds the bound
-        extras.loadgen[id(candidate)] = run_loadgen(
-            candidate, _scenario(candidate), min_seconds=options.min_seconds, min_queries=options.min_queries
-        )
     if options.has_peak:
         extras.macs.update({path: model.manifest.macs for path, model in opened.items()})
         for candidate in candidates:
@@ -236,7 +230,11 @@ def _harness(candidate: Candidate) -> Harness:
 def _result(candidate: Candidate, first: Candidate, extras: _Extras) -> Measurement:
     what, mix = candidate.classifier.describe(), candidate.options
     cold = cold_start(
-        candidate.path, what["engine"], mix, candidate.batch_size, told=extras.told.get(candidate.path, {})
+        candidate.path,
+        what["engine"],
+        mix,
+        candidate.batch_size,
+        third_party=extras.third_party.get(candidate.path, {}),
     )
     same = ("name", "sha256", "engine", "engine_version", "device", "precision", "float_precision", "threads")
     return Measurement(
@@ -258,7 +256,6 @@ def _result(candidate: Candidate, first: Candidate, extras: _Extras) -> Measurem
         end_to_end=extras.stages.get(id(candidate)),
         latency_bound_ms=candidate.latency_bound_ms if isinstance(candidate, ServerCandidate) else None,
         trials=tuple(candidate.trials) if isinstance(candidate, ServerCandidate) else (),
-        loadgen=extras.loadgen.get(id(candidate)),
     )
 
 

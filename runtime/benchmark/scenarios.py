@@ -21,7 +21,7 @@ from vit_edge.runtime.benchmark.candidate import Candidate, Round
 from vit_edge.runtime.benchmark.statistics import Floats
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, Model
-from vit_edge.runtime.serving.model_slot import Generation
+from vit_edge.runtime.serving.model_slot import ModelVersion
 
 __all__ = ["OfflineCandidate", "Scenario", "SideBySide", "workers_for"]
 
@@ -38,15 +38,15 @@ class SideBySide(Candidate):
 
     def __init__(self, path: str, model: Model, engine: str, options: EngineOptions, batch_size: int) -> None:
         super().__init__(path, model, engine, options, batch_size)
-        self._twins = Generation(self.classifier, workers=options.streams)
+        self._version = ModelVersion(self.classifier, workers=options.streams)
 
     @property
     def classifiers(self) -> list[Classifier]:
         """Return the classifier of each worker."""
-        return self._twins.classifiers
+        return self._version.classifiers
 
     def close(self) -> None:
-        self._twins.close()
+        self._version.close()
 
 
 class OfflineCandidate(SideBySide):

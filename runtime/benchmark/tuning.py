@@ -1,4 +1,4 @@
-"""Which engine and how many threads answer one image soonest here: measured once, then read by every load."""
+"""Find the fastest engine and number of threads for a file on this machine; every later load uses them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.candidate import Candidate, sample_in_turns
 from vit_edge.runtime.benchmark.statistics import Latency
 from vit_edge.runtime.engines.protocol import EngineOptions
-from vit_edge.runtime.tuned_configuration import Verdict, leave_verdict, promised_engines
+from vit_edge.runtime.tuned_configuration import TunedConfiguration, promised_engines, save_configuration
 
 __all__ = ["Tried", "Tuning", "tune"]
 
@@ -22,7 +22,7 @@ _AS_FAST = 1.03
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
-    """One choice, and the latency of one image with it in milliseconds."""
+    """One engine and number of threads, and the latency of one image in milliseconds."""
 
     engine: str
     threads: int
@@ -31,11 +31,11 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tuning:
-    """What was tried, the fastest by its median first, and whether the verdict could be kept for later loads."""
+    """The fastest configuration, all that were tried (fastest first), and whether the fastest could be saved."""
 
-    verdict: Verdict
+    configuration: TunedConfiguration
     tried: tuple[Tried, ...]
-    is_kept: bool
+    is_saved: bool
 
 
 def tune(
@@ -45,10 +45,10 @@ def tune(
     min_queries: int = _MIN_QUERIES,
     progress: Progress = silent,
 ) -> Tuning:
-    """Measure every engine that the file is promised for with 1, 2, 4 ... usable threads, and keep the fastest.
+    """Measure every installed engine that the file was validated in with 1, 2, 4 ... threads, and save the fastest.
 
-    Every engine has to pass the golden vectors first. Fewer threads win where more are less than 3 % faster: what they
-    leave is the application's. Raises as `load` does, EngineUnavailable where no promised engine is installed.
+    Every engine must pass the golden vectors first. Fewer threads win if more are less than 3 % faster: the application
+    needs the rest. Raises as `load` does, EngineUnavailable if no validated engine is installed.
     """
     if not (0 < min_seconds <= 3600 and 1 <= min_queries <= 1_000_000):
         reason = f"{min_seconds} seconds, {min_queries} queries"
@@ -56,13 +56,13 @@ def tune(
     model = open_model(source)
     engines = promised_engines(model)
     if not engines:
-        reason = "no engine that the file is promised for is installed"
+        reason = "no engine is installed that the file was validated in"
         raise EngineUnavailable("cannot tune", file=source, reason=reason, remedy='pip install "vit-edge[onnxruntime]"')
     tried = _measured(model, os.fspath(source), engines, (min_seconds, min_queries), progress)
     best = _best(tried)
-    verdict = Verdict(engine=best.engine, threads=best.threads, p50_ms=best.latency_ms.p50)
+    configuration = TunedConfiguration(engine=best.engine, threads=best.threads, p50_ms=best.latency_ms.p50)
     ordered = tuple(sorted(tried, key=lambda one: one.latency_ms.p50))
-    return Tuning(verdict=verdict, tried=ordered, is_kept=leave_verdict(model, verdict))
+    return Tuning(configuration=configuration, tried=ordered, is_saved=save_configuration(model, configuration))
 
 
 def _measured(
@@ -72,7 +72,7 @@ def _measured(
     try:
         for engine in engines:
             for threads in _counts():
-                candidates.append(  # noqa: PERF401 - those made are closed where a later one fails
+                candidates.append(  # noqa: PERF401 - those made are closed if a later one fails
                     Candidate(path, model, engine, EngineOptions(threads=threads), 1)
                 )
         sample_in_turns(candidates, min_seconds=least[0], min_queries=least[1], progress=progress)

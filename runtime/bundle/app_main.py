@@ -92,6 +92,8 @@ def _run(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> in
         raise UsageError("cannot answer", reason=f"--top is {options.top}", remedy="give 1 or more")
     if not options.images and not options.describe:
         raise UsageError("cannot answer", reason="no image is given", remedy="give images, or --describe")
+    from vit_edge.errors import escaped
+
     _require_packages(app, about, options.engine)
     _find_protobuf(app)
     images: list[dict[str, Any]] = []
@@ -99,7 +101,7 @@ def _run(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> in
     with _warnings() as warnings, _load(app, about, options) as classifier:
         described = classifier.describe()
         if options.describe and not options.json:
-            _print("\n".join(f"{key}: {value}" for key, value in described.items()))
+            _print(escaped("\n".join(f"{key}: {value}" for key, value in described.items())))
         for image in options.images:
             _classify(classifier, image, options, images=images, rejected=rejected)
     if options.json:
@@ -117,7 +119,7 @@ def _classify(
     images: list[dict[str, Any]],
     rejected: list[VitEdgeError],
 ) -> None:
-    from vit_edge.errors import ImageRejected, printable
+    from vit_edge.errors import ImageRejected, escaped, printable
 
     try:
         prediction = classifier(image, top=options.top)
@@ -128,7 +130,7 @@ def _classify(
     images.append({"file": printable(image), **prediction.to_dict()})
     if not options.json:
         answers = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
-        _print(f"{printable(image)}: {answers}")
+        _print(escaped(f"{printable(image)}: {answers}"))
 
 
 def _load(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> Classifier:
@@ -138,6 +140,7 @@ def _load(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> C
     from vit_edge.errors import VitEdgeError, printable
     from vit_edge.model_file.artifact import open_model
     from vit_edge.model_file.openvino_ir import open_ir
+    from vit_edge.runtime.checks.policy import NO_SANDBOX
     from vit_edge.runtime.engines.protocol import EngineOptions, refuse_null
     from vit_edge.runtime.loading import load_model
 
@@ -150,9 +153,10 @@ def _load(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> C
     weights = _member(app, about["weights"]) if about["weights"] else None
     try:
         if weights is not None and about["model"].endswith(".xml"):
-            return load_model(replace(open_ir(data, weights=weights), source=name), engine="openvino", options=chosen)
+            ir = replace(open_ir(data, weights=weights), source=name)
+            return load_model(ir, engine="openvino", options=chosen, policy=NO_SANDBOX)
         model = replace(open_model(data, weights=weights), source=name)
-        return load_model(model, engine=options.engine, options=chosen)
+        return load_model(model, engine=options.engine, options=chosen, policy=NO_SANDBOX)
     except VitEdgeError as error:
         if error.file == "the bytes given":
             error.file = name

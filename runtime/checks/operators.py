@@ -7,101 +7,56 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 from xml.etree import ElementTree
 
 from vit_edge.errors import ModelRejected
-from vit_edge.model_file.artifact import ModelFile
+from vit_edge.model_file.artifact import OUTPUTS, ModelFile
 from vit_edge.model_file.onnx_schema import FLOAT, FLOAT16, UINT8
 from vit_edge.model_file.openvino_ir import IrModel
+from vit_edge.runtime.checks.tensor_sizes import size_problems
+from vit_edge.runtime.engines.protocol import Model
 
-__all__ = ["check_graph", "check_ir"]
+__all__ = ["check_graph", "check_ir", "check_sizes"]
 
 _ITEM_BYTES = {FLOAT: 4, FLOAT16: 2}
+# ViT-g/14 in QDQ form has 1,900 nodes; a chain of 20,000 takes OpenVINO over 12 s.
 _MAX_NODES = 5_000
+# Over all nodes: a Concat of an unrolled attention has some hundred; optimisers are quadratic in them.
+_MAX_NODE_INPUTS = 50_000
+# ViT-g/14 in QDQ form has 3,500; each costs an engine an allocation and a look-up by name.
+_MAX_INITIALIZERS = 20_000
+# Other domains that exporters list without using them.
+_MAX_OPSET_ENTRIES, _MAX_DOMAIN_VERSION = 16, 100
 _MAX_RANK = 8
 _MAX_IR, _MAX_OPSET = 13, 26
 _DOMAINS = ("", "ai.onnx")
+# One list for every file: what classifiers of vit-edge and of the common exporters hold.
 _OPERATORS = frozenset(
     [
-        "Abs",
-        "Add",
-        "AveragePool",
-        "BatchNormalization",
-        "Cast",
-        "Celu",
-        "Clip",
-        "Concat",
-        "Constant",
-        "Conv",
-        "DequantizeLinear",
-        "Div",
-        "DynamicQuantizeLinear",
-        "Elu",
-        "Erf",
-        "Exp",
-        "Flatten",
-        "Gather",
-        "Gelu",
-        "Gemm",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "LeakyRelu",
-        "Log",
-        "LogSoftmax",
-        "MatMul",
-        "MatMulInteger",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Mish",
-        "Mul",
-        "Neg",
-        "PRelu",
-        "Pad",
-        "Pow",
-        "QuantizeLinear",
-        "Reciprocal",
-        "ReduceL2",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Selu",
-        "Sigmoid",
-        "Slice",
-        "Softmax",
-        "Softplus",
-        "Softsign",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tanh",
-        "TopK",
-        "Transpose",
-        "Unsqueeze",
-    ]
-)
-# A network traced as it is (`--no-deploy-form`) asks for its batch; nothing else does.
-_PLAIN_OPERATORS = frozenset(["Expand", "Shape"])
-# What exporters of others leave in, arithmetic on shapes for the most part; such files are tried in a process apart.
-_THIRD_PARTY_OPERATORS = _PLAIN_OPERATORS | frozenset(
-    [
-        "And", "ArgMax", "Ceil", "ConstantOfShape", "ConvInteger", "Cos", "Dropout", "Einsum", "Equal", "Floor",
-        "Greater", "GreaterOrEqual", "GroupNormalization", "LRN", "Less", "LessOrEqual", "LpNormalization", "Mod",
-        "Not", "Or", "QLinearConv", "QLinearMatMul", "Range", "ReduceProd", "ReduceSumSquare", "Resize", "Round",
-        "ScatterND", "Sign", "Sin", "Size", "Sum", "Tile", "Trilu", "Where",
+        "Abs", "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "Cast", "Ceil", "Celu", "Clip", "Concat",
+        "Constant", "ConstantOfShape", "Conv", "ConvInteger", "Cos", "DequantizeLinear", "Div", "Dropout",
+        "DynamicQuantizeLinear", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "Gelu",
+        "Gemm", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid",
+        "HardSwish", "Identity", "InstanceNormalization", "LRN", "LayerNormalization", "LeakyRelu", "Less",
+        "LessOrEqual", "Log", "LogSoftmax", "LpNormalization", "MatMul", "MatMulInteger", "Max", "MaxPool", "Min",
+        "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pad", "Pow", "QLinearConv", "QLinearMatMul",
+        "QuantizeLinear", "Range", "Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+        "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Resize", "Round", "ScatterND", "Selu", "Shape", "Sigmoid",
+        "Sign", "Sin", "Size", "Slice", "Softmax", "Softplus", "Softsign", "Split", "Sqrt", "Squeeze", "Sub", "Sum",
+        "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
     ]
 )  # fmt: skip
+# Inputs that an operator may leave out in the middle, by an empty name; an engine may read any other as if it were
+# there: ONNX Runtime crashes on a LayerNormalization with an empty bias.
+_MAY_BE_EMPTY = {
+    "Clip": {1, 2}, "Conv": {2}, "ConvInteger": {2, 3}, "DequantizeLinear": {2}, "Dropout": {1, 2}, "Gemm": {2},
+    "MatMulInteger": {2, 3}, "Pad": {2, 3}, "QLinearConv": {8}, "QuantizeLinear": {1, 2}, "ReduceL2": {1},
+    "ReduceMax": {1}, "ReduceMean": {1}, "ReduceMin": {1}, "ReduceProd": {1}, "ReduceSum": {1}, "ReduceSumSquare": {1},
+    "Resize": {1, 2, 3}, "Slice": {3, 4}, "Split": {1}, "Squeeze": {1}, "Trilu": {1},
+}  # fmt: skip
+_FEWEST_INPUTS = {"LayerNormalization": 3}  # ONNX Runtime 1.17 aborts on two
 # OpenVINO's names of what its importer makes of these operators; all of its own sets ("opset1" ...), no extensions.
 _IR_TYPES = frozenset(
     [
@@ -115,51 +70,64 @@ _IR_TYPES = frozenset(
         "StridedSlice", "Subtract", "Swish", "Tanh", "TopK", "Transpose", "Unsqueeze", "VariadicSplit",
     ]
 )  # fmt: skip
-_MORE = {"plain": _PLAIN_OPERATORS, "third-party": _THIRD_PARTY_OPERATORS}
 _IR_SETS = re.compile(r"opset\d{1,2}")
 
 
-def check_graph(model: ModelFile) -> None:
-    """Raise ModelRejected where the graph holds anything a classifier has no need of, or contradicts its manifest."""
-    is_ours = model.manifest.provenance.get("form") != "third-party"
-    for problem in _problems(model.proto, model):
-        again = "make the model file again with `vit-edge export`"
-        reason, remedy = problem, again if is_ours else "export it again where it was made, as a plain classifier"
-        raise ModelRejected("will not load the model", file=model.source, reason=reason, remedy=remedy)
+def check_graph(model: ModelFile, *, allow_ops: Collection[str] = ()) -> None:
+    """Raise ModelRejected if the graph holds anything that no classifier needs, or contradicts its manifest.
+
+    `allow_ops` are operators that the user allows besides: of ONNX by name, of another domain as "domain.Name".
+    """
+    for problem in _problems(model.proto, model, _OPERATORS | set(allow_ops)):
+        raise _rejected(model, problem)
+
+
+def check_sizes(model: Model) -> None:
+    """Raise ModelRejected if a tensor of the graph would be too large for one image, before an engine allocates it."""
+    if isinstance(model, ModelFile):
+        for problem in size_problems(model.proto.graph):
+            raise _rejected(model, problem)
+
+
+def _rejected(model: ModelFile, reason: str) -> ModelRejected:
+    remedy = "export the network again as a plain classifier; --allow-op allows an operator that you trust"
+    if "is not allowed" not in reason:
+        remedy = "export the network again as a plain classifier"
+    return ModelRejected("cannot load the model", file=model.source, reason=reason, remedy=remedy)
 
 
 def check_ir(model: IrModel) -> None:
     """Raise ModelRejected where OpenVINO's IR holds another operator than a classifier has need of."""
     layers = ElementTree.fromstring(model.xml).findall("layers/layer")  # declares nothing: looked at when it was opened
-    problems = [] if len(layers) <= 4 * _MAX_NODES else [f"it has {len(layers):,} layers"]
+    problems = [] if len(layers) <= 4 * _MAX_NODES else [f"the IR has {len(layers):,} layers"]
     for layer in layers:
         kind, version = layer.get("type", ""), layer.get("version", "")
         if kind not in _IR_TYPES or not _IR_SETS.fullmatch(version) or layer.find("body") is not None:
             problems.append(f"layer {layer.get('name')!r} is {version or 'nowhere'}.{kind}, which is not allowed")
     for problem in problems:
         remedy = "make it again with `vit-edge export --format openvino`"
-        raise ModelRejected("will not load the model", file=model.source, reason=problem, remedy=remedy)
+        raise ModelRejected("cannot load the model", file=model.source, reason=problem, remedy=remedy)
 
 
-def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
+def _problems(proto: Any, model: ModelFile, allowed: Collection[str]) -> Iterator[str]:
     graph = proto.graph
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    yield from _count_problems(proto)
+    versions = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}
     if not 3 <= proto.ir_version <= _MAX_IR:
-        yield f"its IR version is {proto.ir_version}; 3 to {_MAX_IR} are read"
-    if not 7 <= versions.get("", versions.get("ai.onnx", 0)) <= _MAX_OPSET:
-        yield f"its opset is {versions.get('', 'not given')}; 7 to {_MAX_OPSET} are read"
+        yield f"the IR version is {proto.ir_version}; 3 to {_MAX_IR} are read"
+    if not 7 <= versions.get("ai.onnx", 0) <= _MAX_OPSET:
+        yield f"the opset is {versions.get('ai.onnx', 'not given')}; 7 to {_MAX_OPSET} are read"
     if proto.functions or proto.training_info or graph.sparse_initializer:
-        yield "it holds functions, training steps or sparse weights"
-    if len(graph.node) > _MAX_NODES:
-        yield f"it has {len(graph.node):,} nodes; at most {_MAX_NODES:,} are read"
-    allowed = _OPERATORS | _MORE.get(str(model.manifest.provenance.get("form")), frozenset())
+        yield "the model holds functions, training steps or sparse weights"
     known = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
     for node in graph.node:
         if not known >= {name for name in node.input if name}:
             yield f"node {node.name!r} reads what no node before it makes"
         known |= set(node.output)
-        if node.domain not in _DOMAINS or node.op_type not in allowed:
+        kind = node.op_type if node.domain in _DOMAINS else f"{node.domain}.{node.op_type}"
+        if kind not in allowed:
             yield f"node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which is not allowed"
+        yield from _input_problems(node)
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
                 yield f"node {node.name!r} holds a graph of its own"
@@ -169,6 +137,37 @@ def _problems(proto: Any, model: ModelFile) -> Iterator[str]:
         beside = model.weights is not None and _lies_beside(tensor, model)
         yield from _tensor_problems(tensor, f"tensor {tensor.name!r}", beside=beside)
     yield from _interface_problems(graph, model)
+
+
+def _count_problems(proto: Any) -> Iterator[str]:
+    """Yield what is too many, before anything walks over it."""
+    graph = proto.graph
+    counts = (
+        ("opset entries", len(proto.opset_import), _MAX_OPSET_ENTRIES),
+        ("nodes", len(graph.node), _MAX_NODES),
+        ("initializers", len(graph.initializer), _MAX_INITIALIZERS),
+        ("inputs", len(graph.input), 1),
+        ("outputs", len(graph.output), len(OUTPUTS)),
+        ("inputs of nodes", sum(len(node.input) + len(node.output) for node in graph.node), _MAX_NODE_INPUTS),
+    )
+    for name, count, most in counts:
+        if count > most:
+            yield f"the graph has {count:,} {name}; at most {most:,} are read"
+    domains = [entry.domain or "ai.onnx" for entry in proto.opset_import]
+    if len(set(domains)) < len(domains):  # the engines disagree on which counts
+        yield "an operator set is listed twice"
+    for entry in proto.opset_import:
+        if entry.domain not in _DOMAINS and not 1 <= entry.version <= _MAX_DOMAIN_VERSION:
+            yield f"the operator set {entry.domain!r} has the version {entry.version}"
+
+
+def _input_problems(node: Any) -> Iterator[str]:
+    empty = {position for position, name in enumerate(node.input) if not name}
+    if empty - _MAY_BE_EMPTY.get(node.op_type, set()):
+        yield f"node {node.name!r} ({node.op_type}) has no input {min(empty)}, which is required"
+    if len(node.input) < _FEWEST_INPUTS.get(node.op_type, 0):
+        fewest = _FEWEST_INPUTS[node.op_type]
+        yield f"node {node.name!r} ({node.op_type}) has {len(node.input)} inputs; at least {fewest} are needed"
 
 
 def _lies_beside(tensor: Any, model: ModelFile) -> bool:
@@ -194,24 +193,24 @@ def _interface_problems(graph: Any, model: ModelFile) -> Iterator[str]:
     manifest = model.manifest
     names = tuple(value.name for value in graph.output)
     if len(graph.input) != 1 or names != manifest.outputs:
-        yield f"it has {len(graph.input)} inputs and the outputs {', '.join(names)}; the manifest says otherwise"
+        yield f"the graph has {len(graph.input)} inputs and the outputs {', '.join(names)}; the manifest says otherwise"
         return
     name, dtype, shape = _signature(graph.input[0])
     if not shape or any(len(value.type.tensor_type.shape.dim) == 0 for value in graph.output):
-        yield "its input or an output has no shape"
+        yield "the input or an output has no shape"
         return
     if manifest.batch is None and not isinstance(shape[0], str):
-        yield f"its batch is fixed at {shape[0]}"
+        yield f"the batch is fixed at {shape[0]}"
     elif manifest.batch is not None and shape[0] != manifest.batch:
-        yield f"its batch is {shape[0]}; the manifest says {manifest.batch}"
+        yield f"the batch is {shape[0]}; the manifest says {manifest.batch}"
     rows_columns = list(manifest.preprocessing.crop)
     is_uint8 = manifest.input["dtype"] == "uint8"
     expected = (UINT8, [*rows_columns, 3]) if is_uint8 else (FLOAT, [3, *rows_columns])
     if name != manifest.input.get("name") or (dtype, shape[1:]) != expected:
-        yield f"its input {name!r} has shape {shape}; the manifest says {manifest.input} of {rows_columns}"
+        yield f"the input {name!r} has shape {shape}; the manifest says {manifest.input} of {rows_columns}"
     name, dtype, shape = _signature(graph.output[0])
     if (dtype, shape[1:]) != (FLOAT, [len(manifest.labels)]):
-        yield f"its output {name!r} has shape {shape}; the manifest has {len(manifest.labels)} labels"
+        yield f"the output {name!r} has shape {shape}; the manifest has {len(manifest.labels)} labels"
 
 
 def _signature(value: Any) -> tuple[str, int, list[int | str]]:

@@ -1,6 +1,7 @@
-"""Run what may crash, hang or eat all memory in a throw-away process, under limits: only that one ends.
+"""A sandbox: a subprocess with limits on time and memory, for what may crash, hang or need all memory.
 
-A release of an engine can be made to crash by a graph; whoever reads files of others has to expect it.
+The engines can be made to crash by a graph, and OpenVINO stays broken after some graphs that give wrong logits. The
+sandbox protects the process that loads; a subprocess of the same user does not contain code that a file might run.
 """
 
 from __future__ import annotations
@@ -13,32 +14,38 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from vit_edge.cache import recall, remember
-from vit_edge.errors import ModelRejected, VitEdgeError
-from vit_edge.files import sha256_hex
-from vit_edge.machine.cpu import instruction_set
+from vit_edge import errors
+from vit_edge.errors import EngineUnavailable, ModelRejected, VitEdgeError
 from vit_edge.model_file.artifact import ModelFile, open_model
-from vit_edge.runtime.engines.protocol import EngineOptions, engine_version, make_engine
+from vit_edge.model_file.openvino_ir import IrModel, open_ir
+from vit_edge.runtime.checks.acceptance import Trial, refusal, refuse
+from vit_edge.runtime.engines.protocol import EngineOptions, Model
 
-__all__ = ["REFUSED", "limit_memory", "main", "probe", "run_apart", "start_of"]
+__all__ = ["limit_memory", "main", "run_apart", "start_of", "try_in_sandbox"]
 
-_TIMEOUT_S = 120
+# A slow device needs about a minute for the golden images of a network of 100 MB.
+_TIMEOUT_S, _BYTES_A_SECOND = 120, 2_000_000
 # Of address space: what an engine maps by itself, and so much for each byte of the file.
 _BASE_BYTES, _TIMES_FILE = 2**33, 16
-# The exit code of a child that refuses the file itself.
-REFUSED = 3
 # Not SIGKILL, which the system sends where memory is short, or a person.
 _CRASHES = [getattr(signal, name, None) for name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE", "SIGBUS")]
+_JOB = "job.json"
+_WHAT, _REMEDY = "the engine cannot run the network", "export it again"
 _log = logging.getLogger(__name__)
 
 
 def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int, who: str = "the engine") -> str:
-    """Return what `python -m module arguments` prints; raises ModelRejected where it crashes, hangs or fails.
+    """Return what `python -m module arguments` prints; raises ModelRejected if the subprocess crashes, hangs or fails.
 
-    The last line that it writes to stderr is why it failed; engines write above it what they like.
+    The last line on stderr is the reason; engines may write anything above it.
     """
+    if not sys.executable:
+        reason, remedy = "this program does not name its Python, so no sandbox can start", "load with sandbox='never'"
+        raise EngineUnavailable("cannot load", reason=reason, remedy=remedy)
     command = [sys.executable, "-W", "ignore", "-c", start_of(module), *arguments]
     try:
         done = subprocess.run(
@@ -52,7 +59,7 @@ def run_apart(module: str, arguments: Sequence[str], *, timeout_s: int, who: str
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1][:500] if lines else f"it ended with {done.returncode}"
-        raise _rejected(reason, is_final=done.returncode == REFUSED)
+        raise _rejected(reason)
     return done.stdout
 
 
@@ -76,47 +83,87 @@ def limit_memory(most_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
-def probe(model: ModelFile, engine: str) -> None:
-    """Load a model file in `engine` and let it answer once, in a process of its own; raises ModelRejected.
+def try_in_sandbox(trial: Trial) -> None:
+    """Load a model file in a sandbox subprocess, with every check; raises what loading it raised there.
 
-    A file that was tried is remembered by its hash, the engine's version and the CPU: one that crashed or was refused
-    is not tried again, one that answered need not be. What may have had another cause, such as time, is not remembered.
+    A file that crashed the engine is remembered and not tried again. What may have had another cause, such as time, is
+    not remembered.
     """
-    key = sha256_hex(json.dumps([model.sha256, engine, engine_version(engine), instruction_set()]).encode())
-    known = recall("probes", key)
-    if known is not None and known.get("answered") is True:
-        return
-    if known is not None and isinstance(known.get("reason"), str):
-        raise _rejected(f"{known['reason']}; it is remembered, and was not tried again")
-    _log.info("%s is tried in a process of its own first", model.source)
+    before = refusal(trial)
+    if before is not None:
+        raise _rejected(f"{before}; the crash is remembered, and the file was not tried again")
+    _log.info("%s: not known on this machine; trying the file in a sandbox first", trial.model.source)
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
-        path = Path(name) / "model.onnx"
-        path.write_bytes(model.data)
+        num_bytes = _write_job(Path(name), trial)
+        timeout_s = int(_TIMEOUT_S + num_bytes / _BYTES_A_SECOND)
         try:
-            run_apart("vit_edge.runtime.checks.sandbox", [str(path), engine], timeout_s=_TIMEOUT_S)
+            printed = run_apart("vit_edge.runtime.checks.sandbox", [name], timeout_s=timeout_s)
         except _Refused as error:
-            remember("probes", key, {"reason": error.reason})
+            refuse(trial, error.reason)
             raise
-    remember("probes", key, {"answered": True})
+    problem = json.loads(printed.splitlines()[-1])["error"]
+    if problem is not None:
+        kind = getattr(errors, problem["type"])
+        raise kind(problem["what"], reason=problem["reason"], remedy=problem["remedy"])
 
 
-def main(path: str, engine: str) -> int:
-    """Load the file at `path`, let it answer for one golden input, and return 0."""
-    from vit_edge.runtime.checks.golden import golden_images
+def _write_job(folder: Path, trial: Trial) -> int:
+    """Write the verified bytes and the job into `folder`; returns how many bytes the model has."""
+    model = trial.model
+    if isinstance(model, IrModel):
+        files = {"model.xml": model.xml, "model.bin": model.weights}
+    else:
+        files = {"model.onnx": model.data}
+        if model.weights is not None and model.manifest.weights is not None:
+            files[model.manifest.weights["file"]] = model.weights
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    num_bytes = sum(len(data) for data in files.values())
+    job = {
+        "file": next(iter(files)),
+        "engine": trial.engine,
+        "options": asdict(trial.options),
+        "verify": trial.verify,
+        "bytes": num_bytes,
+        "third_party": isinstance(model, ModelFile) and model.is_third_party,
+    }
+    (folder / _JOB).write_text(json.dumps(job), encoding="utf-8")
+    return num_bytes
 
-    limit_memory(_BASE_BYTES + _TIMES_FILE * Path(path).stat().st_size)
+
+def main(folder: str) -> int:
+    """Load the file that the job in `folder` names, classify one golden image, and print the error or null."""
+    job = json.loads((Path(folder) / _JOB).read_text(encoding="utf-8"))
+    if job["options"]["device"] == "cpu":  # drivers of other devices map far more than they use
+        limit_memory(_BASE_BYTES + _TIMES_FILE * job["bytes"])
+    error = None
     try:
-        model = open_model(path, warn=False)
-        loaded = make_engine(engine, model, EngineOptions(threads=1))
-        height, width = model.manifest.preprocessing.crop
-        logits = loaded.run(golden_images([1], height=height, width=width))
-    except VitEdgeError as error:
-        sys.stderr.write(f"\n{' '.join(error.reason.split())}\n")
-        return REFUSED
+        _load(Path(folder) / job["file"], job)
+    except VitEdgeError as problem:
+        fields = {"what": problem.what, "reason": problem.reason, "remedy": problem.remedy}
+        error = {"type": type(problem).__name__, **fields}
+    except MemoryError:
+        reason = "loading the file needs more memory than the sandbox grants"
+        error = {"type": "ModelRejected", "what": _WHAT, "reason": reason, "remedy": _REMEDY}
+    sys.stdout.write(f"\n{json.dumps({'error': error})}\n")
+    sys.stdout.flush()
+    os._exit(0)  # an engine that crashes while it is unloaded has nothing to do with the file's fitness to run
+
+
+def _load(path: Path, job: dict[str, Any]) -> None:
+    # Imported here: `loading` imports this module.
+    from vit_edge.runtime.checks.golden import golden_images
+    from vit_edge.runtime.loading import run_checked
+
+    model: Model = open_ir(path) if path.suffix == ".xml" else open_model(path, warn=False)
+    if isinstance(model, ModelFile):
+        model = replace(model, is_third_party=job["third_party"])
+    loaded, _ = run_checked(model, engine=job["engine"], options=EngineOptions(**job["options"]), verify=job["verify"])
+    height, width = model.manifest.preprocessing.crop
+    logits = loaded.run(golden_images([1], height=height, width=width))
     if logits.shape != (1, len(model.manifest.labels)):
-        sys.stderr.write(f"\nits answer has the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]")
-        return REFUSED
-    return 0
+        reason = f"the logits have the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]"
+        raise ModelRejected(_WHAT, reason=reason, remedy=_REMEDY)
 
 
 class _Refused(ModelRejected):
@@ -125,8 +172,8 @@ class _Refused(ModelRejected):
 
 def _rejected(reason: str, *, is_final: bool = False) -> ModelRejected:
     kind = _Refused if is_final else ModelRejected
-    return kind("the engine cannot run the network", reason=reason, remedy="export it again")
+    return kind(_WHAT, reason=reason, remedy=_REMEDY)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

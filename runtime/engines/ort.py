@@ -162,9 +162,9 @@ def _precision(provider: str, options: EngineOptions) -> tuple[str | None, dict[
 def _read_precision(session: Any) -> str:
     """Return what the float parts are computed in, by the options that the session says it has."""
     provider = session.get_providers()[0]
-    told = session.get_provider_options().get(provider, {})
+    actual = session.get_provider_options().get(provider, {})
     for name, options in _PRECISIONS.get(provider, {}).items():
-        if all(told.get(key) == value for key, value in options.items()):
+        if all(actual.get(key) == value for key, value in options.items()):
             return name
     return "unknown"
 

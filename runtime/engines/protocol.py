@@ -73,6 +73,7 @@ _DISTRIBUTIONS = {
 }
 _PRECISIONS = get_args(FloatPrecision)
 _MOST_STREAMS = 256
+_unusable: dict[str, str] = {}  # the engines whose import failed in this process, and why
 _log = logging.getLogger(__name__)
 
 
@@ -149,8 +150,30 @@ class Engine(Protocol):
 
 
 def installed_engines() -> tuple[str, ...]:
-    """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen)."""
-    return tuple(name for name, (_, package, _) in ENGINES.items() if package and _is_installed(package))
+    """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen).
+
+    An engine whose import failed is left out. To import one takes 0.3 s, so it is tried here only in a process without
+    a home folder, where OpenVINO cannot be imported.
+    """
+    names = [name for name, (_, package, _) in ENGINES.items() if package and _is_installed(package)]
+    return tuple(name for name in names if name not in _unusable and (_has_home() or _is_usable(name)))
+
+
+def _has_home() -> bool:
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
+
+
+def _is_usable(name: str) -> bool:
+    """Return whether an engine can be imported; the log names one that cannot, once."""
+    try:
+        _module(name)
+    except EngineUnavailable as error:
+        _log.warning("the engine %s is left out: %s", name, error.reason)
+        return False
+    return True
 
 
 def _is_installed(package: str) -> bool:
@@ -160,14 +183,17 @@ def _is_installed(package: str) -> bool:
 
 
 def _module(name: str) -> ModuleType:
-    """Return our module for an engine that is installed; raises EngineUnavailable where its package is broken."""
+    """Return our module for an installed engine; raises EngineUnavailable if its package cannot be imported."""
     module, package, _ = ENGINES[name]
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        reason = f"{package} is installed, but cannot be imported: {' '.join(str(error).split())[:300]}"
-        remedy = f"pip install --force-reinstall {package}, and see that its release fits that of numpy"
-        raise EngineUnavailable("cannot load", reason=reason, remedy=remedy) from error
+    except Exception as error:  # OpenVINO raises RuntimeError without a home folder
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        _unusable[name] = f"{package} is installed, but cannot be imported ({why})"
+        remedy = f"pip install --force-reinstall {package}, in a release that fits numpy"
+        if not _has_home():
+            remedy = "set HOME to a folder that this user may write"
+        raise EngineUnavailable("cannot load the engine", reason=_unusable[name], remedy=remedy) from error
 
 
 def engines_with(device: str) -> tuple[str, ...]:
@@ -185,8 +211,8 @@ def available_devices() -> dict[str, tuple[str, ...]]:
 
 
 def chosen_engines(engines: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return `engines`, or where none is named all that are installed; raises MissingExtra where there is none."""
-    chosen = tuple(engines) or installed_engines()
+    """Return `engines`, or without names all that can be imported; raises MissingExtra if there is none."""
+    chosen = tuple(engines) or tuple(name for name in installed_engines() if _is_usable(name))
     if not chosen:
         remedy = 'pip install "vit-edge[onnxruntime]" or pip install "vit-edge[openvino]"'
         raise MissingExtra("cannot load", reason="no inference engine is installed", remedy=remedy)
@@ -225,12 +251,12 @@ def engine_version(name: str) -> str:
 
 
 def installed_version(name: str) -> str:
-    """Return the version of an installed engine as its distribution says it, without importing it where that is told.
+    """Return the version of an installed engine from its distribution, without importing the engine.
 
     An engine that is not to run must not be imported: OpenVINO takes 0.3 s and 20 MB, and starts a thread.
     """
-    told = [f"{known} {version(known)}" for known in _DISTRIBUTIONS[name] if _is_distribution(known)]
-    return ", ".join(told) or engine_version(name)
+    distributions = [f"{known} {version(known)}" for known in _DISTRIBUTIONS[name] if _is_distribution(known)]
+    return ", ".join(distributions) or engine_version(name)
 
 
 def _is_distribution(name: str) -> bool:

@@ -29,7 +29,7 @@ _INTEGERS = ("ConvInteger", "DequantizeLinear", "MatMulInteger", "QLinearConv", 
 
 def is_third_party(source: str | os.PathLike[str] | bytes) -> bool:
     """Return whether nothing in `source` looks like a model file of vit-edge; raises ModelRejected on no file."""
-    return seal_state(_bytes_of(source)) == "foreign"
+    return seal_state(_bytes_of(source)) == "third-party"
 
 
 def read_third_party(
@@ -88,7 +88,7 @@ def _read(
             **more,
         },
     )
-    return replace(ModelFile.from_graph(proto, manifest), source=name)
+    return replace(ModelFile.from_graph(proto, manifest), source=name, is_third_party=True)
 
 
 def parsed(data: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""One loaded model with a classifier for each worker, closed when it was replaced and nobody uses it any more."""
+"""The slot of a pool that holds the model version which serves, and closes a replaced version after its last use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from vit_edge.runtime.classifier import Classifier
 
-__all__ = ["Generation", "Holder"]
+__all__ = ["ModelSlot", "ModelVersion"]
 
 
-class Generation:
-    """A classifier and its twins, one for each worker: OpenVINO's requests must not be shared between threads."""
+class ModelVersion:
+    """One loaded model with a classifier for each worker: threads must not share OpenVINO's requests."""
 
     def __init__(self, first: Classifier, *, workers: int) -> None:
         self.first = first
@@ -25,40 +25,40 @@ class Generation:
             classifier.close()
 
 
-class Holder:
-    """The generation that serves, and those before it that still answer somebody."""
+class ModelSlot:
+    """The model version that serves; earlier versions stay open while a request uses them."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, version: ModelVersion) -> None:
         self._lock = threading.Lock()
-        self._current = generation
+        self._current = version
 
     @property
-    def current(self) -> Generation:
-        """Return the generation that new requests go to."""
+    def current(self) -> ModelVersion:
+        """Return the version that takes new requests."""
         return self._current
 
     @contextmanager
-    def in_use(self) -> Iterator[Generation]:
-        """Yield the generation that serves now; it is not closed before the block ends."""
+    def in_use(self) -> Iterator[ModelVersion]:
+        """Yield the version that serves now; it stays open until the block ends."""
         with self._lock:
-            generation = self._current
-            generation.users += 1
+            version = self._current
+            version.users += 1
         try:
-            yield generation
+            yield version
         finally:
             with self._lock:
-                generation.users -= 1
-                done = generation.is_replaced and generation.users == 0
+                version.users -= 1
+                done = version.is_replaced and version.users == 0
             if done:
-                generation.close()
+                version.close()
 
-    def replace(self, generation: Generation | None) -> None:
-        """Let `generation` serve from now on, or nothing; the one before closes when nobody uses it any more."""
+    def replace(self, version: ModelVersion | None) -> None:
+        """Let `version` serve from now on, or nothing; the previous version closes after its last use."""
         with self._lock:
             before = self._current
             before.is_replaced = True
             done = before.users == 0
-            if generation is not None:
-                self._current = generation
+            if version is not None:
+                self._current = version
         if done:
             before.close()

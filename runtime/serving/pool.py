@@ -26,11 +26,12 @@ from vit_edge.errors import Closed, UsageError, VitEdgeError
 from vit_edge.image import Color, Decoding, ImageSource, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
+from vit_edge.runtime.checks.policy import Sandbox, policy_with
 from vit_edge.runtime.classifier import Prediction, Prepared, check_top
 from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
 from vit_edge.runtime.loading import check_decode, load_model, open_any
 from vit_edge.runtime.serving.file_signature import Signature, signature_of
-from vit_edge.runtime.serving.model_slot import Generation, Holder
+from vit_edge.runtime.serving.model_slot import ModelSlot, ModelVersion
 from vit_edge.runtime.serving.request_queue import Request, RequestQueue, finish
 
 __all__ = ["Pool"]
@@ -74,6 +75,8 @@ class Pool:
         float_precision: FloatPrecision | None = None,
         batch_size: int | None = None,
         decode: Decoding = "full",
+        sandbox: Sandbox | None = None,
+        allow_ops: Sequence[str] | None = None,
         allow_fallback: bool = False,
         preprocessing: Preprocessing | Mapping[str, Any] | None = None,
         labels: Sequence[str] | None = None,
@@ -83,6 +86,7 @@ class Pool:
             check_count(name, value, _MOST[name], what="cannot make the pool")
         _check("max_delay_ms", max_delay_ms, most=_MOST_DELAY_MS)
         check_decode(decode)
+        self._policy = policy_with(sandbox, allow_ops)
         workers = workers or max(1, usable_threads() // threads)
         queue_size = queue_size or 2 * workers
         self._options = EngineOptions(
@@ -97,7 +101,7 @@ class Pool:
         self._preprocessing, self._labels = preprocessing, labels
         self._queue_size, self._max_batch = queue_size, max_batch
         self._served = _served(source)
-        self._holder = Holder(self._loaded(source))
+        self._slot = ModelSlot(self._loaded(source))
         self._queue = RequestQueue(queue_size, max_batch=max_batch, max_delay_s=max_delay_ms / 1000)
         self._pid, self._is_closed, self._num_working = os.getpid(), False, 0
         self._ending = threading.Condition()
@@ -153,13 +157,13 @@ class Pool:
         with self._swapping:
             self._check_open("swap")
             served = _served(source)
-            generation = self._loaded(source)
+            version = self._loaded(source)
             with self._ending:
                 if not self._is_closed:
-                    self._holder.replace(generation)
+                    self._slot.replace(version)
                     self._served = served
                     return
-        generation.close()
+        version.close()
         self._check_open("swap")
 
     def watch(self, path: str | os.PathLike[str], *, interval_s: float = 1.0) -> None:
@@ -180,8 +184,8 @@ class Pool:
     def describe(self) -> dict[str, Any]:
         """Return what `Classifier.describe` does of the model that serves, and `workers`, `queue_size`, `queued`."""
         self._check_process()
-        with self._holder.in_use() as generation:
-            described = generation.first.describe()
+        with self._slot.in_use() as version:
+            described = version.first.describe()
         return {
             **described,
             "workers": self._workers,
@@ -232,10 +236,10 @@ class Pool:
             reason = "the pool was made before a fork, and its workers are not here"
             raise Closed("cannot use the pool", reason=reason, remedy="make it in the child, or start with spawn")
 
-    def _loaded(self, source: Source) -> Generation:
+    def _loaded(self, source: Source) -> ModelVersion:
         model = open_any(source, preprocessing=self._preprocessing, labels=self._labels)
-        first = load_model(model, engine=self._engine, options=self._options, decode=self._decode)
-        return Generation(first, workers=self._workers)
+        first = load_model(model, engine=self._engine, options=self._options, decode=self._decode, policy=self._policy)
+        return ModelVersion(first, workers=self._workers)
 
     def _check_open(self, verb: str) -> None:
         if self._is_closed:
@@ -256,7 +260,7 @@ class Pool:
             with self._ending:
                 self._num_working -= 1
                 if self._num_working == 0:  # whoever closed the pool may have been a callback of a worker
-                    self._holder.replace(None)
+                    self._slot.replace(None)
                 self._ending.notify_all()  # who closes waits for it
 
     def _work(self, number: int) -> None:
@@ -264,8 +268,8 @@ class Pool:
             self._answer(number, batch)
 
     def _answer(self, number: int, batch: Sequence[Request]) -> None:
-        with self._holder.in_use() as generation:
-            classifier = generation.classifiers[number]
+        with self._slot.in_use() as version:
+            classifier = version.classifiers[number]
             prepared: list[tuple[Request, Prepared]] = []
             for request in batch:
                 started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What shapes cannot tell is taken from whoever told it, and what nobody told is assumed and warned of."""
+"""Settings that shapes do not show come from the source that specifies them, or are assumed, with a warning."""
 
 from __future__ import annotations
 
@@ -170,6 +170,8 @@ def test_weights_in_shards_are_joined(vit_folder: Path, tmp_path: Path) -> None:
         ({"do_rescale": False}, {"mean": (0.1 / 255, 0.2 / 255, 0.3 / 255)}),
         ({"size": 32}, {"resize": (32, 32)}),
         ({"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 32}, {"resize": 40}),
+        ({"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 32}, {"crop_rounding": "floor"}),
+        ({"size": 40, "default_to_square": False, "do_center_crop": True, "crop_size": 32}, {"resize": 40}),
         ({"resample": 2}, {"interpolation": "bilinear"}),
     ],
 )
@@ -192,6 +194,10 @@ def test_settings_of_an_image_processor_are_taken_over(
         ({"rescale_offset": True}, "rescale_offset"),
         ({"image_mean": [1, 2]}, "three numbers"),
         ({"do_pad": True}, "do_pad"),
+        ({"crop_pct": 0.9}, "crop_pct"),
+        ({"include_top": True}, "include_top"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order"),
+        ({"do_something_new": True}, "do_something_new"),
     ],
 )
 def test_settings_that_cannot_be_represented_are_refused(
@@ -220,6 +226,32 @@ def test_a_configuration_that_does_not_fit_names_its_field(
     folder = changed(vit_folder, tmp_path / "a", "config.json", **changes)
     with pytest.raises(CheckpointRejected, match=message):
         open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classification'"),
+        ({"problem_type": "regression"}, "problem_type is 'regression'"),
+    ],
+)
+def test_a_head_that_softmax_would_misread_is_refused_unless_replaced(
+    vit_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = changed(vit_folder, tmp_path / "a", "config.json", **changes)
+    with pytest.raises(CheckpointRejected, match=message):
+        open_source(folder)
+    assert open_source(folder, num_classes=4).labels == ("0", "1", "2", "3")
+    plain = changed(vit_folder, tmp_path / "b", "config.json", problem_type="single_label_classification")
+    assert open_source(plain).labels == CLASSES
+
+
+def test_one_logit_is_refused(tmp_path: Path) -> None:
+    state = state_of(timm_model())
+    state |= {name: tensor[:1].clone() for name, tensor in state.items() if name.startswith("head.")}
+    source = bare(tmp_path / "a.safetensors", state)
+    with pytest.raises(CheckpointRejected, match="one logit"):
+        open_source(source)
 
 
 def test_labels_that_a_library_made_up_are_nobodys(vit_folder: Path, tmp_path: Path) -> None:

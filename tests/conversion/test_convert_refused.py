@@ -243,7 +243,7 @@ def test_a_checkpoint_of_ours_that_is_damaged_is_not_converted(tmp_path: Path, s
 
 def test_the_source_and_other_files_are_never_overwritten(tmp_path: Path, state: dict[str, Tensor]) -> None:
     source = bare(tmp_path / "a.pt", state)
-    with pytest.raises(UsageError, match="it is the input"):
+    with pytest.raises(UsageError, match="the path is the input"):
         convert(source, out=source, force=True)
     (tmp_path / "out").write_bytes(b"precious")
     with pytest.raises(UsageError, match="--force"):

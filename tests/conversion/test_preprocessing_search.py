@@ -1,4 +1,4 @@
-"""The detective finds how a network was fed, says how sure it is, and never overrides what was told."""
+"""The preprocessing search infers how a network was fed, says how sure it is, and keeps what was specified."""
 
 from __future__ import annotations
 
@@ -159,13 +159,13 @@ def test_what_was_told_is_kept_and_its_contradiction_is_said(
     tmp_path: Path, network: VisionTransformer, caplog: pytest.LogCaptureFixture
 ) -> None:
     truth = Preprocessing(resize=SIZE, crop=(SIZE, SIZE), mean=HALF[0], std=HALF[1])
-    told = Preprocessing(resize=SIZE, crop=(SIZE, SIZE))
-    source, data = case(tmp_path, network, truth, assumed=(), guess=told, names=tuple(sorted(NAMES)))
+    specified = Preprocessing(resize=SIZE, crop=(SIZE, SIZE))
+    source, data = case(tmp_path, network, truth, assumed=(), guess=specified, names=tuple(sorted(NAMES)))
     with caplog.at_level(logging.WARNING, logger="vit_edge"):
         made = read_source(source, data=data)
-    assert made.checkpoint.preprocessing == told
+    assert made.checkpoint.preprocessing == specified
     assert made.report.found == ()
-    assert "the images contradict what was told: with normalisation 0.5 instead of ImageNet" in caplog.text
+    assert "the images contradict what was specified: with normalisation 0.5 instead of ImageNet" in caplog.text
 
 
 def test_what_was_told_and_is_right_is_not_contradicted(

@@ -108,7 +108,7 @@ def _empty(tmp_path: Path) -> Path:
     return tmp_path / "empty"
 
 
-def test_links_to_files_are_followed_and_links_to_folders_counted(
+def test_links_are_followed_and_those_that_lead_back_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     image(tmp_path / "outside/1.png")
@@ -117,7 +117,7 @@ def test_links_to_files_are_followed_and_links_to_folders_counted(
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     with caplog.at_level(logging.WARNING):
         assert [path.name for path in find_images(tmp_path / "in")] == ["link.png"]
-    assert "1 links to folders" in caplog.text
+    assert "1 links lead back" in caplog.text
 
 
 def test_few_damaged_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
+from vit_edge.conversion.preprocessing.knowledge import Geometry
 from vit_edge.errors import ImageRejected
 from vit_edge.image import Preprocessing, decode, pixel_hash
 
@@ -49,6 +50,35 @@ def test_resize_and_crop_are_those_of_torchvision(height: int, width: int, crop:
     expected = reference.center_crop(reference.resize(image, [crop + extra], MODES[mode]), [crop, crop])
     found = Preprocessing(resize=crop + extra, crop=(crop, crop), interpolation=mode).pixels(image)  # type: ignore[arg-type]
     np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(50, 77), (77, 50), (101, 57), (57, 101), (45, 90), (33, 64)])
+@pytest.mark.parametrize(("resize", "crop"), [(36, 32), (37, 32), (40, 33), (45, 45)])
+def test_a_crop_rounded_down_is_that_of_transformers(size: tuple[int, int], resize: int, crop: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchvision")
+    found = Preprocessing(resize=resize, crop=(crop, crop), interpolation="bilinear", crop_rounding="floor")
+    processor = transformers.CLIPImageProcessorPil if hasattr(transformers, "CLIPImageProcessorPil") else None
+    processor = processor or transformers.CLIPImageProcessor
+    expected = processor(
+        size={"shortest_edge": resize}, crop_size={"height": crop, "width": crop}, resample=2, do_normalize=False,
+        do_rescale=False,
+    )(Image.fromarray(noise(*size)), return_tensors="np")["pixel_values"][0]  # fmt: skip
+    np.testing.assert_array_equal(found.pixels(noise(*size)), expected.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("size", [(50, 77), (77, 50), (101, 57), (40, 40), (33, 90)])
+@pytest.mark.parametrize(("input_size", "fraction"), [((32, 48), 0.9), ((48, 32), 0.875), ((32, 32), 0.9)])
+def test_a_resize_that_keeps_the_ratio_is_that_of_timm(
+    size: tuple[int, int], input_size: tuple[int, int], fraction: float
+) -> None:
+    data = pytest.importorskip("timm.data")
+    transform = data.create_transform((3, *input_size), crop_pct=fraction, interpolation="bicubic", normalize=False)
+    expected = np.asarray(transform(Image.fromarray(noise(*size)))).transpose(1, 2, 0)
+    geometry = Geometry(fraction=fraction)
+    settings = geometry.preprocessing(input_size, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    np.testing.assert_array_equal(settings.pixels(noise(*size)), expected)
+    assert Preprocessing.from_dict(settings.to_dict()) == settings
 
 
 def test_squashing_ignores_the_aspect_ratio() -> None:
@@ -216,3 +246,16 @@ def test_every_kind_of_image_gives_the_same_pixels(tmp_path: Path) -> None:
     with path.open("rb") as file:
         sources = [path, str(path), path.read_bytes(), file, Image.open(path), pixels, pixels[:, ::-1][:, ::-1]]
         assert len({pixel_hash(preprocessing.pixels(source)) for source in sources}) == 1  # type: ignore[arg-type]
+
+
+def test_a_binary_file_is_read_from_its_start_wherever_it_stands() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(20, 20)).save(buffer, format="PNG")  # and not rewound
+    np.testing.assert_array_equal(np.asarray(decode(buffer)), noise(20, 20))
+
+
+def test_settings_of_before_keep_their_rules() -> None:
+    before = {"resize": 40, "crop": [32, 32], "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    settings = Preprocessing.from_dict(before)
+    assert (settings.crop_rounding, settings.keep_ratio) == ("half-even", False)
+    assert settings.to_dict() == before

@@ -134,7 +134,7 @@ def test_health_names_what_really_runs(workspace: Workspace, service: Service) -
 @pytest.mark.parametrize(
     ("body", "path", "headers", "status", "told"),
     [
-        (b"no image at all", "/classify", {}, 422, "it is not an image that can be read"),
+        (b"no image at all", "/classify", {}, 422, "the file is not an image that can be read"),
         (b"", "/classify", {}, 422, "the bytes given"),
         (bytes(MAX_BYTES + 1), "/classify", {}, 413, "more than 1,000,000 bytes"),
         (bytes(30 * MAX_BYTES), "/classify", {}, 413, "more than 1,000,000 bytes"),
@@ -269,7 +269,7 @@ def test_another_model_in_its_place_serves_when_it_was_checked(workspace: Worksp
         ({"VIT_EDGE_MODEL": ""}, "VIT_EDGE_MODEL is not set"),
         ({"VIT_EDGE_QUEUE": "many"}, "VIT_EDGE_QUEUE is 'many'"),
         ({"VIT_EDGE_QUEUE": "0"}, "queue_size is 0"),
-        ({"VIT_EDGE_MODEL": __file__}, "it is not an ONNX model"),
+        ({"VIT_EDGE_MODEL": __file__}, "the file is not an ONNX model"),
     ],
 )
 def test_what_it_cannot_start_with_it_says(

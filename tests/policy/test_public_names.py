@@ -12,12 +12,18 @@ import vit_edge
 SURFACE = {
     "vit_edge": ["__version__"],
     "vit_edge.export": [
+        "Deployment",
+        "DeploymentOptions",
+        "Explanation",
+        "ExplanationOptions",
         "ExportOptions",
         "ExportResult",
         "ImportResult",
         "QuantizationOptions",
         "QuantizationResult",
         "Verification",
+        "deploy",
+        "explain",
         "export_onnx",
         "import_onnx",
         "quantize",
@@ -59,6 +65,7 @@ SURFACE = {
         "VitEdgeError",
         "printable",
         "require",
+        "version_of",
     ],
 }
 MODULES = [

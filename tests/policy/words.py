@@ -20,13 +20,15 @@ from tests.policy.ranks import modules
 __all__ = ["AVOID", "Fault", "faults_in", "faults_of_text"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# "The product of two matrices" is arithmetic; "every product runs in INT8" means an operator.
+_NOT_ARITHMETIC = (r"(?<!matrix )(?<!dot )(?<!pairs of )(?<!sums )(?<!sum four )", r"(?! of\b| with\b| in (?:16|32)\b)")
 # What is not said: what is, as docs/contributing/words.md has it.
 AVOID = {
     r"pictures?": "image",
     r"answers?|answered|answering": "class, label, prediction, logits; respond",
     r"foreign|theirs": "third-party",
     r"made elsewhere": "third-party",
-    r"(?<!matrix )(?<!dot )products?": "quantized op, quantizable op, MatMul/Gemm/Conv",
+    rf"{_NOT_ARITHMETIC[0]}products?{_NOT_ARITHMETIC[1]}": "quantized op, quantizable op, MatMul/Gemm/Conv",
     r"takes? integers|in integers|integers enter": "quantized, runs in INT8",
     r"stays? float|staying float|stayed float": "runs in float32",
     r"judge[sd]?|judging|judgements?": "verdict, accept, reject; evaluation images",
@@ -38,7 +40,7 @@ AVOID = {
     r"beside": "next to, in addition to",
     r"detective|evidence": "preprocessing search, labelled images",
     r"deploy form": "fused inference graph",
-    r"averaged min-max|averaged": "moving-average observer",
+    r"averaged min-max": "moving-average observer",
     r"value-scaling|value scaling": "cross-layer equalization",
     r"guards?|guarded": "operator allow-list, check",
     r"promise[sd]?": "measured, validated, tested on",
@@ -103,9 +105,8 @@ def faults_in(root: Path = ROOT, *, docstrings: bool = False) -> Iterator[Fault]
 
 
 def _instead(word: str) -> str:
-    return next(
-        use for words, use in AVOID.items() if re.fullmatch(words.replace("(?<!matrix )(?<!dot )", ""), word, re.I)
-    )
+    bare = {words.replace(_NOT_ARITHMETIC[0], "").replace(_NOT_ARITHMETIC[1], ""): use for words, use in AVOID.items()}
+    return next(use for words, use in bare.items() if re.fullmatch(words, word, flags=re.IGNORECASE))
 
 
 def _help_texts() -> Iterator[_Text]:
@@ -145,7 +146,7 @@ def _spoken(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     """Yield (what it is, expression) of the parts of a node that a person will read."""
     if isinstance(node, ast.Call):
         keywords = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-        yield from ((name, keywords[name]) for name in _MESSAGE_NAMES & keywords.keys())
+        yield from ((name, keywords[name]) for name in sorted(_MESSAGE_NAMES & keywords.keys()))
         method = node.func
         is_log = isinstance(method, ast.Attribute) and method.attr in _LOG_METHODS and _name(method.value) in _LOGS
         is_echo = _name(method) in {"echo", "say", "require"}

@@ -1,4 +1,4 @@
-"""`vit-edge verify --on`: the model answers on a device, the statistics are made here."""
+"""`vit-edge verify --on`: the candidate runs on a device, the statistics are computed here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def arguments(workspace: Workspace, *more: str | Path) -> tuple[str | Path, ...]
     return (*common, *more)
 
 
-def test_a_device_that_is_this_machine_is_judged_as_this_machine_is(device: SshDevice, workspace: Workspace) -> None:
+def test_a_device_that_is_this_machine_gives_the_verdict_of_this_machine(
+    device: SshDevice, workspace: Workspace
+) -> None:
     done = device.vit_edge(*arguments(workspace, "--max-drop", "4", "--json"))
     assert done.returncode == 0, done.stderr
     there, here = json.loads(done.stdout), workspace.printed["verify"]
@@ -45,7 +47,7 @@ def test_a_device_that_is_this_machine_is_judged_as_this_machine_is(device: SshD
     assert device.left_behind() == []
 
 
-def test_what_does_not_pass_ends_with_6_and_its_changed_answers_are_written(
+def test_what_does_not_pass_ends_with_6_and_its_flips_are_written(
     device: SshDevice, workspace: Workspace, tmp_path: Path
 ) -> None:
     flips = tmp_path / "flips.csv"
@@ -84,9 +86,3 @@ def test_an_engine_that_the_device_has_not_is_one_line(device: SshDevice, worksp
     assert done.returncode == 7
     assert "tflite" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_nothing_is_explained_on_a_device(device: SshDevice, workspace: Workspace) -> None:
-    done = device.vit_edge(*arguments(workspace, "--explain"))
-    assert done.returncode == 2
-    assert "--explain" in done.stderr

@@ -1,4 +1,4 @@
-"""A report is one page that holds everything; a model card is what Hugging Face reads."""
+"""A report is one page with everything; a model card is what Hugging Face reads."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def everything(results: Path) -> list[Path]:
     ]
 
 
-def test_one_page_has_tables_images_flips_and_manifests(results: Path, tmp_path: Path) -> None:
+def test_one_page_has_headline_tables_images_flips_and_manifests(results: Path, tmp_path: Path) -> None:
     page = Page(write_report(everything(results), out=tmp_path / "report.html", title="<b>Ours & theirs</b>"))
     assert "<b>Ours & theirs</b>" in page.text  # as text, not as a tag
     judged = json.loads((results / "verified.json").read_text())
@@ -108,16 +108,21 @@ def test_one_page_has_tables_images_flips_and_manifests(results: Path, tmp_path:
         assert wanted in page.text
     for model in ("model.onnx", "model.int8.onnx"):
         assert open_model(results / model).sha256 in page.text
-    assert page.text.count("looks here") == 2 * len(changed)
+    assert page.text.count("attention, float32") == page.text.count("attention, INT8") == len(changed)
     assert page.text.count("attention overlaps by") == len(changed)
     assert len(page.images) == 3 * len(changed) + 1  # and the latencies
     for data in page.images:
         Image.open(io.BytesIO(data)).load()
     for change in changed.values():
         assert f"label {change['label']}" in page.text
+    head = page.text.partition("Accuracy: model.int8.onnx")[0]
+    worst = max(judged["results"], key=lambda entry: entry["drop_upper_bound_points"])
+    for wanted in (f"no more than {worst['drop_upper_bound_points']:.2f}", "times as fast", " MB", judged["verdict"]):
+        assert wanted in head
+    assert re.search(r"\d{4}-\d\d-\d\d, vit-edge", head)
 
 
-def test_the_page_asks_for_nothing_from_outside(results: Path, tmp_path: Path) -> None:
+def test_the_page_loads_nothing_from_outside(results: Path, tmp_path: Path) -> None:
     written = write_report(everything(results), out=tmp_path / "report.html")
     assert all(re.fullmatch(r"#s\d+", link) for link in Page(written).links)
     text = written.read_text(encoding="utf-8")
@@ -133,9 +138,30 @@ def test_a_deployment_reports_itself(deployed: Path, tmp_path: Path) -> None:
     assert done.returncode == (0 if printed["verdict"] == "pass" else 6), done.stderr
     page = Page(tmp_path / "f" / printed["report"])
     for claim in printed["claims"]:
-        assert claim in page.text
-    assert "looks here" in page.text
+        assert f"{claim['subject']}: {claim['verdict']}, {claim['text']}" in page.text
+    assert "attention, INT8" in page.text
     assert "not shown" not in page.text
+
+
+def test_a_check_from_another_folder_updates_record_and_report(deployed: Path, tmp_path: Path) -> None:
+    shutil.copytree(deployed, tmp_path / "f")
+    (tmp_path / "elsewhere").mkdir()
+    done = vit_edge("deploy", "--check", "../f/out/record.json", "--no-speed", "--json", cwd=tmp_path / "elsewhere")
+    printed = json.loads(done.stdout)
+    assert done.returncode == (0 if printed["verdict"] == "pass" else 6), done.stderr
+    record = json.loads((tmp_path / "f" / "out" / "record.json").read_text())
+    assert record["verdict"] == printed["verdict"]
+    assert [claim["subject"] for claim in record["claims"]] == ["accuracy"]
+    page = Page(tmp_path / "f" / "out" / "report.html")
+    assert record["claims"][0]["text"] in page.text
+    assert "not shown" not in page.text
+    (tmp_path / "f" / "data").rename(tmp_path / "moved")
+    lost = vit_edge("deploy", "--check", "f/out/record.json", "--no-speed", cwd=tmp_path)
+    assert lost.returncode == 3
+    assert "--data" in lost.stderr
+    found = vit_edge("deploy", "--check", "f/out/record.json", "--no-speed", "--data", "moved", cwd=tmp_path)
+    assert found.returncode == done.returncode, found.stderr
+    assert "../../moved" in (tmp_path / "f" / "out" / "record.json").read_text()
 
 
 def test_images_that_moved_are_found_and_others_are_not_taken_for_them(
@@ -165,9 +191,10 @@ def test_images_that_moved_are_found_and_others_are_not_taken_for_them(
 def test_without_its_models_a_verification_shows_the_images_alone(results: Path, tmp_path: Path) -> None:
     page = Page(write_report([results / "verified.json"], out=tmp_path / "r.html", most_flips=1))
     assert len(page.images) == 1
-    assert "Give both model files too" in page.text
+    assert "Add both model files" in page.text
     none = Page(write_report([results / "verified.json"], out=tmp_path / "n.html", most_flips=0))
     assert not none.images
+    assert "Predictions that changed" in none.text  # by name, in view
 
 
 def test_accuracy_of_a_verification_is_drawn_beside_the_speed(results: Path) -> None:
@@ -198,7 +225,7 @@ def test_attention_is_that_of_the_export(family: str, fuse: bool, tmp_path: Path
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
 
 
-def test_what_is_no_transformer_has_no_attention(results: Path, tmp_path: Path) -> None:
+def test_a_network_that_is_no_transformer_has_no_attention(results: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
     model = open_model(results / "model.onnx")
@@ -215,10 +242,10 @@ def test_what_is_no_transformer_has_no_attention(results: Path, tmp_path: Path) 
     ("text", "said"),
     [
         ("", "results"),
-        ("[]", "it is no object"),
+        ("[]", "not a JSON object"),
         ('{"schema": 1}', "command"),
         ('{"schema": 2, "command": "verify"}', "schema 2"),
-        ('{"schema": 1, "command": "classify"}', "no place"),
+        ('{"schema": 1, "command": "classify"}', "cannot show"),
         ('{"schema": 1, "command": "verify", "error": {"reason": "it broke"}}', "it broke"),
         ('{"schema": 1, "command": "verify", "results": [{}], "verdict": "pass"}', "results"),
         ('{"schema": 1, "command": "verify", "results": [], "verdict": "pass"}', "no result of an engine"),
@@ -243,7 +270,7 @@ def test_files_that_were_changed_or_would_be_overwritten_are_refused(results: Pa
     with pytest.raises(UsageError, match="exists"):
         write_report(everything(results), out=tmp_path / "r.html")
     before = (results / "verified.json").read_bytes()
-    with pytest.raises(UsageError, match="it is the input"):
+    with pytest.raises(UsageError, match="the path is the input"):
         write_report(everything(results), out=results / "verified.json", force=True)
     assert (results / "verified.json").read_bytes() == before
     with pytest.raises(InputError, match="no record"):
@@ -270,7 +297,7 @@ def test_a_model_card_needs_a_model_and_says_what_it_does_not_know(results: Path
         write_model_card([results / "verified.json"], out=tmp_path / "README.md")
     done = vit_edge("report", results / "model.onnx", "--model-card", "-o", tmp_path / "README.md")
     assert done.returncode == 0, done.stderr
-    assert "no license is stated" in done.stderr
+    assert "the card states no license" in done.stderr
     assert "license:" not in (tmp_path / "README.md").read_text()
     for wrong in (("--title", "x"), ("--data", "x"), ("--max-flips", "3")):
         assert vit_edge("report", results / "model.onnx", "--model-card", *wrong).returncode == 2
@@ -287,6 +314,7 @@ frame.onload = () => {{
     width: page.documentElement.scrollWidth, clientWidth: page.documentElement.clientWidth,
     broken: [...page.images].filter(i => !i.complete || !i.naturalWidth).length, images: page.images.length,
     sections: page.querySelectorAll("section").length, small: small.length,
+    cut: [...page.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth + 1).length,
     tallest: Math.max(...[...page.querySelectorAll(".flip")].map(e => e.getBoundingClientRect().width)),
   }});
 }};
@@ -294,19 +322,40 @@ frame.srcdoc = {page};
 </script>"""
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-def test_chromium_shows_it_on_a_phone_and_on_a_desk(width: int, results: Path, tmp_path: Path) -> None:
+def _chromium(tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Open the page that is named last; skips the test if no Chromium is installed."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium is installed: Debian's package is called chromium")
+    *options, page = arguments
+    common = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+              "--disable-component-update", "--disable-sync", "--disable-quic", "--enable-logging=stderr",
+              f"--user-data-dir={tmp_path / 'profile'}")  # fmt: skip
+    command = [browser, *common, *options, Path(page).as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_print_of_the_page_has_every_table_and_folded_part(results: Path, tmp_path: Path) -> None:
+    if shutil.which("pdftotext") is None:
+        pytest.skip("no pdftotext is installed: Debian's package is called poppler-utils")
+    page = write_report(everything(results), out=tmp_path / "report.html")
+    done = _chromium(tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'page.pdf'}", page)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = subprocess.run(["pdftotext", "-raw", tmp_path / "page.pdf", "-"], capture_output=True, text=True, check=True)
+    printed = " ".join(read.stdout.split())
+    judged = json.loads((results / "verified.json").read_text())
+    for wanted in ("SQNR, dB", "verdict", "memory, MB", "margin, candidate", '"preprocessing"'):
+        assert wanted in printed
+    for entry in judged["results"]:
+        assert f"{entry['sqnr_db']:.1f} {entry['verdict']}" in printed
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_chromium_shows_it_on_a_phone_and_on_a_desk(width: int, results: Path, tmp_path: Path) -> None:
     page = write_report(everything(results), out=tmp_path / "report.html").read_text(encoding="utf-8")
     quoted = json.dumps(page).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(_FRAME.format(width=width, page=quoted), encoding="utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-               "--disable-component-update", "--disable-sync", "--disable-quic", "--enable-logging=stderr",
-               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom")  # fmt: skip
-    command = [browser, *options, (tmp_path / "frame.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = _chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", tmp_path / "frame.html")
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
     assert title, done.stderr[-2000:]
     seen = json.loads(title[1])
@@ -315,5 +364,6 @@ def test_chromium_shows_it_on_a_phone_and_on_a_desk(width: int, results: Path, t
     assert seen["images"] == len(Page(tmp_path / "report.html").images)
     assert seen["sections"] >= 6
     assert seen["small"] == 0
+    assert seen["cut"] == 0  # no table has to be scrolled
     assert seen["tallest"] <= width
     assert "Content Security Policy" not in done.stderr

@@ -196,9 +196,9 @@ def test_hostile_graphs_are_refused_by_name_before_an_engine(workspace: Workspac
         "IR version": lambda m: m.__setattr__("ir_version", 99),
         "shape": lambda m: m.graph.initializer[0].dims.append(2**40),
         "inputs": lambda m: m.graph.input.append(m.graph.input[0]),
-        "its input": rename,
+        "the input": rename,
         "reads what no node": lambda m: m.graph.node[0].input.__setitem__(0, "nowhere"),
-        "its batch is fixed": lambda m: m.graph.input[0].type.tensor_type.shape.dim[0].__setattr__("dim_value", 1),
+        "the batch is fixed": lambda m: m.graph.input[0].type.tensor_type.shape.dim[0].__setattr__("dim_value", 1),
     }
     expected = {"custom": "com.example"}
     for what, plant in plants.items():

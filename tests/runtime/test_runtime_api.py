@@ -26,8 +26,10 @@ from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import open_model
 from vit_edge.model_file.openvino_ir import NO_SEAL, seal_ir
 from vit_edge.runtime import load
+from vit_edge.runtime.checks.acceptance import Trial
 from vit_edge.runtime.checks.golden import golden_images
-from vit_edge.runtime.checks.sandbox import run_apart
+from vit_edge.runtime.checks.sandbox import run_apart, try_in_sandbox
+from vit_edge.runtime.engines.protocol import EngineOptions
 
 ENGINES = ("onnxruntime", "openvino")
 DIGITS = golden_images(range(6), height=32, width=32)
@@ -310,26 +312,25 @@ def test_a_process_that_dies_under_a_file_is_told_as_such(tmp_path: Path) -> Non
         run_apart("vit_edge.no_such_module", [], timeout_s=60)
 
 
-def test_a_file_that_crashed_is_not_tried_again_and_one_that_answered_need_not_be(
+def _trial(path: Path) -> Trial:
+    model = open_model(path, warn=False)
+    return Trial(model=model, sha256=model.sha256, engine="onnxruntime", options=EngineOptions(), verify="full")
+
+
+def test_a_file_that_crashed_is_not_tried_again_and_one_that_passed_need_not_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vit_edge import cache
-    from vit_edge.runtime.checks import sandbox
+    from vit_edge.runtime.checks import acceptance, sandbox
 
-    model = open_model(_third_party(tmp_path), warn=False)
-    sandbox.probe(model, "onnxruntime")
-    entries = list((cache.cache_folder() / "probes").iterdir())
-    assert len(entries) == 1
+    path = _third_party(tmp_path)
+    monkeypatch.setattr(acceptance, "_accepted_here", set())
+    load(path, engine="onnxruntime").close()
+    monkeypatch.setattr(acceptance, "_accepted_here", set())  # as in the next process
     monkeypatch.setattr(sandbox, "run_apart", lambda *_, **__: pytest.fail("tried again"))
-    sandbox.probe(model, "onnxruntime")
-    key = entries[0].stem
-    cache.remember("probes", key, {"reason": "the engine crashed (SIGSEGV)"})
-    with pytest.raises(ModelRejected, match=r"SIGSEGV\); it is remembered"):
-        sandbox.probe(model, "onnxruntime")
-    entries[0].write_text("{}")
-    monkeypatch.undo()
-    monkeypatch.setenv("VIT_EDGE_CACHE", str(tmp_path / "cache"))
-    sandbox.probe(model, "onnxruntime")
+    load(path, engine="onnxruntime").close()
+    acceptance.refuse(_trial(path), "the engine crashed (SIGSEGV)")
+    with pytest.raises(ModelRejected, match=r"SIGSEGV\); the crash is remembered"):
+        load(path, engine="onnxruntime", sandbox="always")
 
 
 def _third_party(folder: Path) -> Path:
@@ -428,15 +429,13 @@ def test_an_image_that_was_given_is_not_touched_by_fast_decoding(workspace: Work
     assert image.size == (800, 600)
 
 
-def test_a_probe_looks_for_modules_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vit_edge.runtime.checks.sandbox import probe
-
-    model = open_model(_third_party(tmp_path), warn=False)
+def test_a_sandbox_looks_for_modules_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = _trial(_third_party(tmp_path))
     (tmp_path / "hostile").mkdir()
     for name in ("numpy", "onnxruntime", "runpy"):
         (tmp_path / "hostile" / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise RuntimeError")
     monkeypatch.chdir(tmp_path / "hostile")
-    probe(model, "onnxruntime")
+    try_in_sandbox(trial)
     assert not (tmp_path / "ran").exists()
 
 
@@ -445,12 +444,12 @@ def test_what_had_another_cause_than_the_file_is_not_remembered(
 ) -> None:
     from vit_edge.runtime.checks import sandbox
 
-    model = open_model(_third_party(tmp_path), warn=False)
-    monkeypatch.setattr(sandbox, "_TIMEOUT_S", 0.01)
+    trial = _trial(_third_party(tmp_path))
+    monkeypatch.setattr(sandbox, "_TIMEOUT_S", 0)
     with pytest.raises(ModelRejected, match="did not finish"):
-        sandbox.probe(model, "onnxruntime")
+        sandbox.try_in_sandbox(trial)
     monkeypatch.setattr(sandbox, "_TIMEOUT_S", 120)
-    sandbox.probe(model, "onnxruntime")
+    sandbox.try_in_sandbox(trial)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -475,3 +474,14 @@ def test_a_child_after_a_fork_can_drop_what_it_inherited_and_load_its_own(worksp
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     classifier.close()
+
+
+def test_results_describe_themselves_in_a_line_and_as_html(small_model: Path) -> None:
+    with load(small_model / "m.onnx", threads=1) as classifier:
+        prediction = classifier(np.zeros((40, 40, 3), np.uint8))
+        assert repr(classifier).startswith("<Classifier ")
+        assert "threads=1" in repr(classifier)
+        assert classifier._repr_html_().startswith("<table>")
+    assert repr(prediction).startswith(f"<Prediction {prediction.label!r}: {prediction.probability:.1%}")
+    assert prediction.label in prediction._repr_html_()
+    assert repr(classifier).endswith("closed>")

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tests.support.networks import PREPROCESSING, SIZE, random_network, small_config, write_checkpoint
-from vit_edge.export import QuantizationOptions
-from vit_edge.export.deployment.deployer import DeploymentOptions, deploy
+from vit_edge.export import DeploymentOptions, QuantizationOptions, deploy
 from vit_edge.export.tracing.network import reference_logits
 
 ASKED = QuantizationOptions(effort="fast", max_drop_points=40.0, use_cache=False)

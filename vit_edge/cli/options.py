@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-__all__ = ["COMMON", "GroupedCommand", "option_group"]
+__all__ = ["COMMON", "GroupedCommand", "load_options", "option_group"]
 
 COMMON = "Common options"
 # click's column for option names; longer lists of values go into the help text, where they wrap.
 _WIDEST = 30
+_log = logging.getLogger(__name__)
 _TITLES: dict[click.Parameter, str] = {}
 
 
@@ -28,6 +31,32 @@ def option_group(title: str, *options: Callable[[Any], Any]) -> Callable[[Any], 
         return function
 
     return decorate
+
+
+def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--sandbox` and `--allow-op`, which hold for every model file that the command loads."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, sandbox: Any, allow_op: tuple[str, ...], **values: Any) -> Any:
+        from vit_edge.runtime.checks.policy import LoadPolicy, load_policy
+
+        if allow_op:
+            _log.warning("allowed besides the operator allow-list: %s", ", ".join(allow_op))
+        with load_policy(LoadPolicy(sandbox=sandbox, allow_ops=allow_op)):
+            result = function(*arguments, **values)
+        if allow_op:
+            result.data["allowed_operators"] = list(allow_op)
+        return result
+
+    choice = click.Choice(["auto", "always", "never"])
+    when = "Try a model file in a subprocess first: auto, if this machine has not accepted the file before."
+    more = "Allow an operator besides the allow-list; repeatable. The output lists it."
+    decorated: Callable[..., Any] = option_group(
+        "Trust",
+        click.option("--sandbox", type=choice, default="auto", show_default=True, help=when),
+        click.option("--allow-op", multiple=True, metavar="NAME", help=more),
+    )(run)
+    return decorated
 
 
 class GroupedCommand(click.Command):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
-from vit_edge.errors import UsageError, VitEdgeError
+from vit_edge.cli.progress_lines import progress_lines
+from vit_edge.cli.streams import holds_unicode
+from vit_edge.cli.tables import FittingTable
+from vit_edge.errors import UsageError, VitEdgeError, escaped
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
 from vit_edge.progress import Progress
@@ -38,6 +40,7 @@ __all__ = [
     "command",
     "error_fields",
     "file_argument",
+    "gigabytes",
     "image_size_option",
     "make_table",
     "megabytes",
@@ -50,7 +53,7 @@ __all__ = [
 
 SCHEMA = 1
 _CONFIG_BYTES = 1_000_000
-# Without a terminal nothing tells the width; tables must not be cut then.
+# Without a terminal there is no width; tables must not be cut then.
 _WIDTH_WITHOUT_TERMINAL = 160
 
 
@@ -102,8 +105,15 @@ class _Remembering(GroupedCommand):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Yield a Progress that draws one bar a stage on stderr; it is silent where stderr is no terminal or with -q."""
+def progress_bar(*, announce: bool = True) -> Iterator[Progress]:
+    """Yield a Progress that draws one bar per stage on stderr; lines if stderr is no terminal; nothing with -q.
+
+    Without `announce` a stage gets lines only if it lasts ten seconds, for commands that mostly take less.
+    """
+    if not sys.stderr.isatty() and not click.get_current_context().meta.get("quiet", False):
+        with progress_lines(announce=announce) as lines:
+            yield lines
+        return
     with bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as drawn:
         tasks: dict[str, TaskID] = {}
 
@@ -122,20 +132,19 @@ def bar(*columns: Any) -> Bar:
     return Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
 
 
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Return a table: text to the left, numbers (given as text) to the right where the first row has them."""
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for position, column in enumerate(columns):
-        numeric = bool(rows) and re.fullmatch(r"-?[\d.e+-]+( %| MB)?", str(rows[0][position])) is not None
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row))
-    return table
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittingTable:
+    """Return a table that breaks no word: on a narrow terminal its rows are stacked."""
+    return FittingTable(title, columns, rows)
 
 
 def megabytes(size_bytes: int) -> str:
     """Return a size for people, in MB of 10^6 bytes."""
     return f"{size_bytes / 1e6:.2f} MB"
+
+
+def gigabytes(size_bytes: int) -> str:
+    """Return a size for people, in GB of 10^9 bytes."""
+    return f"{size_bytes / 1e9:.1f} GB"
 
 
 def file_argument(name: str, *, many: bool = False) -> Callable[[Any], Any]:
@@ -163,7 +172,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Return (height, width) from "N" or "HxW"; raises UsageError."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(re.fullmatch(r"[1-9]\d{0,4}", side) for side in sides):
-        raise UsageError("cannot use the size", reason=f"it is {text!r}", remedy="write pixels as 224 or 192x256")
+        raise UsageError("cannot use the size", reason=f"the size is {text!r}", remedy="write pixels as 224 or 192x256")
     return int(sides[0]), int(sides[-1])
 
 
@@ -217,7 +226,7 @@ def _fits(option: Any, value: Any) -> bool:
 
 _COMMON = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
-    click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="Show more on stderr."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr."),
     click.option(
         "--config",
@@ -237,10 +246,13 @@ class _Collector(logging.Handler):
         self.quiet, self.messages = quiet, list[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        message = escaped(record.getMessage())
+        if message in self.messages:  # the same files are looked through more than once
+            return
         if record.levelno >= logging.WARNING:
-            self.messages.append(record.getMessage())
+            self.messages.append(message)
         if not self.quiet:
-            click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+            click.echo(f"{record.levelname.lower()}: {message}", err=True)
 
 
 @contextmanager
@@ -268,7 +280,9 @@ def error_fields(error: VitEdgeError) -> dict[str, Any]:
 
 def _print_json(name: str, data: dict[str, Any], warnings: list[str]) -> None:
     everything = {"schema": SCHEMA, "command": name, **data, "warnings": warnings}
-    click.echo(json.dumps(finite(everything), ensure_ascii=False, default=str))
+    text = json.dumps(finite(everything), ensure_ascii=not holds_unicode(), default=str)
+    # A terminal may show it: what is not printable is escaped as JSON escapes it.
+    click.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def print_error_json(name: str, error: dict[str, Any]) -> None:
@@ -279,6 +293,11 @@ def print_error_json(name: str, error: dict[str, Any]) -> None:
 def _show(shown: Sequence[Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, markup=False, emoji=False, width=_WIDTH_WITHOUT_TERMINAL)
+        width = int(os.environ.get("COLUMNS", "")) if os.environ.get("COLUMNS", "").isdigit() else None
+        console = Console(highlight=False, markup=False, emoji=False, width=width or _WIDTH_WITHOUT_TERMINAL)
     for entry in shown:
-        console.print(entry, soft_wrap=isinstance(entry, str))
+        # In a terminal a line ends between words; in a file a sentence stays one line.
+        console.print(
+            escaped(entry) if isinstance(entry, str) else entry,
+            soft_wrap=isinstance(entry, str) and not console.is_terminal,
+        )

@@ -1,3 +1,3 @@
-"""Weights from elsewhere: files, names, shapes, settings, hubs, the detective; `vit_edge.convert` is the way in."""
+"""Third-party weights: files, names, shapes, settings, hubs, preprocessing search; the entry is `vit_edge.convert`."""
 
 __all__: list[str] = []

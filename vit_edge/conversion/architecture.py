@@ -37,7 +37,7 @@ _NUM_NAMED = 5
 class Shaped:
     """A configuration, every tensor of it in float32, and what was done to get there.
 
-    `reshaped` has a sentence for each tensor that is not what the file has, `assumed` the fields that nobody told.
+    `reshaped` has a sentence for each tensor that is not what the file has, `assumed` the unspecified fields.
     """
 
     config: ViTConfig
@@ -81,12 +81,18 @@ def shape(
         _infer_positions(work, image_size)
         assumed = _infer_rest(work)
     except (IndexError, RuntimeError) as error:  # a scalar where a matrix belongs, and the like
-        raise work.refuse(f"its tensors have shapes of no Vision Transformer ({error})", "take another file") from error
+        raise work.refuse(
+            f"the network's tensors have shapes of no Vision Transformer ({error})", "take another file"
+        ) from error
     try:
         config = ViTConfig(**work.fields)
     except ValueError as error:
-        told = ", ".join(facts.origin for facts in knowledge.facts if not facts.assumed)
-        remedy = f"check what was told by {told}" if told else "tell with --like timm:NAME what the shapes cannot"
+        specified = ", ".join(facts.origin for facts in knowledge.facts if not facts.assumed)
+        remedy = (
+            f"check what was specified by {specified}"
+            if specified
+            else "tell with --like timm:NAME what the shapes cannot"
+        )
         raise work.refuse(str(error), remedy) from error
     return Shaped(
         config=config,
@@ -141,7 +147,7 @@ def _to_float32(work: _Work) -> None:
         cast.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(name)
         work.tensors[name] = tensor.to(torch.float32)
     work.notes += [f"{len(names)} tensors cast from {kind} to float32" for kind, names in cast.items()]
-    # "Not finite" is told of the result, so that float64 beyond float32's range is found too.
+    # "Not finite" is specified of the result, so that float64 beyond float32's range is found too.
     broken = [name for name, tensor in work.tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         names = ", ".join(f"{name} ({', '.join(work.renamed.sources[name])})" for name in broken[:_NUM_NAMED])
@@ -152,17 +158,19 @@ def _infer_body(work: _Work) -> None:
     """Set what the patch embedding and the blocks show: sizes, biases, layer scale, the extra tokens."""
     patches = work.tensors["patch_embed.proj.weight"]
     if patches.ndim != 4 or patches.shape[1] != 3:
-        reason = f"its patch embedding has shape {tuple(patches.shape)}, not [width, 3, height, width of a patch]"
+        reason = (
+            f"the network's patch embedding has shape {tuple(patches.shape)}, not [width, 3, height, width of a patch]"
+        )
         raise work.refuse(reason, "a network of three colours is needed")
     blocks = {int(match[1]) for name in work.tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     first = min(blocks, default=0)
     mlp = work.tensors.get(f"blocks.{first}.mlp.fc1.weight")
     if mlp is None:
-        raise work.refuse("it has no block with an MLP", "a plain Vision Transformer is needed")
+        raise work.refuse("the network has no block with an MLP", "a plain Vision Transformer is needed")
     narrowed = work.tensors.get(f"blocks.{first}.mlp.fc2.weight")
     if narrowed is not None and narrowed.ndim == 2 and mlp.shape[0] == 2 * narrowed.shape[1]:
         raise work.refuse(
-            f"its MLP is gated (SwiGLU): mlp.fc1 gives {mlp.shape[0]}, mlp.fc2 takes {narrowed.shape[1]}",
+            f"the network's MLP is gated (SwiGLU): mlp.fc1 gives {mlp.shape[0]}, mlp.fc2 takes {narrowed.shape[1]}",
             "a plain Vision Transformer is needed: one GELU MLP each block",
         )
     registers = work.tensors.get("reg_token")
@@ -191,7 +199,7 @@ def _hold_against_told(work: _Work) -> None:
             if name in work.fields and work.fields[name] != value:
                 wrong.append(f"{name} is {value} by {facts.origin}, {work.fields[name]} by the tensors")
     if wrong:
-        raise work.refuse("; ".join(wrong), "take the weights and what is told of them from one network")
+        raise work.refuse("; ".join(wrong), "take the weights and what is specified of them from one network")
 
 
 def _infer_head(work: _Work, num_classes: int | None) -> None:
@@ -199,11 +207,11 @@ def _infer_head(work: _Work, num_classes: int | None) -> None:
     present = 0 if weight is None else weight.shape[0]
     pre_logits = work.renamed.pre_logits
     if pre_logits and num_classes is None:
-        reason = f"it has a layer before its head, which no ViTConfig has: {pre_logits[0]}"
+        reason = f"the network has a layer before its head, which no ViTConfig has: {pre_logits[0]}"
         raise work.refuse(reason, "give it a new head: add --num-classes N")
     if weight is None and num_classes is None:
         raise work.refuse(
-            "it has no head: it does not classify", "give it a new head: add --num-classes N, and train it"
+            "the network has no head: it does not classify", "give it a new head: add --num-classes N, and train it"
         )
     work.fields["distilled"] = "dist_token" in work.tensors and (weight is None or "head_dist.weight" in work.tensors)
     if "dist_token" in work.tensors and not work.fields["distilled"]:
@@ -221,7 +229,7 @@ def _infer_head(work: _Work, num_classes: int | None) -> None:
 def _keep_distillation_token_as_register(work: _Work) -> None:
     # transformers' DeiTForImageClassification carries the token through and never looks at its output.
     if work.fields["num_registers"]:
-        raise work.refuse("it has a distillation token without a head, and registers", "train its second head")
+        raise work.refuse("the network has a distillation token without a head, and registers", "train its second head")
     work.tensors["reg_token"] = work.tensors.pop("dist_token")
     work.fields["num_registers"] = 1
     work.reshaped["reg_token"] = "the distillation token, which has no head of its own here"
@@ -245,20 +253,22 @@ def _pools_both(work: _Work) -> bool:
 
 def _infer_pooling(work: _Work) -> None:
     work.fields["final_norm"] = work.renamed.final_norm
-    told = work.knowledge.value("pooling")
+    specified = work.knowledge.value("pooling")
     if _pools_both(work):
         work.fields["pooling"] = "class_mean"
     elif not work.fields["class_token"]:
         work.fields["pooling"] = "mean"
     else:
         likely = "mean" if work.renamed.final_norm == "after_pooling" else "class"
-        work.fields["pooling"] = "class" if work.fields["distilled"] else told or likely
+        work.fields["pooling"] = "class" if work.fields["distilled"] else specified or likely
 
 
 def _infer_positions(work: _Work, requested: tuple[int, int] | None) -> None:
     positions = work.tensors.get("pos_embed")
     if positions is None or positions.ndim != 3:
-        raise work.refuse("it has no learned position embeddings (pos_embed)", "a plain Vision Transformer is needed")
+        raise work.refuse(
+            "the network has no learned position embeddings (pos_embed)", "a plain Vision Transformer is needed"
+        )
     patch = work.fields["patch_size"]
     grid, extra, kind = _grid(work, positions.shape[1], requested)
     work.fields["position_slots"] = kind
@@ -297,50 +307,50 @@ def _slots(work: _Work) -> tuple[tuple[int, str], ...]:
     if work.fields["num_registers"] and work.fields["class_token"]:
         # Registers are left without a position by timm; DINOv2 gives the class token one.
         slots = [(0, "patches"), (1, "patches"), (prefix, "all")]
-    told = work.knowledge.value("position_slots")
-    return tuple(slot for slot in slots if told is None or slot[1] == told)
+    specified = work.knowledge.value("position_slots")
+    return tuple(slot for slot in slots if specified is None or slot[1] == specified)
 
 
 def _grid(work: _Work, num_positions: int, requested: tuple[int, int] | None) -> tuple[tuple[int, int], int, str]:
     """Return rows and columns of patches that the positions were made for, and what stands before them."""
     rows, columns = work.fields["patch_size"]
-    told = work.knowledge.value("image_size")
+    specified = work.knowledge.value("image_size")
     squares, others = [], []
     for extra, kind in _slots(work):
-        for size in filter(None, (told, requested)):
+        for size in filter(None, (specified, requested)):
             grid = (size[0] // rows, size[1] // columns)
             if grid[0] * grid[1] + extra == num_positions:
-                if size == told:
+                if size == specified:
                     return grid, extra, kind
                 others.append((grid, extra, kind))
         side = math.isqrt(max(0, num_positions - extra))
         if side and side * side + extra == num_positions:
             squares.append(((side, side), extra, kind))
     if not squares and not others:
-        reason = f"its {num_positions} positions are for no square of patches"
+        reason = f"the network's {num_positions} positions are for no square of patches"
         raise work.refuse(reason, "say which with --image-size HEIGHTxWIDTH (image_size)")
     # What was asked for is taken for what the positions were made for only where no square would do.
     found = (squares or others)[0]
-    if told:
+    if specified:
         size = (found[0][0] * rows, found[0][1] * columns)
-        work.notes.append(f"image_size {told} was told, the positions are for {size}: taken from them")
+        work.notes.append(f"image_size {specified} is specified, the positions are for {size}, which counts")
     return found
 
 
 def _infer_rest(work: _Work) -> tuple[str, ...]:
-    """Set what no shape tells, and return the names of what nobody told."""
+    """Set what no shape shows, and return the names of the fields that are assumed."""
     assumed = []
     for name in ("num_heads", "activation", "layer_norm_eps"):
         work.fields[name] = work.knowledge.value(name)
-        if not work.knowledge.told(name):
+        if not work.knowledge.specifies(name):
             assumed.append(name)
     # Only a class token before one norm leaves a choice: many networks average the patches all the same.
     settled = work.fields["distilled"] or work.fields["pooling"] == "class_mean" or not work.fields["class_token"]
-    if not settled and not work.knowledge.told("pooling") and not work.new_head:
+    if not settled and not work.knowledge.specifies("pooling") and not work.new_head:
         assumed.append("pooling")
     # A class token without a position, or a grid that is not square: a count of positions can be read both ways.
     alone = work.fields["position_slots"] == "all" or not work.fields["class_token"]
-    if not alone and not work.knowledge.told("position_slots") and not work.knowledge.told("image_size"):
+    if not alone and not work.knowledge.specifies("position_slots") and not work.knowledge.specifies("image_size"):
         assumed.append("position_slots")
     if "blocks.0.ls1.gamma" in work.tensors:
         work.fields["layer_scale"] = work.knowledge.value("layer_scale") or 1e-5

@@ -1,4 +1,4 @@
-"""What the files beside the weights tell: transformers' config.json and image processor, timm's config.json."""
+"""What the files next to the weights specify: transformers' config.json and image processor, timm's config.json."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 
 
 def facts_beside(folder: Path) -> tuple[Facts, ...]:
-    """Return what config.json and preprocessor_config.json of a folder tell; nothing where there are none.
+    """Return what config.json and preprocessor_config.json of a folder specify; nothing if there are none.
 
     Raises CheckpointRejected or UsageError where they ask for what cannot be represented.
     """
@@ -49,21 +49,21 @@ def facts_beside(folder: Path) -> tuple[Facts, ...]:
         elif "model_type" in values or "hidden_size" in values:
             found.append(_facts_of_transformers(values, origin))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise unusable(origin, f"it cannot be used ({error})", "download it again, or put it aside") from error
+        raise unusable(origin, f"the config cannot be used ({error})", "download it again, or put it aside") from error
     # Only DINOv2 takes images of another size than its positions were made for.
     if not str(values.get("model_type")).startswith("dinov2"):
         found = [dataclasses.replace(facts, input_size=None) for facts in found]
-    # The file names in what is said are short: a folder's name is the machine's business.
+    # The file names in messages are short: a folder's name is the machine's business.
     return tuple(dataclasses.replace(facts, origin=Path(facts.origin).name) for facts in found)
 
 
 def _facts_of_transformers(values: Mapping[str, Any], origin: str) -> Facts:
     family = values.get("model_type", "vit")
     if family not in _FAMILIES:
-        reason = f"its model_type is {family!r}; those read are {', '.join(_FAMILIES)}"
+        reason = f"the config's model_type is {family!r}; those read are {', '.join(_FAMILIES)}"
         raise unusable(origin, reason, "convert it with timm, where it has the same network")
     if values.get("use_swiglu_ffn"):
-        raise unusable(origin, "its MLP is gated (use_swiglu_ffn)", "a plain Vision Transformer is needed")
+        raise unusable(origin, "the network's MLP is gated (use_swiglu_ffn)", "a plain Vision Transformer is needed")
     hidden = values.get("hidden_act", "gelu")
     if hidden not in _ACTIVATIONS:
         raise unusable(origin, f"hidden_act is {hidden!r}; known are {', '.join(_ACTIVATIONS)}", "take another network")
@@ -78,6 +78,7 @@ def _facts_of_transformers(values: Mapping[str, Any], origin: str) -> Facts:
         pooling=None if dino else "class",
         layer_scale=float(values.get("layerscale_value", 1.0)) if dino else None,
         labels=labels_of(values["id2label"]) if values.get("id2label") else None,
+        problem_type=values.get("problem_type"),
         # A path of the machine that saved it is no name.
         base_model=name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None,
         shape=_shape_of(values),

@@ -1,4 +1,4 @@
-"""What came of a conversion: the report of every tensor and of everything that was told, assumed or found."""
+"""What came of a conversion: the report of every tensor and what was specified, assumed or inferred."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TensorMapping:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionReport:
-    """Every tensor from where to where, what was left out and why, and who told what.
+    """Every tensor from where to where, what was left out and why, and which source specified what.
 
-    `known` has a field's value and its teller; `assumed` are the fields that nobody told; `found` those that the
+    `known` has a field's value and its source; `assumed` are the fields that are not specified; `found` those that the
     images settled. `new` are tensors that the file does not have, such as a head that was asked for.
     """
 

@@ -27,7 +27,7 @@ _FILES = ("config.json", "preprocessor_config.json", *WEIGHT_FILES, "*.safetenso
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetched:
-    """Either a folder that the hub filled, or weights and what is told of them."""
+    """Either a folder that the hub filled, or weights and what is specified of them."""
 
     folder: Path | None = None
     weights: Weights | None = None
@@ -49,9 +49,9 @@ def _fetch_timm(name: str) -> Fetched:
     local = name.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
     if not local and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(["vit*", "deit*"]), n=3)
-        raise _not_fetched("timm", name, "it has no network of this name", close)
+        raise _not_fetched("timm", name, "timm has no network of this name", close)
     if not local and not timm.list_models(name.partition(".")[0], pretrained=True):
-        raise _not_fetched("timm", name, "it has no weights for this network", [])
+        raise _not_fetched("timm", name, "timm has no weights for this network", [])
     if not local:  # refused before anything is fetched
         facts_of_timm_name(name, origin=f"timm:{name}")
     with _said_in_one_sentence("timm", name):
@@ -82,7 +82,7 @@ def _fetch_torchvision(name: str) -> Fetched:
     network, _, which = name.partition(":")
     known = [known for known in models.list_models() if known.startswith("vit_")]
     if network not in known:
-        raise _not_fetched("torchvision", name, "it has no Vision Transformer of this name", known)
+        raise _not_fetched("torchvision", name, "torchvision has no Vision Transformer of this name", known)
     weights = models.get_model_weights(network)
     if which and which not in weights.__members__:
         raise _not_fetched("torchvision", name, f"{network} has no weights {which}", list(weights.__members__))
@@ -120,9 +120,9 @@ def _said_in_one_sentence(library: str, name: str) -> Iterator[None]:
         raise
     # No network, no such name, no room, a broken file: each library has its own dozen of exceptions for them.
     except Exception as error:
-        told = str(error).strip().splitlines()
+        specified = str(error).strip().splitlines()
         raise _not_fetched(
-            library, name, f"{type(error).__name__}: {told[0] if told else 'no reason'}"[:300], []
+            library, name, f"{type(error).__name__}: {specified[0] if specified else 'no reason'}"[:300], []
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The names of a network's classes, in its order, from whatever form people keep them in; no torch."""
+"""The names of a network's classes, in its order, from text, JSON or class folders; no torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_edge.data import EVALUATION_SPLITS
-from vit_edge.errors import InputError, printable
+from vit_edge.data import read_class_names
+from vit_edge.errors import InputError
 from vit_edge.files import read_file
 
 __all__ = ["labels_of", "read_labels"]
 
 _MAX_BYTES = 20_000_000
-_SPLITS = ("train", *EVALUATION_SPLITS)
-# What transformers writes where nobody named the classes.
+# What transformers writes if the classes have no names.
 _NOBODYS = re.compile(r"LABEL_\d+")
 
 
@@ -28,7 +27,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     source = Path(path)
     if source.is_dir():
-        return _folder_names(source)
+        return read_class_names(source)
     data = read_file(source, what="labels", max_bytes=_MAX_BYTES)
     try:
         text = data.decode("utf-8-sig")
@@ -36,7 +35,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise _rejected(source, str(error), "write one name a line, as UTF-8, or a JSON list") from error
     if not names:
-        raise _rejected(source, "it holds no name", "write one name a line, as UTF-8, or a JSON list")
+        raise _rejected(source, "the file holds no name", "write one name a line, as UTF-8, or a JSON list")
     return names
 
 
@@ -74,14 +73,6 @@ def _lines(text: str) -> tuple[str, ...]:
     if empty is not None:
         raise ValueError(f"line {empty} is empty")
     return tuple(line.strip() for line in lines)
-
-
-def _folder_names(folder: Path) -> tuple[str, ...]:
-    root = next((folder / split for split in _SPLITS if (folder / split).is_dir()), folder)
-    names = sorted(printable(path.name) for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
-        raise _rejected(root, "it holds no class folder", "give a folder with one folder for each class")
-    return tuple(names)
 
 
 def _rejected(path: Path, reason: str, remedy: str) -> InputError:

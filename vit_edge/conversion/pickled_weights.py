@@ -40,7 +40,7 @@ def unusable(origin: str, reason: str, remedy: str) -> CheckpointRejected:
 
 
 def read_pickled(data: bytes, *, origin: str) -> tuple[Any, tuple[str, ...]]:
-    """Return what `torch.save` wrote, and what is to be said of reading it; raises CheckpointRejected.
+    """Return what `torch.save` wrote, and notes for the report; raises CheckpointRejected.
 
     Only tensors, plain values and argparse.Namespace (timm's checkpoints; inert data) come out. A file that needs
     anything else imported is refused by the name of what it wants; there is no way round that.
@@ -57,13 +57,13 @@ def read_pickled(data: bytes, *, origin: str) -> tuple[Any, tuple[str, ...]]:
             raise _refused(data, str(error), origin) from error
         # A damaged file makes the readers raise nearly anything.
         except Exception as error:
-            reason = f"it is cut short, damaged, or no file of torch.save ({type(error).__name__})"
+            reason = f"the file is cut short, damaged, or no file of torch.save ({type(error).__name__})"
             raise unusable(origin, reason, "copy or download it again") from error
     return found, notes
 
 
 def state_dict_of(found: Any, *, origin: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors by name out of whatever a training loop saved, and what was chosen; CheckpointRejected."""
+    """Return the tensors by name out of what a training loop saved, and what was chosen; CheckpointRejected."""
     path: list[str] = []
     notes: list[str] = []
     while isinstance(found, Mapping) and not _holds_tensors(found) and len(path) < _DEEPEST:
@@ -78,7 +78,7 @@ def state_dict_of(found: Any, *, origin: str) -> tuple[dict[str, Tensor], tuple[
         kind = type(found).__name__
         keys = f" with {', '.join(map(str, list(found)[:_NUM_NAMED]))}" if isinstance(found, Mapping) else ""
         raise unusable(
-            origin, f"it holds no state dict, but {kind}{keys}", "save `model.state_dict()` where it was made"
+            origin, f"the file holds no state dict, but {kind}{keys}", "save `model.state_dict()` where it was made"
         )
     if path:
         notes.insert(0, f"weights found under {'.'.join(path)}")
@@ -97,14 +97,16 @@ def _check_archive(data: bytes, origin: str) -> None:
     try:
         entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise unusable(origin, "it is a zip archive that is cut short or damaged", "copy it again") from error
+        raise unusable(origin, "the file is a zip archive that is cut short or damaged", "copy it again") from error
     # torch.save never compresses: an archive that does could unpack to a thousand times its size.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise unusable(origin, "its zip archive is compressed, which torch.save never does", "save it with torch.save")
+        raise unusable(
+            origin, "the file's zip archive is compressed, which torch.save never does", "save it with torch.save"
+        )
     if sum(entry.file_size for entry in entries) > len(data):
-        raise unusable(origin, "its zip archive promises more bytes than the file has", "copy it again")
+        raise unusable(origin, "the file's zip archive claims more bytes than the file has", "copy it again")
     if any(entry.filename.endswith("constants.pkl") for entry in entries):
-        reason, remedy = "it is a TorchScript program, not weights", "save `model.state_dict()` where it was made"
+        reason, remedy = "the file is a TorchScript program, not weights", "save `model.state_dict()` where it was made"
         raise unusable(origin, reason, remedy)
 
 
@@ -136,13 +138,13 @@ def _switch_removed() -> Iterator[tuple[str, ...]]:
 def _refused(data: bytes, message: str, origin: str) -> CheckpointRejected:
     wanted = re.findall(r"GLOBAL ([\w.]+)", message) or _imports(data)
     if not wanted:
-        return unusable(origin, "its pickle is damaged or of an unknown kind", "copy it again")
+        return unusable(origin, "the file's pickle is damaged or of an unknown kind", "copy it again")
     remedy = (
         "save its weights as safetensors where it was made:\n"
         "    from safetensors.torch import save_file\n"
         '    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, "model.safetensors")'
     )
-    reason = f"it needs unpickling of `{'`, `'.join(dict.fromkeys(wanted[:_NUM_NAMED]))}`, which could run code"
+    reason = f"the file needs unpickling of `{'`, `'.join(dict.fromkeys(wanted[:_NUM_NAMED]))}`, which could run code"
     return unusable(origin, reason, remedy)
 
 

@@ -1,4 +1,4 @@
-"""Whatever people give as SOURCE, opened: its weights, what is told beside them, and a name."""
+"""A SOURCE, opened: its weights, the configuration next to them, and a name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUFFIXES = (".tar", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".safetensors", ".i
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Weights with their keys as they are, the facts beside them, and our own checkpoint where it is one.
+    """Weights with their keys as they are, the facts from the files next to them, and our own checkpoint if it is one.
 
     `name` is empty where only the folder has one.
     """
@@ -36,7 +36,7 @@ class Source:
 def open_weights(source: str | os.PathLike[str]) -> Source:
     """Return SOURCE opened: `timm:NAME`, `hf:REPO`, `torchvision:NAME`, a folder or a file; raises VitEdgeError.
 
-    config.json and preprocessor_config.json count where they lie in the folder given, or beside a file that is named as
+    config.json and preprocessor_config.json count if they are in the folder given, or next to a file that is named as
     libraries name it or is the only one of weights there.
     """
     text = os.fspath(source)
@@ -59,12 +59,12 @@ def _open_path(path: Path, facts: tuple[Facts, ...]) -> Source:
     standard = file.name in WEIGHT_FILES
     if path.is_dir() or standard or _is_alone(file):
         facts = (*facts_beside(file.parent), *facts)
-    told = next((known.name for known in facts if known.name), None)
-    return Source(name=told or ("" if standard else _stem(file)), weights=weights, facts=facts)
+    specified = next((known.name for known in facts if known.name), None)
+    return Source(name=specified or ("" if standard else _stem(file)), weights=weights, facts=facts)
 
 
 def _is_alone(file: Path) -> bool:
-    """Return whether no other weights lie in the folder, so that a configuration there can be of no others."""
+    """Return whether no other weights are in the folder, so that a configuration there can be of no others."""
     try:
         return find_weights(file.parent) == file
     except CheckpointRejected:
@@ -100,5 +100,5 @@ def _facts_of(checkpoint: Checkpoint) -> tuple[Facts, ...]:
         base_model=checkpoint.base_model,
     )
     unknown = {name.removeprefix("preprocessing.").replace("resize", "geometry") for name in checkpoint.assumed}
-    nobody: dict[str, Any] = dict.fromkeys(unknown & {field.name for field in dataclasses.fields(Facts)})
-    return dataclasses.replace(everything, **nobody), dataclasses.replace(everything, assumed=True)
+    unspecified: dict[str, Any] = dict.fromkeys(unknown & {field.name for field in dataclasses.fields(Facts)})
+    return dataclasses.replace(everything, **unspecified), dataclasses.replace(everything, assumed=True)

@@ -222,7 +222,7 @@ def _recognise(tensors: Mapping[str, Tensor], origin: str) -> tuple[Library, str
         averaged = [prefix for prefix in prefixes if _AVERAGED.search(prefix)]
         chosen = (averaged or prefixes)[0]
         if len(prefixes) > 1 and len(averaged) != 1:
-            reason = f"it holds {len(prefixes)} networks: under {', '.join(map(repr, prefixes))}"
+            reason = f"the file holds {len(prefixes)} networks: under {', '.join(map(repr, prefixes))}"
             raise unusable(origin, reason, "save the one that is wanted by itself")
         others = [prefix for prefix in prefixes if prefix != chosen]
         left_out = tuple(
@@ -230,7 +230,7 @@ def _recognise(tensors: Mapping[str, Tensor], origin: str) -> tuple[Library, str
         )
         return library, chosen, left_out
     refuse_what_is_no_plain_vit({key: key for key in tensors}, origin=origin)
-    reason = f"its keys are of no Vision Transformer that is known: {', '.join(sorted(tensors)[:5])}"
+    reason = f"the keys are of no Vision Transformer that is known: {', '.join(sorted(tensors)[:5])}"
     remedy = "timm, transformers, torchvision and Google's npz are read; save it from one of them"
     raise unusable(origin, reason, remedy)
 

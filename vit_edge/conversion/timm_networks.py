@@ -35,11 +35,11 @@ def facts_of_timm_name(name: str, *, origin: str, arguments: Mapping[str, Any] |
         architecture = name.partition(".")[0]
         close = difflib.get_close_matches(architecture, timm.list_models("*vit*") + timm.list_models("deit*"), n=3)
         remedy = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models('vit*')"
-        raise UsageError("cannot ask timm", reason=f"it has no network {name!r}", remedy=remedy)
+        raise UsageError("cannot ask timm", reason=f"timm has no network {name!r}", remedy=remedy)
     try:
         with torch.device("meta"):  # shapes and settings, no weights
             model = timm.create_model(name, pretrained=False, **(arguments or {}))
-    # Whatever a foreign constructor raises on arguments out of a file.
+    # A third-party constructor may raise anything on arguments out of a file.
     except Exception as error:
         reason = f"timm cannot build {name} ({type(error).__name__}: {error})"
         raise UsageError("cannot ask timm", reason=reason, remedy="check the name and model_args") from error
@@ -56,7 +56,7 @@ def facts_of_timm_model(model: nn.Module, *, name: str, origin: str) -> Facts:
         reason = f"{name} is no plain Vision Transformer ({inside})"
         raise UsageError("cannot use the network", reason=reason, remedy="choose a vit_* or deit* of timm")
     config = dict(model_any.pretrained_cfg)
-    told = preprocessing_facts({"pretrained_cfg": config}, origin=origin)
+    specified = preprocessing_facts({"pretrained_cfg": config}, origin=origin)
     scale = getattr(getattr(block, "ls1", None), "init_values", None)
     return Facts(
         origin=origin,
@@ -68,10 +68,10 @@ def facts_of_timm_model(model: nn.Module, *, name: str, origin: str) -> Facts:
         pooling="mean" if model_any.global_pool == "avg" else "class",
         position_slots="patches" if model_any.no_embed_class else "all",
         layer_scale=float(scale) if isinstance(scale, int | float) else None,
-        mean=told.mean,
-        std=told.std,
-        interpolation=told.interpolation,
-        geometry=told.geometry,
+        mean=specified.mean,
+        std=specified.std,
+        interpolation=specified.interpolation,
+        geometry=specified.geometry,
         labels=labels_of(config["label_names"]) if config.get("label_names") else None,
         license=config.get("license"),
         base_model=config.get("hf_hub_id") or None,
@@ -80,34 +80,34 @@ def facts_of_timm_model(model: nn.Module, *, name: str, origin: str) -> Facts:
 
 
 def facts_of_timm_config(values: Mapping[str, Any], *, origin: str) -> Facts:
-    """Return what a config.json of timm tells; where timm is not installed, only what stands in the file."""
+    """Return what a config.json of timm specifies; without timm, only what is in the file."""
     config = values.get("pretrained_cfg") or values
     arguments = _safe_arguments(values.get("model_args") or {})
     pool = values.get("global_pool") or config.get("global_pool")
-    told = preprocessing_facts({"pretrained_cfg": config}, origin=origin)
+    specified = preprocessing_facts({"pretrained_cfg": config}, origin=origin)
     labels = values.get("label_names") or config.get("label_names")
     shown = None
     notes: tuple[str, ...] = ()
     try:
         shown = facts_of_timm_name(str(values["architecture"]), origin=origin, arguments=arguments)
     except MissingExtra as error:
-        notes = (f"timm would tell heads, activation and eps of {values['architecture']}: {error.remedy}",)
+        notes = (f"timm would give heads, activation and eps of {values['architecture']}: {error.remedy}",)
     except VitEdgeError as error:
         raise ValueError(error.reason) from error
     return Facts(
         origin=origin,
         name=str(values["architecture"]),
-        image_size=shown.image_size if shown and "img_size" in arguments else told.image_size,
+        image_size=shown.image_size if shown and "img_size" in arguments else specified.image_size,
         num_heads=shown.num_heads if shown else None,
         activation=shown.activation if shown else None,
         layer_norm_eps=shown.layer_norm_eps if shown else None,
         pooling="mean" if pool == "avg" else "class" if pool == "token" else shown.pooling if shown else None,
         position_slots=shown.position_slots if shown else None,
         layer_scale=shown.layer_scale if shown else None,
-        mean=told.mean,
-        std=told.std,
-        interpolation=told.interpolation,
-        geometry=told.geometry,
+        mean=specified.mean,
+        std=specified.std,
+        interpolation=specified.interpolation,
+        geometry=specified.geometry,
         labels=labels_of(labels) if labels else None,
         license=config.get("license"),
         shape=shown.shape if shown else {},

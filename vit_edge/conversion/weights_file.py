@@ -1,4 +1,4 @@
-"""Tensors by name out of a file made elsewhere: safetensors (whole or in shards), torch.save, NumPy's npz."""
+"""Tensors by name out of a third-party file: safetensors (whole or in shards), torch.save, NumPy's npz."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _OWN_KEY = "vit_edge.checkpoint"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Tensors by their names in the file, the SHA-256 of what was read, and what is to be said of it.
+    """Tensors by their names in the file, the SHA-256 of what was read, and notes.
 
     `own` is whether the file is a checkpoint of vit-edge.
     """
@@ -58,7 +58,7 @@ def find_weights(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     names = ", ".join(printable(path.name) for path in found[:5])
-    reason = f"it holds several files of weights: {names}" if found else "it holds no file of weights"
+    reason = f"the folder holds several files of weights: {names}" if found else "the folder holds no file of weights"
     raise unusable(printable(folder), reason, f"give the path of the file, such as {WEIGHT_FILES[0]}")
 
 
@@ -82,7 +82,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
 
 
 def _is_own(metadata: Mapping[str, Any]) -> bool:
-    """Return whether this is a checkpoint of ours, even where damage hit its mark: reading it then tells."""
+    """Return whether this is a checkpoint of ours, even where damage hit its mark: reading it then shows."""
     return _OWN_KEY in metadata or any(
         '"sha256"' in str(text) and '"schema"' in str(text) for text in metadata.values()
     )
@@ -93,7 +93,7 @@ def _read_safetensors(data: bytes, origin: str) -> tuple[dict[str, Tensor], Mapp
         tensors = load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except (SafetensorError, ValueError) as error:
-        reason = f"it is neither safetensors, nor of torch.save, nor npz, or it is cut short ({error})"
+        reason = f"the file is neither safetensors, nor of torch.save, nor npz, or it is cut short ({error})"
         raise unusable(origin, reason, "copy or download it again") from error
     return tensors, metadata
 
@@ -103,19 +103,19 @@ def _read_shards(index: Path, origin: str) -> Weights:
     try:
         files = {str(name): str(file) for name, file in json.loads(text)["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise unusable(origin, f"it is no index of shards ({error})", "download it again") from error
+        raise unusable(origin, f"the file is no index of shards ({error})", "download it again") from error
     tensors: dict[str, Tensor] = {}
     hashes, notes = [sha256_hex(text)], [f"{len(set(files.values()))} shards joined"]
     for name in sorted(set(files.values())):
         if Path(name).name != name or name.endswith(".index.json"):
-            raise unusable(origin, f"it points outside of its folder, to {printable(name)}", "download it again")
+            raise unusable(origin, f"the file points outside of its folder, to {printable(name)}", "download it again")
         shard = read_weights(index.parent / name)
         hashes.append(shard.sha256)
         notes += [note for note in shard.notes if note not in notes]
         tensors |= shard.tensors
     absent = sorted(set(files) - set(tensors))
     if absent:
-        raise unusable(origin, f"its shards have no {', '.join(absent[:5])}", "download every shard again")
+        raise unusable(origin, f"the file's shards have no {', '.join(absent[:5])}", "download every shard again")
     return Weights(tensors=tensors, origin=origin, sha256=sha256_hex("".join(hashes).encode()), notes=tuple(notes))
 
 
@@ -123,7 +123,7 @@ def _is_npz(data: bytes, origin: str) -> bool:
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
     except (zipfile.BadZipFile, ValueError, OSError) as error:
-        reason = "it is a zip archive that is cut short or damaged"
+        reason = "the file is a zip archive that is cut short or damaged"
         raise unusable(origin, reason, "copy or download it again") from error
     return bool(names) and all(name.endswith(".npy") for name in names)
 
@@ -138,7 +138,7 @@ def _read_npz(data: bytes, origin: str) -> dict[str, Tensor]:
             return {name: torch.from_numpy(np.ascontiguousarray(_plain(arrays[name]))) for name in arrays.files}
     # NumPy and zipfile raise zlib.error, EOFError, ValueError, TypeError and more on damaged files.
     except Exception as error:
-        reason = f"its arrays cannot be read ({type(error).__name__}: {error})"
+        reason = f"the file's arrays cannot be read ({type(error).__name__}: {error})"
         raise unusable(origin, reason, "copy it again; arrays of Python objects are refused") from error
 
 

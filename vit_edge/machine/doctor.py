@@ -1,7 +1,7 @@
 """What this machine has to run a model with, what is wrong with it, and what to do: `vit-edge doctor`.
 
-It needs what a device has and no more: engines are asked in processes of their own, so that a driver or a wheel built
-for another CPU can crash there (onnxruntime#23957) and is told of here.
+It needs what a device has and no more: engines are asked in subprocesses, so that a driver or a wheel built
+for another CPU can crash there (onnxruntime#23957) and is reported here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from vit_edge import __version__
+from vit_edge.errors import version_of
 from vit_edge.machine.cpu import VNNI, cpu_report, is_arm, is_x86
 from vit_edge.machine.targets import TARGETS, choose
 from vit_edge.model_file.onnx_schema import one_node
@@ -52,7 +52,6 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "timm": ("weights and networks of timm", ("timm",)),
     "huggingface": ("weights from Hugging Face", ("huggingface_hub",)),
-    "loadgen": ("benchmark with MLCommons LoadGen", ("mlcommons-loadgen",)),
 }
 # They all install the folder `onnxruntime` and overwrite each other's files (onnxruntime#26996).
 _ONNXRUNTIME_WHEELS = (
@@ -74,7 +73,7 @@ _QUESTIONS = {
     "onnxruntime": "import onnxruntime as e; d = e.get_available_providers()",
     "openvino": "import openvino as e; d = e.Core().available_devices",
 }
-# Not devices of this machine: one is always there, the other asks a server.
+# Not devices of this machine: one is always present, the other calls a server.
 _NOT_TRIED = ("CPUExecutionProvider", "AzureExecutionProvider")
 _TRIALS = {
     "onnxruntime": (
@@ -115,6 +114,7 @@ def examine() -> dict[str, Any]:
         "cpu": cpu,
         "memory": _memory(),
         "engines": engines,
+        "misfits": _misfits(installed),
         "onnxruntime_wheels": {name: installed[name] for name in _ONNXRUNTIME_WHEELS if name in installed},
         "missing_extras": _missing_extras(installed),
     }
@@ -142,6 +142,10 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
         what = f"{len(wheels)} builds of ONNX Runtime are installed over each other: {', '.join(wheels)}"
         advice = f'pip uninstall -y {" ".join(wheels)}, then pip install "vit-edge[onnxruntime]" or "vit-edge[gpu]"'
         found.append(Finding(kind="problem", what=what, advice=advice))
+    for misfit in report.get("misfits", ()):
+        advice = f"pip install --upgrade {misfit['package'].split()[0]} {misfit['beside'].split()[0]}"
+        what = f"{misfit['package']} cannot be imported with {misfit['beside']}: {misfit['why']}"
+        found.append(Finding(kind="problem", what=what, advice=advice))
     for engine in report["engines"]:
         if engine["installed"] and engine["error"]:
             advice = "install another release of it"
@@ -163,7 +167,7 @@ def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
     found = []
     present = set(cpu["instructions"])
     if is_x86(cpu["machine"]) and not present & set(VNNI):
-        what = "the CPU has no VNNI" if cpu["instructions_complete"] else "the system does not tell of VNNI"
+        what = "the CPU has no VNNI" if cpu["instructions_complete"] else "the system does not report VNNI"
         advice = "quantize with --target portable: 8-bit weights saturate without VNNI"
         found.append(Finding(kind="advice", what=what, advice=advice))
     if is_arm(cpu["machine"]) and not present & set(TARGETS["arm-dotprod"].instructions):
@@ -171,7 +175,7 @@ def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding(kind="advice", what="the CPU has no dot products of 8 bits", advice=advice))
     if cpu["usable_threads"] < cpu["cpus"]:
         what = f"{cpu['usable_threads']} of {cpu['cpus']} CPUs are granted to this process"
-        advice = f"vit-edge starts {cpu['usable_threads']} threads; other software may have to be told"
+        advice = f"vit-edge starts {cpu['usable_threads']} threads; set the same number in other software"
         found.append(Finding(kind="advice", what=what, advice=advice))
     slow = [name for name in cpu["governors"] if name != "performance"]
     if slow:
@@ -185,11 +189,11 @@ def _memory_findings(memory: Mapping[str, int | None]) -> list[Finding]:
     if free is None or free >= _LITTLE_MEMORY_BYTES:
         return []
     advice = "stop other programs; an INT8 file takes a quarter of the float one's memory for weights"
-    return [Finding(kind="advice", what=f"{free / 1e6:.0f} MB of memory are free", advice=advice)]
+    return [Finding(kind="advice", what=f"only {free / 1e9:.1f} GB of memory are free", advice=advice)]
 
 
 def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dict[str, str]]:
-    """Return the targets of devices beside the CPU that load."""
+    """Return the targets of devices other than the CPU that load."""
     devices = {d for engine in engines for d in engine["devices"] if d not in engine.get("do_not_load", {})}
     found = {}
     if any(device.split(".")[0] == "NPU" for device in devices):
@@ -202,12 +206,14 @@ def _other_targets(engines: Sequence[Mapping[str, Any]], board: str) -> list[dic
 
 
 def _ask(name: str) -> dict[str, Any]:
-    """Return an engine's version, the devices it lists and those that do not load, asked in processes of their own."""
+    """Return an engine's version, the devices it lists and those that do not load, asked in subprocesses."""
     answer: dict[str, Any] = {"name": name, "installed": True, "version": None, "devices": [], "error": None}
     answer["do_not_load"] = {}
     command = [sys.executable, "-c", f"{_PREAMBLE}{_QUESTIONS[name]}{_ANSWER}"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        return {**answer, "error": f"Python cannot be started: {error.strerror}"}
     except subprocess.TimeoutExpired:
         return {**answer, "error": f"it gave no answer in {_PATIENCE_S} seconds"}
     errors = _lines(done.stderr)
@@ -227,7 +233,7 @@ def _ask(name: str) -> dict[str, Any]:
 def _try(engine: str, device: str) -> str | None:
     """Return why a device that an engine lists does not run a graph of one node, or None where it does.
 
-    Builds with CUDA list it on machines that have no GPU. It is tried in a process of its own.
+    Builds with CUDA list it on machines that have no GPU. It is tried in a subprocess.
     """
     graph = base64.b64encode(one_node()).decode("ascii")
     command = [sys.executable, "-c", f"{_PREAMBLE}{_TRIALS[engine]}", device, graph]
@@ -263,15 +269,20 @@ def _why(returncode: int, errors: Sequence[str]) -> str:
 def _installed() -> dict[str, str]:
     """Return the version of every package that extras and engines are about, by name."""
     names = {package for _, packages in EXTRAS.values() for package in packages} | set(_ONNXRUNTIME_WHEELS)
-    versions = {name: _version(name) for name in sorted(names)}
+    versions = {name: version_of(name) for name in sorted(names)}
     return {name: version for name, version in versions.items() if version is not None}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _misfits(installed: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return onnx, if it cannot be imported with the protobuf that is installed, and why."""
+    if "onnx" not in installed:
+        return []
+    command = [sys.executable, "-c", f"{_PREAMBLE}import onnx"]
+    done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    if not done.returncode:
+        return []
+    why = _why(done.returncode, _lines(done.stderr))
+    return [{"package": f"onnx {installed['onnx']}", "beside": f"protobuf {version_of('protobuf')}", "why": why}]
 
 
 def _missing_extras(installed: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -286,7 +297,7 @@ def _missing_extras(installed: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int | None]:
-    """Return all, the free and the granted memory in bytes; None where the system does not tell."""
+    """Return all, the free and the granted memory in bytes; None if the system does not report it."""
     return {
         "total_bytes": _meminfo("MemTotal") or _physical_bytes(),
         "available_bytes": _meminfo("MemAvailable"),

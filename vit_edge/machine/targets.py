@@ -71,7 +71,7 @@ class Target:
 
     @property
     def label(self) -> str:
-        """Return the name, marked where nobody ran it on such hardware."""
+        """Return the name, marked if it was not tested on such hardware."""
         return self.name if self.verified else f"{self.name} (unverified)"
 
     def describe(self, *, batch_size: int | None = None) -> str:
@@ -101,7 +101,7 @@ _ALL = (
         engines=("onnxruntime", "openvino"),
         instructions=(),
         verified=True,
-        reason="two products of a uint8 and a signed 7-bit weight fit the 16-bit sums of x86 CPUs without VNNI",
+        reason="the sum of two uint8 times signed 7-bit weights fits the 16-bit sums of x86 CPUs without VNNI",
     ),
     Target(
         name="x86-vnni",
@@ -112,7 +112,7 @@ _ALL = (
         engines=("onnxruntime", "openvino"),
         instructions=cpu.VNNI,
         verified=True,
-        reason="VNNI and AMX sum four products of uint8 and int8 in 32 bits, so all 8 bits of a weight can be used",
+        reason="VNNI and AMX sum four uint8 times int8 in 32 bits, so all 8 bits of a weight can be used",
     ),
     Target(
         name="arm-dotprod",
@@ -123,7 +123,7 @@ _ALL = (
         engines=("onnxruntime",),
         instructions=("asimddp", "i8mm"),
         verified=False,
-        reason="UDOT, or UMMLA of I8MM, sums products of 8 bits in 32 bits; the weights' sign is flipped once, at load",
+        reason="UDOT, or UMMLA of I8MM, sums 8-bit multiplications in 32 bits; the sign of weights is flipped at load",
         limits=("int8 activations are no faster: SDOT and SMMLA do the same work, and lose half of one-sided ranges",),
     ),
     Target(
@@ -135,7 +135,7 @@ _ALL = (
         engines=("openvino",),
         instructions=(),
         verified=False,
-        reason="its compiler takes static shapes only; integers of zero point 0 need no correction of the sums",
+        reason="the compiler takes static shapes only; integers of zero point 0 need no correction of the sums",
         limits=("float parts run in float16: verify on the device",),
     ),
     Target(
@@ -166,7 +166,7 @@ _ALL = (
         reason="QNN compiles static shapes only, and weights with a scale for each channel have to be symmetric int8",
         limits=(
             "what its compiler does not take runs on the CPU unless session.disable_cpu_ep_fallback is 1",
-            "ONNX Runtime's page lists MatMul with pairs of uint8 or uint16: look which products it takes",
+            "ONNX Runtime's page lists MatMul with pairs of uint8 or uint16: look which ones it takes",
         ),
     ),
 )
@@ -219,14 +219,14 @@ def choose(report: Mapping[str, Any]) -> tuple[Target, str]:
     if cpu.is_arm(machine) and any(name in TARGETS["arm-dotprod"].instructions for name in has):
         return TARGETS["arm-dotprod"], f"the CPU has {has[0]}: {TARGETS['arm-dotprod'].reason}"
     if cpu.is_x86(machine):
-        why = "the CPU has no VNNI" if complete else "this system does not tell whether the CPU has VNNI"
+        why = "the CPU has no VNNI" if complete else "this system does not report whether the CPU has VNNI"
         return TARGETS["portable"], f"{why}: 8-bit weights could saturate in 16-bit sums, 7-bit ones cannot"
     why = "has no dot products of 8 bits" if cpu.is_arm(machine) else f"is neither x86 nor ARM ({machine})"
     return TARGETS["portable"], f"the CPU {why}: 7-bit weights answer the same everywhere"
 
 
 def target_name(quantization: Mapping[str, Any] | None) -> str | None:
-    """Return the name of the target in a manifest's `quantization`, or None where it tells of none."""
+    """Return the name of the target in a manifest's `quantization`, or None if it has none."""
     name = (quantization or {}).get("target")
     return name if isinstance(name, str) else None
 
@@ -243,7 +243,7 @@ def mismatch(name: str) -> str | None:
     if not wanted.instructions or found.names & set(wanted.instructions):
         return None
     if cpu.is_arm() and not found.names & set(TARGETS["arm-dotprod"].instructions):
-        why = "this CPU has no dot products of 8 bits: the answers hold, but INT8 gains little"
+        why = "this CPU has no dot products of 8 bits: predictions stay right, but INT8 gains little"
         return f"its target is {name}; {why}; compare with the float file: vit-edge benchmark"
     return f"its target is {name}, and this CPU is {cpu.instruction_set()}: {_better_here(name)}"
 
@@ -251,27 +251,27 @@ def mismatch(name: str) -> str | None:
 def _saturates(name: str, *, complete: bool) -> str:
     remedy = "quantize with --target portable"
     if not complete:
-        why = "this system does not tell whether the CPU has VNNI; without it 8-bit weights saturate and answers differ"
+        why = "this system does not report VNNI; without VNNI 8-bit weights saturate, and predictions differ"
         return f"its target is {name}; {why} from those verified; run `vit-edge verify` here, or {remedy}"
-    why = "this CPU has no VNNI: 8-bit weights saturate here: answers differ from those verified"
+    why = "this CPU has no VNNI: 8-bit weights saturate here: predictions differ from those verified"
     return f"its target is {name}; {why}; {remedy}"
 
 
 def _better_here(name: str) -> str:
     chosen = choose_target({"cpu": cpu.cpu_report()})
-    return f"nobody measured {name} there; for this CPU, quantize with --target {chosen.name}"
+    return f"{name} was not measured there; for this CPU, quantize with --target {chosen.name}"
 
 
 def _cpu_of(report: Mapping[str, Any]) -> tuple[str, frozenset[str], bool]:
     """Return (machine, instructions, whether the list is complete) of a report; raises InputError."""
     found = report.get("cpu")
     if not isinstance(found, Mapping):
-        raise _not_a_report(None, "it does not tell of a CPU")
+        raise _not_a_report(None, "the report has no CPU (cpu)")
     machine, names = found.get("machine"), found.get("instructions")
     if not isinstance(machine, str) or not machine:
-        raise _not_a_report(None, "it does not tell the CPU's type (cpu.machine)")
+        raise _not_a_report(None, "the report has no CPU type (cpu.machine)")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _not_a_report(None, "it does not list the CPU's instructions (cpu.instructions)")
+        raise _not_a_report(None, "the report does not list the CPU's instructions (cpu.instructions)")
     return machine, frozenset(names), found.get("instructions_complete") is True
 
 
@@ -280,14 +280,14 @@ def _read_report(path: str) -> Mapping[str, Any]:
     try:
         report = json.loads(data)  # as bytes: PowerShell's `>` writes UTF-16
     except (ValueError, RecursionError) as error:
-        raise _not_a_report(path, f"it is not JSON ({error})"[:200]) from error
+        raise _not_a_report(path, f"the report is not JSON ({error})"[:200]) from error
     if not isinstance(report, dict) or report.get("command") != "doctor":
-        raise _not_a_report(path, "it is not what `vit-edge doctor --json` prints")
+        raise _not_a_report(path, "the report is not what `vit-edge doctor --json` prints")
     schema = report.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise _not_a_report(path, f"its schema is {schema!r}")
+        raise _not_a_report(path, f"the report's schema is {schema!r}")
     if schema > _REPORT_SCHEMA:
-        reason = f"it has schema {schema}; this vit-edge reads up to {_REPORT_SCHEMA}"
+        reason = f"the report has schema {schema}; this vit-edge reads up to {_REPORT_SCHEMA}"
         raise InputError("cannot choose a target", file=path, reason=reason, remedy="install a newer vit-edge")
     return report
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from vit_edge.errors import ModelRejected, NotTrusted, printable
+from vit_edge.errors import ModelRejected, NotTrusted, escaped, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
+from vit_edge.model_file.golden_fields import check_golden_fields
 from vit_edge.model_file.onnx_schema import parse, property_bytes
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ Activation: TypeAlias = Literal["softmax", "sigmoid", "none"]
 
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
-# One protobuf message holds at most 2 GiB; larger networks have one file of weights beside it.
+# One protobuf message holds at most 2 GiB; larger networks have one file of weights in the same folder.
 MODEL_BYTES, _MAX_WEIGHTS_BYTES = 2**31 - 1, 2**40
 _log = logging.getLogger(__name__)
 _OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
@@ -112,8 +113,8 @@ class Manifest:
     evaluation: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
     macs: Mapping[str, int] | None = None  # multiply-accumulates for one image, by precision
-    weights: Mapping[str, Any] | None = None  # the file beside it, of a network over 2 GiB
-    assumed: tuple[str, ...] = ()  # what nobody told and was filled in by default
+    weights: Mapping[str, Any] | None = None  # the file next to the model, of a network over 2 GiB
+    assumed: tuple[str, ...] = ()  # not specified, and filled in by default
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,7 +137,8 @@ class Manifest:
         if not all(isinstance(name, str) for name in self.assumed):
             raise ValueError("the manifest's list of what was assumed is not a list of texts")
         if self.weights is not None and not is_plain_name(self.weights.get("file")):
-            raise ValueError(f"the manifest's weights lie in {self.weights.get('file')!r}, not in a file beside it")
+            file_name = self.weights.get("file")
+            raise ValueError(f"the manifest's weights are in {file_name!r}, not in a file of the same folder")
         if not all(isinstance(number, int) and number >= 0 for number in (self.macs or {}).values()):
             raise ValueError(f"the manifest's multiply-accumulates are {dict(self.macs or {})!r}")
         images = (self.quantization or {}).get("images", [])
@@ -188,9 +190,12 @@ class Manifest:
                 if not isinstance(known[name], list):
                     raise ValueError(f"the manifest's {name} are not a list")
                 known[name] = tuple(known[name])
-            return cls(**known, unknown=values)
+            manifest = cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error
+        if manifest.golden is not None:
+            check_golden_fields(manifest.golden, crop=manifest.preprocessing.crop)
+        return manifest
 
 
 def _in_current_terms(name: str, value: Any) -> Any:
@@ -211,7 +216,8 @@ class ModelFile:
     proto: Any
     manifest: Manifest
     source: str
-    weights: bytes | None = None  # of the file beside it, for a network over 2 GiB
+    weights: bytes | None = None  # of the file next to the model, for a network over 2 GiB
+    is_third_party: bool = False  # opened with labels and preprocessing from the user: no golden vectors are expected
 
     @classmethod
     def from_graph(cls, graph: Any, manifest: Manifest, *, weights: bytes | None = None) -> ModelFile:
@@ -248,8 +254,10 @@ def pack(graph: bytes | memoryview, manifest: Manifest) -> bytes:
     """Return a model file: the serialized ModelProto `graph`, the manifest, the seal; ModelRejected over 2 GiB."""
     data = _sealed(graph, property_bytes(MANIFEST_KEY, manifest.to_json()))
     if len(data) > MODEL_BYTES:
-        reason = f"it would have {len(data):,} bytes; one ONNX file holds at most {MODEL_BYTES:,}"
-        raise ModelRejected("cannot make the model file", reason=reason, remedy="put its weights beside it")
+        reason = f"the file would have {len(data):,} bytes; one ONNX file holds at most {MODEL_BYTES:,}"
+        raise ModelRejected(
+            "cannot make the model file", reason=reason, remedy="put the weights in a file next to the model"
+        )
     return data
 
 
@@ -271,14 +279,14 @@ def unsealed(data: bytes) -> bytes:
     return data[:-_SEAL_BYTES] if data[-_SEAL_BYTES:-64] == _SEAL_PREFIX else data
 
 
-def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "foreign"]:
-    """Return whether the seal holds: "missing" where the file looks like ours, "foreign" where it does not."""
+def seal_state(data: bytes) -> Literal["intact", "broken", "missing", "third-party"]:
+    """Return whether the seal holds: "missing" if the file looks like ours, "third-party" if it does not."""
     if data[-_SEAL_BYTES:-64] == _SEAL_PREFIX:
         digest = hashlib.sha256(memoryview(data)[:-_SEAL_BYTES]).hexdigest()
         return "intact" if data[-64:] == digest.encode() else "broken"
     # One flipped bit can hide one of these marks, never all: it looks like ours by any that is left.
     ours = any(mark.encode() in data for mark in (MANIFEST_KEY, SEAL_KEY)) or PRODUCER.encode() in data[:64]
-    return "missing" if ours else "foreign"
+    return "missing" if ours else "third-party"
 
 
 def open_model(
@@ -286,10 +294,10 @@ def open_model(
 ) -> ModelFile:
     """Return a model file, read once, its seal checked before anything in it is used.
 
-    The weights of a network over 2 GiB are read from beside the file, or given with its bytes; the seal covers them by
-    their hash. With `warn` the log says what in the file was assumed; without `check` no hash is computed, for files
-    that cannot have changed. Raises ModelRejected where it is no model file of vit-edge, NotTrusted where its seal is
-    broken or missing.
+    The weights of a network over 2 GiB are read from a file next to the model, or given with its bytes; the seal
+    covers them by their hash. With `warn` the log says what in the file was assumed; without `check` no hash is
+    computed, for files that cannot have changed. Raises ModelRejected where it is no model file of vit-edge,
+    NotTrusted where its seal is broken or missing.
     """
     if isinstance(source, bytes):
         name, data = "the bytes given", source
@@ -302,7 +310,7 @@ def open_model(
         proto = parse(data)
         properties = {entry.key: entry.value for entry in proto.metadata_props}
         if MANIFEST_KEY not in properties:
-            raise ValueError("it has a seal but no manifest")
+            raise ValueError("the file has a seal but no manifest")
         manifest = Manifest.from_json(properties[MANIFEST_KEY])
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
@@ -316,21 +324,21 @@ def open_model(
 
 
 def weights_entry(file: str, weights: bytes) -> dict[str, Any]:
-    """Return what the manifest says of the file beside the model file that holds its weights."""
+    """Return the manifest's entry for the file that holds the weights of a large model."""
     return {"file": file, "sha256": sha256_hex(weights), "size_bytes": len(weights)}
 
 
 def _read_weights(path: Path) -> bytes:
     """Return the bytes of the weights; a link is followed, as hub caches have them: the hash decides, not the place."""
-    return read_file(path, what="weights beside the model file", max_bytes=_MAX_WEIGHTS_BYTES, error=ModelRejected)
+    return read_file(path, what="weights of the model file", max_bytes=_MAX_WEIGHTS_BYTES, error=ModelRejected)
 
 
 def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str, *, check: bool) -> None:
     if weights is None:
-        reason = f"its weights lie in {entry['file']!r}, which was not given"
-        raise _rejected(name, reason, "open it by its path, with that file beside it")
+        reason = f"the weights are in {entry['file']!r}, which was not given"
+        raise _rejected(name, reason, "open the model by path, with that file in the same folder")
     if check and entry != weights_entry(entry["file"], weights):
-        reason = f"{entry['file']} beside it is not the one that was sealed: it was changed, damaged or exchanged"
+        reason = f"{entry['file']} is not the file that was sealed with the model: it was changed, damaged or exchanged"
         raise NotTrusted("will not load the model file", file=name, reason=reason, remedy="copy both files again")
 
 
@@ -340,10 +348,11 @@ def is_plain_name(name: object) -> bool:
 
 
 def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> None:
-    """Log a warning where something about the network in `source` was never told but filled in by default."""
+    """Log a warning where something about the network in `source` was assumed and not specified."""
     if assumed:
-        told = "convert it again with what it was trained with, or let `vit-edge convert --data` find out"
-        _log.warning("%s: assumed, not known: %s; %s", printable(source), ", ".join(assumed), told)
+        advice = "convert the weights again with the settings of training, or infer them with `vit-edge convert --data`"
+        names = escaped(", ".join(assumed), keep="")
+        _log.warning("%s: assumed, not specified: %s; %s", printable(source), names, advice)
 
 
 def reseal(path: str | os.PathLike[str]) -> ModelFile:
@@ -356,18 +365,21 @@ def reseal(path: str | os.PathLike[str]) -> ModelFile:
     try:
         proto = parse(data)
     except ValueError as error:
-        kind = kind_of(data) or ("it is not an ONNX model", "make a model file with `vit-edge export`")
+        kind = kind_of(data) or ("the file is not an ONNX model", "make a model file with `vit-edge export`")
         raise _rejected(name, *kind) from error
     kept = [entry for entry in proto.metadata_props if entry.key != SEAL_KEY]
     if not any(entry.key == MANIFEST_KEY for entry in kept):
         raise _rejected(
-            name, "it has no manifest: it was not made by vit-edge", "make a model file with `vit-edge export`"
+            name, "the file has no manifest: it was not made by vit-edge", "make a model file with `vit-edge export`"
         )
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)
-    manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
-    beside = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
-    return open_model(seal(proto.SerializeToString(deterministic=True)), weights=beside)
+    try:
+        manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
+    except ValueError as error:
+        raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
+    weights = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
+    return open_model(seal(proto.SerializeToString(deterministic=True)), weights=weights)
 
 
 def _check_seal(data: bytes, name: str) -> None:
@@ -375,17 +387,17 @@ def _check_seal(data: bytes, name: str) -> None:
     if state == "intact":
         return
     kind = kind_of(data)
-    if kind is not None and state == "foreign":
+    if kind is not None and state == "third-party":
         raise _rejected(name, kind[0], kind[1])
     if state == "broken":
-        reason = "its bytes are not those that were sealed: it was changed or damaged"
+        reason = "the file's bytes are not those that were sealed: it was changed or damaged"
     elif state == "missing":
-        reason = "its seal is missing: it was cut short, changed or damaged"
+        reason = "the file's seal is missing: it was cut short, changed or damaged"
     else:
         if _is_onnx(data):
-            remedy = "tell its preprocessing and labels, or make a model file of it with `vit-edge export`"
-            raise _rejected(name, "it was not made by vit-edge", remedy)
-        raise _rejected(name, "it is not an ONNX model", "make a model file with `vit-edge export`")
+            remedy = "specify its preprocessing and labels, or make a model file with `vit-edge export`"
+            raise _rejected(name, "the file was not made by vit-edge", remedy)
+        raise _rejected(name, "the file is not an ONNX model", "make a model file with `vit-edge export`")
     remedy = "copy it again from where it was made; `vit-edge seal` re-seals a deliberate edit"
     raise NotTrusted("will not load the model file", file=name, reason=reason, remedy=remedy)
 

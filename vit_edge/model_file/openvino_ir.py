@@ -47,7 +47,7 @@ def seal_ir(xml: bytes, weights: bytes) -> bytes:
 def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = None) -> IrModel:
     """Return the IR in `source` (`.xml`), its seal checked before its use.
 
-    The `.bin` of the same name is read from beside the file, or given as `weights` with its bytes. Raises ModelRejected
+    The `.bin` of the same name is read from the same folder, or given as `weights` with its bytes. Raises ModelRejected
     where it is no IR made by vit-edge, NotTrusted where the seal is broken.
     """
     if isinstance(source, bytes):
@@ -57,7 +57,7 @@ def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = N
         xml = read_file(source, what="model file", max_bytes=_MAX_XML_BYTES, error=ModelRejected)
     if kind_of(xml) or not _SEAL.search(xml):
         kind = kind_of(xml) or (
-            "it is no OpenVINO IR made by vit-edge",
+            "the file is no OpenVINO IR made by vit-edge",
             "make one with `vit-edge export --format openvino`",
         )
         raise ModelRejected("cannot use the model file", file=name, reason=kind[0], remedy=kind[1])
@@ -65,7 +65,7 @@ def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = N
         if isinstance(source, bytes):
             remedy = "give the bytes of its .bin too"
             raise ModelRejected(
-                "cannot use the model file", file=name, reason="its weights are not given", remedy=remedy
+                "cannot use the model file", file=name, reason="the weights are not given", remedy=remedy
             )
         weights = _read_weights(Path(source).with_suffix(".bin"))
     try:
@@ -82,23 +82,23 @@ def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = N
 
 
 def _read_weights(path: Path) -> bytes:
-    return read_file(path, what="weights beside the model file", max_bytes=_MAX_BIN_BYTES, error=ModelRejected)
+    return read_file(path, what="weights of the model file", max_bytes=_MAX_BIN_BYTES, error=ModelRejected)
 
 
 def _digest(xml: bytes, weights: bytes) -> str:
     unsealed, places = _SEAL.subn(f'<seal value="{NO_SEAL}" />'.encode(), xml)
     if places != 1:
-        raise ValueError(f"it has {places} seals")
+        raise ValueError(f"the file has {places} seals")
     return sha256_hex(f"{sha256_hex(unsealed)}{sha256_hex(weights)}".encode())
 
 
 def _manifest(xml: bytes, name: str) -> Manifest:
     try:
         if b"<!" in xml:  # OpenVINO writes no declarations, and entities could grow without bound
-            raise ValueError("it declares entities")
+            raise ValueError("the file declares entities")
         entry = ElementTree.fromstring(xml).find("rt_info/vit_edge/manifest")
         if entry is None:
-            raise ValueError("it has a seal but no manifest")
+            raise ValueError("the file has a seal but no manifest")
         return Manifest.from_json(entry.attrib["value"])
     except (ElementTree.ParseError, KeyError, ValueError) as error:
         remedy = "export it again with `vit-edge export --format openvino`"

@@ -11,9 +11,9 @@ __all__ = ["write_model"]
 
 
 def write_model(path: Path, model: ModelFile) -> None:
-    """Write a model file and, of a network over 2 GiB, first the weights beside it under the name that it knows."""
+    """Write a model file and, of a network over 2 GiB, first the file of weights that the manifest names."""
     entry = model.manifest.weights
-    beside = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
-    write_together({**beside, path: model.data})
-    if not beside:  # what an older and larger model left there
+    others = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
+    write_together({**others, path: model.data})
+    if not others:  # what an older and larger model left there
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)

@@ -115,7 +115,7 @@ class Agent:
         end = time.monotonic() + seconds
         while True:
             try:
-                printed, told = self._child.communicate(timeout=_BEAT_S)
+                stdout, stderr = self._child.communicate(timeout=_BEAT_S)
             except subprocess.TimeoutExpired:
                 if time.monotonic() > end:
                     os.killpg(self._child.pid, signal.SIGKILL)
@@ -123,7 +123,7 @@ class Agent:
                     return
                 self.say(alive=True)
                 continue
-            self.say(returncode=self._child.returncode, stdout=printed, stderr=told[-20_000:])
+            self.say(returncode=self._child.returncode, stdout=stdout, stderr=stderr[-20_000:])
             return
 
 
@@ -214,15 +214,15 @@ def main() -> None:
     sys.path[:] = [entry for entry in sys.path if entry]  # a file in the current folder is not the package
     for name in ("SIGHUP", "SIGTERM", "SIGINT"):
         signal.signal(getattr(signal, name), _stop)
-    agent, told = Agent(), False
+    agent, ended = Agent(), False
     try:
         agent.say(hello=facts(agent))
-        told = agent.serve()
+        ended = agent.serve()
     finally:
         left = agent.close()
-        if told:
+        if ended:
             agent.say(bye=True, left=left)
-        sys.stdout.flush() if told else os._exit(0)
+        sys.stdout.flush() if ended else os._exit(0)
 
 
 def bootstrap(source: str) -> list[str]:

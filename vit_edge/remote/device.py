@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """A device by its address, and what is told of it; `python` is the interpreter that has the engine there."""
+    """A device: its address and its entry in a devices file; `python` is the interpreter that has the engine."""
 
     address: str
     name: str
@@ -116,12 +116,12 @@ class Session:
     def __init__(self, device: Device, setup: Setup) -> None:
         self.device, self._setup = device, setup
         self._transport: Transport = open_transport(device.address)
-        self._told = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the session
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the session
         self._lines: queue.Queue[str | None] = queue.Queue()
         self.facts: dict[str, Any] = {}
         self._python, self._path = device.python, list[str]()
         source = Path(agent.__file__).read_text(encoding="utf-8")
-        self._process = self._transport.start([device.python, *agent.bootstrap(source)], stderr=self._told)
+        self._process = self._transport.start([device.python, *agent.bootstrap(source)], stderr=self._stderr)
         threading.Thread(target=self._read, daemon=True).start()
 
     def __enter__(self) -> Session:
@@ -173,7 +173,7 @@ class Session:
     def open(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """Return a process of our Python there, whose stdin and stdout are ours; it has to end where stdin does."""
         variables = [f"{name}={value}" for name, value in self._environment().items()]
-        return self._transport.start(["env", *variables, self._python, *argv], stderr=self._told)
+        return self._transport.start(["env", *variables, self._python, *argv], stderr=self._stderr)
 
     def command(self, argv: Sequence[str], bundle: Bundle) -> dict[str, Any]:
         """Return what a command of ours prints there with --json, files called as they are here.
@@ -221,16 +221,16 @@ class Session:
             self._process.kill()
             self._process.wait()
         self._transport.close()
-        self._told.close()
+        self._stderr.close()
 
-    def told(self) -> str:
-        """Return what the programs of the transport told so far."""
-        self._told.seek(0)
-        return self._told.read(20_000).decode("utf-8", errors="replace")
+    def stderr(self) -> str:
+        """Return what the transport's programs printed on stderr so far."""
+        self._stderr.seek(0)
+        return self._stderr.read(20_000).decode("utf-8", errors="replace")
 
     def lost(self, what: str) -> EngineUnavailable:
         """Return the error for a connection that ended in the middle."""
-        return self._transport.failure(f"{self.device.name}: {what}", self.told())
+        return self._transport.failure(f"{self.device.name}: {what}", self.stderr())
 
     def _said_bye(self) -> bool:
         try:
@@ -292,22 +292,22 @@ class Session:
                 return answer
 
     def _ended(self) -> EngineUnavailable:
-        """Return why the connection ended, by what was told and the exit code."""
+        """Return why the connection ended, from its stderr and exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
-        told, code = self.told(), self._process.returncode
+        stderr, code = self.stderr(), self._process.returncode
         if self.facts:
             return self.lost("the connection was lost")
         name, python = self.device.name, self.device.python
-        if "vit-edge: Python " in told:
-            version = told.split("vit-edge: Python ")[1].split()[0]
+        if "vit-edge: Python " in stderr:
+            version = stderr.split("vit-edge: Python ")[1].split()[0]
             remedy = "install a newer one there, or name one with --python"
             reason = f"{python} there is Python {version}; 3.10 or newer is needed"
             return EngineUnavailable(f"cannot use {name}", reason=reason, remedy=remedy)
         if code in (126, 127):
             remedy = "install Python 3.10 or newer there, or name the interpreter with --python"
             return EngineUnavailable(f"cannot use {name}", reason=f"there is no {python} there", remedy=remedy)
-        return self._transport.failure(f"cannot reach {name}", told)
+        return self._transport.failure(f"cannot reach {name}", stderr)
 
     def _check_packages(self, engine: str | None, *, needs_engine: bool) -> None:
         have = set(self.facts["packages"])

@@ -1,9 +1,10 @@
-"""Several devices at once: each by itself, so that one that vanishes takes nothing from the others."""
+"""Run on several devices at once; a device that fails does not disturb the others."""
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ else:
 __all__ = ["Outcome", "chosen_devices", "failure", "run_on"]
 
 _MOST_BYTES, _MOST_AT_ONCE = 1_000_000, 16
+_REPORT_S = 8.0
 _TEXTS, _NEEDED = ("name", "address", "python", "target", "engine"), ("name", "address")
 
 
@@ -39,8 +41,8 @@ class Outcome:
         """Return which device it was, as JSON-ready values."""
         device = self.device
         known = ("python", "machine", "system", "emulated")
-        told = {"on": device.address, "device": device.name, "target": device.target, "tags": list(device.tags)}
-        return told | {key: self.facts[key] for key in known if key in self.facts}
+        found = {"on": device.address, "device": device.name, "target": device.target, "tags": list(device.tags)}
+        return found | {key: self.facts[key] for key in known if key in self.facts}
 
 
 def chosen_devices(addresses: Sequence[str], *, file: Path | None, tags: Sequence[str], python: str) -> list[Device]:
@@ -58,14 +60,26 @@ def chosen_devices(addresses: Sequence[str], *, file: Path | None, tags: Sequenc
     return found
 
 
-def run_on(devices: Sequence[Device], work: Callable[[Session, Outcome], Any], setup: Setup) -> list[Outcome]:
-    """Do the work on every device at once and return what each gave, in their order; Ctrl-C ends all in order."""
+def run_on(
+    devices: Sequence[Device],
+    work: Callable[[Session, Outcome], Any],
+    setup: Setup,
+    *,
+    waiting: Callable[[Sequence[str], float], None] = lambda _names, _seconds: None,
+) -> list[Outcome]:
+    """Do the work on all devices at once and return the outcome of each, in their order; Ctrl-C ends all sessions.
+
+    `waiting` is called every 8 seconds with the names of the devices that still run, and the seconds so far.
+    """
+    started = time.monotonic()
     running = _Running(setup)
     outcomes = [Outcome(device=device) for device in devices]
     with ThreadPoolExecutor(max_workers=min(len(devices), _MOST_AT_ONCE)) as pool:
         futures: list[Future[None]] = [pool.submit(running.one, outcome, work) for outcome in outcomes]
         try:
-            wait(futures)
+            while wait(futures, timeout=_REPORT_S).not_done:
+                running_names = [device.name for device, one in zip(devices, futures, strict=True) if not one.done()]
+                waiting(running_names, time.monotonic() - started)
         except BaseException:
             running.stop()
             raise
@@ -84,7 +98,9 @@ def failure(outcomes: Iterable[Outcome]) -> VitEdgeError | None:
     kind = type((lost or errors)[0])
     reason = "; ".join(str(error) for error in errors)
     names = ", ".join(outcome.device.name for outcome in failed)
-    return kind(f"{len(errors)} devices failed: {names}", reason=reason, remedy="the others' results are above")
+    return kind(
+        f"{len(errors)} devices failed: {names}", reason=reason, remedy="see the results of the other devices above"
+    )
 
 
 class _Running:

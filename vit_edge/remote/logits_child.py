@@ -64,7 +64,7 @@ def main(path: str, engine: str, threads: str) -> None:
     os.dup2(2, 1)  # engines and drivers print on stdout too
     answers.write(READY)
     try:
-        # Imported here: what goes wrong is told as everything else.
+        # Imported here, so that import errors are reported like all others.
         from vit_edge.runtime.loading import load
 
         with load(path, engine=engine, threads=int(threads) or None) as classifier:  # type: ignore[arg-type]

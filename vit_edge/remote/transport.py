@@ -49,8 +49,8 @@ class Transport(Protocol):
     def copy_to(self, source: Path, target: str, *, seconds: float) -> None:
         """Copy a file to a path there; raises EngineUnavailable."""
 
-    def failure(self, what: str, told: str) -> EngineUnavailable:
-        """Return the error for what the program of this transport told on stderr."""
+    def failure(self, what: str, stderr: str) -> EngineUnavailable:
+        """Return the error for what the transport's program printed on stderr."""
 
     def close(self) -> None:
         """End the connection, and remove what it needed here."""
@@ -90,15 +90,15 @@ class Ssh:
         port = ["-P", str(self._port)] if self._port else []
         host = f"[{self._host}]" if ":" in self._host else self._host
         line = [*self._options(), *port, "--", str(source.absolute()), f"{host}:{target}"]
-        told = _copied([self._scp, "-q", *line], seconds)
-        if told and re.search("sftp|subsystem|Connection closed", told, flags=re.IGNORECASE):
-            told = _copied([self._scp, "-q", "-O", *line], seconds)
-        if told is not None:
-            raise self.failure("cannot copy to the device", told)
+        stderr = _copied([self._scp, "-q", *line], seconds)
+        if stderr and re.search("sftp|subsystem|Connection closed", stderr, flags=re.IGNORECASE):
+            stderr = _copied([self._scp, "-q", "-O", *line], seconds)
+        if stderr is not None:
+            raise self.failure("cannot copy to the device", stderr)
 
-    def failure(self, what: str, told: str) -> EngineUnavailable:
-        """Return the error for what ssh told on stderr."""
-        lines = [line.strip() for line in told.splitlines() if line.strip() and not line.startswith("Warning:")]
+    def failure(self, what: str, stderr: str) -> EngineUnavailable:
+        """Return the error for what ssh printed on stderr."""
+        lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith("Warning:")]
         known = [(text, line, remedy) for text, remedy in _REMEDIES for line in lines if text in line]
         if known:
             _, reason, remedy = known[0]
@@ -145,13 +145,13 @@ class Adb:
 
     def copy_to(self, source: Path, target: str, *, seconds: float) -> None:
         """Copy by `adb push`."""
-        told = _copied([self._adb, "-s", self._serial, "push", str(source.absolute()), target], seconds)
-        if told is not None:
-            raise self.failure("cannot copy to the device", told)
+        stderr = _copied([self._adb, "-s", self._serial, "push", str(source.absolute()), target], seconds)
+        if stderr is not None:
+            raise self.failure("cannot copy to the device", stderr)
 
-    def failure(self, what: str, told: str) -> EngineUnavailable:
-        """Return the error for what adb told on stderr."""
-        lines = [line.strip() for line in told.splitlines() if line.strip()]
+    def failure(self, what: str, stderr: str) -> EngineUnavailable:
+        """Return the error for what adb printed on stderr."""
+        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
         reason = f"{self.address}: {printable(lines[-1]) if lines else 'the connection ended'}"
         return EngineUnavailable(what, reason=reason, remedy="see `adb devices`")
 
@@ -166,19 +166,19 @@ def _start(line: Sequence[str], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 def _copied(line: Sequence[str], seconds: float) -> str | None:
-    """Return None where the copy went well, else what was told."""
+    """Return None if the copy succeeded, else what the program printed on stderr."""
     process = subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        _, told = process.communicate(timeout=seconds)
+        _, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"the copy was not done in {seconds:g} seconds"
     finally:
         with contextlib.suppress(OSError):
             process.kill()
         process.wait()
-    return None if process.returncode == 0 else told.decode("utf-8", errors="replace") or "the copy failed"
+    return None if process.returncode == 0 else stderr.decode("utf-8", errors="replace") or "the copy failed"
 
 
 def _checked(address: str, parts: SplitResult) -> tuple[str, str | None, int | None]:

@@ -1,4 +1,4 @@
-"""What commands found out, for people: one page, or the card of a model; what `vit-edge report` is made of."""
+"""Results for people: one page, or the card of a model, as `vit-edge report` writes them."""
 
 from vit_edge.report.card import write_model_card
 from vit_edge.report.page import write_report

@@ -1,4 +1,4 @@
-"""Images of a run of `vit-edge benchmark`: latencies, throughput against batch, accuracy against latency."""
+"""Plots of a run of `vit-edge benchmark`: latencies, throughput against batch, accuracy against latency."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["draw_benchmark"]
 _DPI = 110
 _LINES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
 _FILLS = ("full", "none", "left", "right", "top", "bottom")
-# Values as `vit-edge benchmark --json` prints them: a saved run is drawn as the one just made.
+# Values as `vit-edge benchmark --json` prints them: a saved run is drawn like a new one.
 Result = Mapping[str, Any]
 Style = dict[str, Any]
 
 
 def draw_benchmark(results: Sequence[Result], invalid_because: Sequence[str] = ()) -> bytes:
-    """Return every panel that the results have data for, as one PNG; raises MissingExtra without matplotlib."""
+    """Return one PNG with every panel that the results have data for; raises MissingExtra without matplotlib."""
     require("matplotlib", extra="train", what="draw the results")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def draw_benchmark(results: Sequence[Result], invalid_because: Sequence[str] = (
     for axis, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
         panel(axis, results, styles)
         axis.grid(alpha=0.3)
-    # One legend below all: in a panel two dozen lines of it would hide the data.
+    # One legend below all panels: two dozen lines inside a panel would hide the data.
     named = figure.axes[0].get_lines()
     figure.legend(handles=named, loc="outside lower center", ncols=num_columns, fontsize=6, handlelength=4)
     if invalid_because:
@@ -48,7 +48,7 @@ def draw_benchmark(results: Sequence[Result], invalid_because: Sequence[str] = (
 
 
 def _styles(results: Sequence[Result]) -> list[Style]:
-    """Return how each is drawn: its file by colour, engine by line, threads by marker, batch by how that is filled."""
+    """Return the style of each result: file by colour, engine by line, threads by marker, batch by its fill."""
     seen: list[dict[Hashable, int]] = [{}, {}, {}, {}]
     found = []
     for result in results:
@@ -69,10 +69,10 @@ def _styles(results: Sequence[Result]) -> list[Style]:
 
 
 def _latencies(axis: Any, results: Sequence[Result], styles: Sequence[Style]) -> None:
-    """Draw the share of queries that were answered by each time; the last per cent is left out of the image."""
+    """Draw the share of queries that finished within each time; the last percent is left out."""
     for result, style in zip(results, styles, strict=True):
         axis.plot(result["quantiles_ms"][:100], range(100), label=_label(result), markevery=[50], **style)
-    axis.set(title="latency of a query", xlabel="milliseconds; the marker is the median", ylabel="answered by then, %")
+    axis.set(title="latency of a query", xlabel="milliseconds; the marker is the median", ylabel="finished by then, %")
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
 
@@ -94,7 +94,7 @@ def _throughputs(axis: Any, results: Sequence[Result], styles: Sequence[Style]) 
 
 
 def _pareto(axis: Any, results: Sequence[Result], styles: Sequence[Style]) -> None:
-    """Draw accuracy against an image's time; the line joins those that no other beats in both, which are named."""
+    """Draw accuracy against time per image; the line joins the named results that no other beats in both."""
     points = []
     for result, style in zip(results, styles, strict=True):
         if result["top1"] is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import vit_edge
 from vit_edge.errors import InputError, require
+from vit_edge.export.deployment.claims import Claim
 from vit_edge.files import write_atomic
 from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.report.sources import Sources, Verified, read_sources, refusing_others, target_of
@@ -24,7 +25,7 @@ from vit_edge.report.tables import PRECISIONS, accuracy_table, benchmark_table
 __all__ = ["write_model_card"]
 
 _TEMPLATE = Path(__file__).with_name("card.md")
-_SUMMED_UP = "a Vision Transformer with its preprocessing, labels and golden vectors in one ONNX file"
+_SUMMARY = "a Vision Transformer with its preprocessing, labels and golden vectors in one ONNX file"
 _NUM_LABELS = 10
 _log = logging.getLogger(__name__)
 
@@ -38,13 +39,13 @@ def write_model_card(
 ) -> Path:
     """Write a Hugging Face README.md of the model files among `results`, and return its path.
 
-    `license` is that of the weights, where no model file tells. Raises InputError where no model file is given,
+    `license` is that of the weights, if no model file has one. Raises InputError if no model file is given,
     UsageError, and what `open_model` raises.
     """
     target = target_of(out, results, force=force)
     sources = read_sources(results)
     if not sources.models:
-        reason, remedy = "no model file is among them", "give the .onnx too, or the folder of a deployment"
+        reason, remedy = "there is no model file among the results", "add the .onnx file, or the folder of a deployment"
         raise InputError("cannot write a model card", reason=reason, remedy=remedy)
     with refusing_others("write a model card"):
         card = _rendered(sources, license)
@@ -56,17 +57,17 @@ def _rendered(sources: Sources, license_: str | None) -> str:
     jinja2, yaml = require("jinja2", extra="export", what="report"), require("yaml", extra="export", what="report")
     main = min(sources.models, key=lambda model: len(model.data))
     if license_ is None and main.manifest.license is None:
-        _log.warning("no license is stated in the card: %s does not tell; add --license NAME", main.source)
+        _log.warning("the card states no license: %s has none; add --license NAME", main.source)
     head = yaml.safe_dump(_head(main, sources, license_), sort_keys=False, allow_unicode=True, width=10_000)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
     page: str = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         head=head,
         name=main.manifest.name,
-        summed_up=_SUMMED_UP if main.manifest.architecture.get("family") == "vit" else "an image classifier in ONNX",
+        summary=_SUMMARY if main.manifest.architecture.get("family") == "vit" else "an image classifier in ONNX",
         files=[_file(model) for model in sources.models],
         main=Path(main.source).name,
-        claims=[claim for given in sources.deployed for claim in given.values["claims"]],
+        claims=[Claim(**claim) for given in sources.deployed for claim in given.values["claims"]],
         accuracy=[accuracy_table(verified) for verified in sources.verified],
         speed=[benchmark_table(given.values["results"]) for given in sources.benchmarks],
         input=dict(main.manifest.input),
@@ -83,13 +84,13 @@ def _rendered(sources: Sources, license_: str | None) -> str:
 
 
 def _head(main: ModelFile, sources: Sources, license_: str | None) -> dict[str, Any]:
-    """Return what the head of a card says; what nobody told is left out, never guessed."""
+    """Return the head of a card; unknown fields are left out, never guessed."""
     manifest = main.manifest
-    told = license_ or manifest.license
+    license_ = license_ or manifest.license
     base = manifest.base_model if manifest.base_model and _is_repository(manifest.base_model) else None
     index = {"name": manifest.name, "results": list(_results(sources))}
     return {
-        **({"license": told.lower()} if told else {}),
+        **({"license": license_.lower()} if license_ else {}),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "onnx",
         "pipeline_tag": "image-classification",
@@ -123,8 +124,8 @@ def _metrics(entry: Mapping[str, Any], verified: Verified) -> Iterator[dict[str,
     files = (("float32", entry["reference_top1"]), (verified.title, entry["candidate_top1"]))
     for name, top1 in files:
         if top1 is not None and math.isfinite(top1):
-            told = f"top-1 of {entry['images']} images, {name}, {entry['engine']}"
-            yield {"type": "accuracy", "value": round(top1 / 100, 6), "name": told}
+            about = f"top-1 of {entry['images']} images, {name}, {entry['engine']}"
+            yield {"type": "accuracy", "value": round(top1 / 100, 6), "name": about}
 
 
 def _file(model: ModelFile) -> dict[str, str]:
@@ -137,15 +138,15 @@ def _file(model: ModelFile) -> dict[str, str]:
 
 
 def _quantized(manifest: Manifest) -> dict[str, Any] | None:
-    told = manifest.quantization
-    if told is None:
+    found = manifest.quantization
+    if found is None:
         return None
     return {
-        "target": told.get("target"),
-        "recipe": told.get("recipe"),
-        "algorithms": ", ".join(told.get("algorithms", ())),
-        "images": len(told.get("images", ())),
-        "float32_ops": len(told.get("float32_ops", ())),
+        "target": found.get("target"),
+        "recipe": found.get("recipe"),
+        "algorithms": ", ".join(found.get("algorithms", ())),
+        "images": len(found.get("images", ())),
+        "float32_ops": len(found.get("float32_ops", ())),
     }
 
 

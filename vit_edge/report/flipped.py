@@ -1,4 +1,4 @@
-"""The images whose answer changed: as the model sees them, with where float and the other look, side by side."""
+"""The images whose prediction changed: as the model sees them, with the attention of both models side by side."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vit_edge.errors import ImageRejected, VitEdgeError
+from vit_edge.export.verification.flips import path_below
 from vit_edge.image import Pixels, Preprocessing, decode, pixel_hash
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress
@@ -25,13 +26,13 @@ __all__ = ["Flip", "data_uri", "flips_of"]
 
 # Small images stay sharp; large ones are shown no larger than this, in pixels of their longer side.
 _SMALL, _LARGE = 96, 320
-# A patch that gets nothing is not black: one has to see what it is that the network does not look at.
+# Patches without attention stay visible, to show what the network does not look at.
 _DARKEST = 0.15
 _ORDER = ("worse", None, "neither", "better")
 _EFFECTS = {
-    "worse": "float was right, this is wrong",
-    "better": "float was wrong, this is right",
-    "neither": "neither is right",
+    "worse": "only the reference is correct",
+    "better": "only the candidate is correct",
+    "neither": "neither is correct",
     None: "no label",
 }
 _log = logging.getLogger(__name__)
@@ -41,10 +42,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flip:
-    """An image whose answer changed, in the engines named; images are data URIs.
+    """An image whose prediction changed, in the engines named; images are data URIs.
 
-    `attention` has the image under the attention of float and of the other file, `overlap` what share of it they have
-    in common, in per cent. `missing` says why there is no image.
+    `attention` has the image under the attention of the reference and of the candidate, `overlap` the share of
+    attention that they have in common, in percent. `missing` says why there is no image.
     """
 
     path: str
@@ -68,36 +69,32 @@ def flips_of(
     folder: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> tuple[list[Flip], int]:
-    """Return images whose answer changed, at most so many, those that lost a right answer first; and their number.
+    """Return at most `most` images whose prediction changed, lost correct ones first, and the number of all.
 
-    `pair` are candidate and reference, for what they see and where they look; `folder` is where the images lie now.
+    `pair` are candidate and reference, for input and attention; `folder` is where the images are now.
     """
     changed = _by_image(verified.engines)
     order = sorted(changed, key=lambda each: (_ORDER.index(each[0]["effect"]), each[0]["path"]))
     found = []
     for number, (entry, engines) in enumerate(order[:most]):
-        progress("images whose answer changed", number, min(most, len(order)))
+        progress("reading changed images", number, min(most, len(order)))
         found.append(_flip(entry, engines, was=verified.folder, now=folder, pair=pair))
-    progress("images whose answer changed", len(found), len(found))
+    progress("reading changed images", len(found), len(found))
     return found, len(order)
 
 
 def data_uri(data: bytes, media_type: str) -> str:
-    """Return bytes as a URI that needs no network."""
+    """Return bytes as a data URI."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _by_image(engines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
-    """Return each image once, as the first engine in which it changed tells of it, and all the engines."""
+    """Return each image once, as in the first engine in which it changed, with all the engines."""
     found: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for engine in engines:
         for change in engine["changed"]:
             found.setdefault(change["pixels_sha256"], (change, []))[1].append(engine["engine"])
     return [(change, tuple(names)) for change, names in found.values()]
-
-
-def _shown(path: str, was: str | None) -> str:
-    return str(Path(path).relative_to(was)) if was and Path(was) in Path(path).parents else path
 
 
 def _flip(
@@ -108,20 +105,21 @@ def _flip(
     now: str | os.PathLike[str] | None,
     pair: tuple[ModelFile, ModelFile] | None,
 ) -> Flip:
-    path = Path(entry["path"]) if now is None else Path(now) / _shown(entry["path"], was)
+    shown_path = entry["path"] if was is None else path_below(entry["path"], was)
+    path = Path(entry["path"]) if now is None else Path(now) / shown_path
     shown: dict[str, Any] = {}
     try:
         pixels = _pixels(path, pair[0].manifest.preprocessing if pair else None)
         if pair and pixel_hash(pixels) != entry["pixels_sha256"]:
-            shown["missing"] = f"another image lies at {path} now"
+            shown["missing"] = f"{path} holds another image now"
         else:
             shown = {"image": _encoded(pixels), **(_attention(pair, pixels) if pair else {})}
     except ImageRejected as error:
         shown["missing"] = f"{error.reason}: {path}"
     if shown.get("missing"):
-        _log.warning("an image whose answer changed is not shown: %s", shown["missing"])
+        _log.warning("an image whose prediction changed is not shown: %s", shown["missing"])
     return Flip(
-        path=_shown(entry["path"], was),
+        path=shown_path,
         reference=entry["reference"],
         candidate=entry["candidate"],
         margins=(float(entry["reference_margin"]), float(entry["candidate_margin"])),
@@ -133,12 +131,12 @@ def _flip(
 
 
 def _pixels(path: Path, preprocessing: Preprocessing | None) -> Pixels:
-    """Return what the model sees of an image, or the image where no model tells."""
+    """Return the input of the model for an image, or the image itself if no model is given."""
     return np.asarray(decode(path)) if preprocessing is None else preprocessing.pixels(path)
 
 
 def _attention(pair: tuple[ModelFile, ModelFile], pixels: Pixels) -> dict[str, Any]:
-    """Return the images under both attentions on one scale, and their overlap; nothing where there is none."""
+    """Return the image under both attentions on one scale, and their overlap; empty if there is no attention."""
     from vit_edge.export.explanation.attention_maps import attention_maps
 
     try:
@@ -158,7 +156,7 @@ def _attention(pair: tuple[ModelFile, ModelFile], pixels: Pixels) -> dict[str, A
 
 
 def _under(pixels: Pixels, attention: Floats) -> Pixels:
-    """Return the image, dark where little attention goes."""
+    """Return the image, darker the less attention a patch gets."""
     height, width = pixels.shape[:2]
     mask = np.asarray(Image.fromarray(attention).resize((width, height), Image.Resampling.BILINEAR))
     bright = _DARKEST + (1 - _DARKEST) * np.sqrt(np.clip(mask, 0, 1))

@@ -1,9 +1,11 @@
-"""One page that holds everything: tables, images, changed answers, manifests. It needs no network and no script."""
+"""One page with everything: headline, tables, plots, changed predictions, manifests; no network, no script."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,14 @@ from typing import Any
 
 import vit_edge
 from vit_edge.errors import require
+from vit_edge.export.deployment.claims import Claim
+from vit_edge.export.deployment.record import speed_of
 from vit_edge.files import write_atomic
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.report.benchmark_plot import draw_benchmark
 from vit_edge.report.flipped import Flip, data_uri, flips_of
+from vit_edge.report.headline import headlines
 from vit_edge.report.sources import Given, Sources, Verified, read_sources, refusing_others, target_of
 from vit_edge.report.tables import (
     PRECISIONS,
@@ -35,8 +40,8 @@ __all__ = ["MOST_FLIPS", "render", "write_report"]
 MOST_FLIPS = 24
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-# Longer lists of a manifest are counted, not shown: a thousand labels, hashes of images, golden logits.
-_MOST_ENTRIES = 24
+# Longer lists of a manifest are counted, not shown: labels, hashes of images, golden logits.
+_MOST_ENTRIES, _MOST_CHARACTERS = 24, 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +52,7 @@ class _Image:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Section:
-    """What stands under one heading: claims in words, tables, images, changed answers, text to fold out."""
+    """The content under one heading: sentences, tables, plots, changed predictions, parts to fold out."""
 
     title: str
     verdict: str = ""
@@ -56,7 +61,7 @@ class _Section:
     folded: tuple[Table, ...] = ()
     images: tuple[_Image, ...] = ()
     flips: tuple[Flip, ...] = ()
-    candidate: str = "this"
+    candidate: str = "candidate"
     text: str = ""
 
 
@@ -70,11 +75,14 @@ def write_report(
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Write one self-contained HTML page of what commands found, and return its path.
+    """Write one self-contained HTML page of results, and return its path.
 
-    `results` are files of `vit-edge verify`, `benchmark`, `quantize` and `deploy --json`, records or folders of
-    deployments, model files and images. With both models of a verification among them its changed answers show where
-    each looks. `data` is where its images lie now. Raises InputError, UsageError, and what `open_model` raises.
+        write_report(["deploy/"], out="report.html")
+
+    `results` are the output of `vit-edge verify`, `explain`, `benchmark`, `quantize` and `deploy --json`, records or
+    folders of deployments, model files and images. If both models of a verification are among them, its changed
+    predictions show the attention of both. `data` is the folder of the evaluation images if they moved. Raises
+    InputError, UsageError, and what `open_model` raises.
     """
     target = target_of(out, results, force=force)
     sources = read_sources(results)
@@ -90,23 +98,38 @@ def render(
     most_flips: int = MOST_FLIPS,
     progress: Progress = silent,
 ) -> str:
-    """Return the page; raises InputError where results are not what their command prints."""
+    """Return the page; raises InputError if results are not what their command prints."""
     jinja2 = require("jinja2", extra="export", what="report")
     with refusing_others("report"):
+        headline = headlines(sources)
         sections = [
             *_deployments(sources.deployed),
             *_verifications(sources, data=data, most_flips=most_flips, progress=progress),
             *_quantizations(sources.quantized),
             *_benchmarks(sources),
-            *_explanations(sources),
+            *_explanations(sources.explained),
+            *_images(sources),
             *_manifests(sources.models),
         ]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    page: str = template.render(title=title or _title(sources), sections=sections, version=vit_edge.__version__)
+    page: str = template.render(
+        title=title or _title(sources),
+        headline=headline,
+        assumed=sorted({name for model in sources.models for name in model.manifest.assumed}),
+        sections=sections,
+        date=_today(),
+        version=vit_edge.__version__,
+    )
     return page
+
+
+def _today() -> str:
+    """Return the date of the page; SOURCE_DATE_EPOCH sets it for builds that repeat."""
+    seconds = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).date().isoformat()
 
 
 def _title(sources: Sources) -> str:
@@ -118,14 +141,19 @@ def _deployments(deployed: Sequence[Given]) -> Iterator[_Section]:
     for given in deployed:
         values = given.values
         files = tuple((name, digest) for name, digest in sorted(values["files"].items()))
-        versions = tuple((name, str(version)) for name, version in values["made_with"]["versions"].items())
+        made = values.get("check", values)["made_with"]
+        versions = tuple((name, str(version)) for name, version in made["versions"].items())
+        speed = speed_of(values)
         steps = tuple((name, f"{step['seconds']:.1f}") for name, step in values["steps"].items())
         yield _Section(
             title="Deployment",
             verdict=values["verdict"],
-            said=tuple(values["claims"]),
+            said=(
+                *(str(Claim(**claim)) for claim in values["claims"]),
+                f"Measured on {made['date'][:10]}, {made['cpu']}.",
+            ),
             tables=(
-                speed_table(values["steps"]["speed"]["result"]["engines"]),
+                *([] if speed is None else [speed_table(speed["engines"])]),
                 *_device_tables(values.get("devices", ())),
                 Table(title="Files", columns=("file", "SHA-256"), rows=files),
             ),
@@ -162,43 +190,46 @@ def _verifications(
         )
         if num_changed:
             shown = f"{len(flips)} of {num_changed}" if len(flips) < num_changed else str(num_changed)
+            every = (changes_table(verified),)
             yield _Section(
-                title="Answers that changed",
+                title="Predictions that changed",
                 said=tuple(_flips_said(shown, flips, has_models=pair is not None)),
                 flips=tuple(flips),
-                folded=(changes_table(verified),),
-                candidate="this" if pair is None else PRECISIONS[pair[0].manifest.precision],
+                tables=() if flips else every,
+                folded=every if flips else (),
+                candidate="candidate" if pair is None else PRECISIONS[pair[0].manifest.precision],
             )
 
 
 def _accuracy_said(verified: Verified) -> Iterator[str]:
-    asked = []
+    budget = []
     if verified.max_drop_points is not None:
-        asked.append(f"a drop of at most {verified.max_drop_points:g} points")
+        budget.append(f"a drop of at most {verified.max_drop_points:g} points")
     if verified.min_agreement is not None:
-        asked.append(f"an agreement of at least {verified.min_agreement:g} %")
-    if asked:
-        yield f"Asked, at 95 % confidence: {' and '.join(asked)}."
+        budget.append(f"an agreement of at least {verified.min_agreement:g} %")
+    if budget:
+        yield f"Limit at 95 % confidence: {' and '.join(budget)}."
     worst = verified.worst
     lost = f"{'at most ' if worst['unlabelled'] else ''}{worst['drop_points']:.2f} points"
     bound = f"no more than {worst['drop_upper_bound_points']:.2f} with 95 % confidence"
-    same = f"{worst['agreement']:.2f} % of the answers are the same"
-    yield f"It loses {lost}, {bound}; {same} (in {worst['engine']}, where it loses most)."
-    if verified.labels != "all":
-        kind = "changed answers were labelled" if verified.labels == "flips" else "images have no labels"
-        yield f"Only the {kind}." if verified.labels == "flips" else f"The {kind}: changed answers count as lost."
+    same = f"{worst['agreement']:.2f} % of the predictions are the same"
+    yield f"The candidate loses {lost}, {bound}; {same} (worst engine: {worst['engine']})."
+    if verified.labels == "flips":
+        yield "Only the changed predictions have labels."
+    elif verified.labels == "none":
+        yield "The images have no labels: every changed prediction counts as lost."
 
 
 def _flips_said(shown: str, flips: Sequence[Flip], *, has_models: bool) -> Iterator[str]:
     if flips:
-        yield f"{shown} images, those first that lost a right answer."
+        yield f"{shown} images, lost correct predictions first."
     if any(flip.attention for flip in flips):
         yield (
-            "Each as the network sees it, then under the attention of its last block, both files on one scale: the "
-            "brighter a patch, the more the class token (or what is pooled) takes from there."
+            "Each image is shown as the network sees it, then under the attention of the last block, on one scale for "
+            "both models: the brighter a patch, the more the class token (or the pooled patches) attends to it."
         )
     elif flips and not has_models:
-        yield "Give both model files too, and each is shown as the network sees it, with where each of them looks."
+        yield "Add both model files to see the input of the network and the attention of both models."
 
 
 def _quantizations(quantized: Sequence[Given]) -> Iterator[_Section]:
@@ -206,7 +237,7 @@ def _quantizations(quantized: Sequence[Given]) -> Iterator[_Section]:
         values = given.values
         said = [f"target {values['target']}, recipe {values['recipe']}, {values['num_calibration_images']} images"]
         if values["float32_ops"]:
-            said.append(f"left float: {', '.join(values['float32_ops'])}")
+            said.append(f"in float32: {', '.join(values['float32_ops'])}")
         tables = [*([coverage_table(given)] if values["coverage"] else [])]
         tables += [speed_table(values["speed"])] if values["speed"] else []
         yield _Section(title=f"Quantization: {Path(values['model']).name}", said=tuple(said), tables=tuple(tables))
@@ -230,18 +261,20 @@ def _benchmarks(sources: Sources) -> Iterator[_Section]:
         )
 
 
-def _explanations(sources: Sources) -> Iterator[_Section]:
-    explained = [(verified.title, verified.explain) for verified in sources.verified if verified.explain]
-    images = tuple(_Image(title=name, uri=data_uri(data, kind)) for name, kind, data in sources.images)
-    for title, explain in explained:
+def _explanations(explained: Sequence[Given]) -> Iterator[_Section]:
+    for given in explained:
         yield _Section(
-            title=f"Where the error comes in: {title}",
-            said=tuple(explain["notes"]),
-            tables=(stages_table(explain),),
-            folded=(layers_table(explain),),
+            title=f"Where the error comes from: {Path(given.values['model']).name}",
+            said=tuple(given.values["notes"]),
+            tables=(stages_table(given.values),),
+            folded=(layers_table(given.values),),
         )
+
+
+def _images(sources: Sources) -> Iterator[_Section]:
+    images = tuple(_Image(title=name, uri=data_uri(data, kind)) for name, kind, data in sources.images)
     if images:
-        yield _Section(title="SplitImages", images=images)
+        yield _Section(title="Images", images=images)
 
 
 def _manifests(models: Sequence[ModelFile]) -> Iterator[_Section]:
@@ -251,18 +284,20 @@ def _manifests(models: Sequence[ModelFile]) -> Iterator[_Section]:
         shown = _shortened(json.loads(model.manifest.to_json()))
         yield _Section(
             title=f"Model file: {Path(model.source).name}",
-            said=(f"Assumed, not known: {', '.join(model.manifest.assumed)}.",) if model.manifest.assumed else (),
+            said=(f"Assumed (not specified): {', '.join(model.manifest.assumed)}.",) if model.manifest.assumed else (),
             tables=(Table(title="", columns=("", ""), rows=rows),),
             text=json.dumps(shown, indent=1, ensure_ascii=False),
         )
 
 
 def _shortened(value: Any) -> Any:
-    """Return a manifest without what nobody reads: long lists as their length."""
+    """Return a manifest with long lists and texts as their length."""
     if isinstance(value, Mapping):
         if len(value) > _MOST_ENTRIES:
             return f"({len(value)} entries)"
         return {key: _shortened(each) for key, each in value.items()}
     if isinstance(value, list):
         return f"({len(value)} entries)" if len(value) > _MOST_ENTRIES else [_shortened(each) for each in value]
+    if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
+        return f"({len(value)} characters)"
     return value

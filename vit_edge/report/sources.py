@@ -1,4 +1,4 @@
-"""The files that a report is made of: what commands printed with `--json`, records of deployments, models, images."""
+"""The inputs of a report: the output of commands with `--json`, records of deployments, model files, images."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from typing import Any
 
 import vit_edge
 from vit_edge.errors import InputError, printable
+from vit_edge.export.deployment.record import FLOAT32_FILE, INT8_FILE, RECORD_FILE, verification_of
 from vit_edge.files import may_write, read_file, sha256_hex
 from vit_edge.model_file.artifact import MODEL_BYTES, ModelFile, open_model
 
 __all__ = ["Given", "Sources", "Verified", "read_sources", "refusing_others", "target_of"]
 
 SCHEMA = 1
-RECORD = "record.json"
 _MOST_BYTES = 200_000_000
-_COMMANDS = ("verify", "benchmark", "quantize", "deploy")
+_COMMANDS = ("verify", "explain", "benchmark", "quantize", "deploy")
 _IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-_REMEDY = f"give what `vit-edge {' or '.join(_COMMANDS)} --json` printed, {RECORD} of a deployment, or model files"
+_REMEDY = (
+    f"give the output of `vit-edge {'|'.join(_COMMANDS)} --json`, the {RECORD_FILE} of a deployment, or model files"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Given:
-    """Values out of one file that was given, and its name for people."""
+    """The values in one input file, and its name for people."""
 
     file: str
     values: Mapping[str, Any]
@@ -37,8 +39,8 @@ class Given:
 class Verified:
     """One verification, from `vit-edge verify`, on a device or here, or from a deployment.
 
-    `engines` has one entry for each, with `reference_top1`, `candidate_top1`, `changed` and more; `folder` is where the
-    images lay, `models_sha256` tells which two files were compared.
+    `engines` has one entry for each, with `reference_top1`, `candidate_top1`, `changed` and more; `folder` is that of
+    the images, `models_sha256` identifies the two files that were compared.
     """
 
     file: str
@@ -50,19 +52,19 @@ class Verified:
     folder: str | None
     models_sha256: str | None
     engines: tuple[Mapping[str, Any], ...]
-    explain: Mapping[str, Any] | None = None
 
     @property
     def worst(self) -> Mapping[str, Any]:
-        """Return the engine in which most was lost, by the bound."""
+        """Return the engine with the largest loss, by the bound."""
         return max(self.engines, key=lambda entry: (entry["drop_upper_bound_points"], entry["num_changed"]))
 
 
 @dataclass(kw_only=True, slots=True)
 class Sources:
-    """Everything that was given, by kind."""
+    """All inputs, by kind."""
 
     verified: list[Verified] = field(default_factory=list)
+    explained: list[Given] = field(default_factory=list)
     benchmarks: list[Given] = field(default_factory=list)
     quantized: list[Given] = field(default_factory=list)
     deployed: list[Given] = field(default_factory=list)
@@ -70,7 +72,7 @@ class Sources:
     images: list[tuple[str, str, bytes]] = field(default_factory=list)  # name, media type, bytes
 
     def pair_of(self, verified: Verified) -> tuple[ModelFile, ModelFile] | None:
-        """Return the candidate and its reference among the models given, by their hashes; None where one lacks."""
+        """Return the candidate and its reference among the models, by their hashes; None if one is missing."""
         for candidate in self.models:
             for reference in self.models:
                 if sha256_hex(f"{candidate.sha256} {reference.sha256}".encode()) == verified.models_sha256:
@@ -78,7 +80,7 @@ class Sources:
         return None
 
     def accuracies(self) -> dict[tuple[str, str], float]:
-        """Return the top-1 in per cent by a file's SHA-256 and the engine, of every verification with its models."""
+        """Return top-1 in percent by SHA-256 of a file and engine, from every verification whose models are given."""
         found: dict[tuple[str, str], float] = {}
         for verified in self.verified:
             pair = self.pair_of(verified)
@@ -91,7 +93,7 @@ class Sources:
 
 @contextmanager
 def refusing_others(what: str) -> Iterator[None]:
-    """Raise InputError, "cannot `what`", where values inside turn out not to be what their command prints."""
+    """Raise InputError, "cannot `what`", if values inside are not what their command prints."""
     try:
         yield
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -100,16 +102,16 @@ def refusing_others(what: str) -> Iterator[None]:
 
 
 def target_of(out: str | os.PathLike[str], results: Sequence[str | os.PathLike[str]], *, force: bool) -> Path:
-    """Return where a report may be written; raises UsageError, also where that is one of the results."""
+    """Return where a report may be written; raises UsageError, also if that is one of the results."""
     for result in results:
         may_write(out, force=force, made_from=result)
     return may_write(out, force=force)
 
 
 def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
-    """Return what the files hold; a folder is that of a deployment, with its models.
+    """Return the contents of the files; a folder is that of a deployment, with its models.
 
-    Raises InputError where one is of no use here, and what `open_model` raises.
+    Raises InputError if a file holds no results, and what `open_model` raises.
     """
     found = Sources()
     for path in map(Path, paths):
@@ -129,10 +131,10 @@ def read_sources(paths: Sequence[str | os.PathLike[str]]) -> Sources:
 
 
 def _add_folder(found: Sources, folder: Path) -> None:
-    if not (folder / RECORD).is_file():
-        raise InputError("cannot report", file=folder, reason=f"the folder has no {RECORD}", remedy=_REMEDY)
-    _add_json(found, folder / RECORD)
-    for name in ("model.onnx", "model.int8.onnx"):
+    if not (folder / RECORD_FILE).is_file():
+        raise InputError("cannot report", file=folder, reason=f"the folder has no {RECORD_FILE}", remedy=_REMEDY)
+    _add_json(found, folder / RECORD_FILE)
+    for name in (FLOAT32_FILE, INT8_FILE):
         if (folder / name).is_file():
             found.models.append(open_model(folder / name, warn=False))
 
@@ -142,68 +144,73 @@ def _add_json(found: Sources, path: Path) -> None:
     try:
         values = json.loads(data)
         if not isinstance(values, dict):
-            raise ValueError("it is no object")
-        _add(found, Given(file=printable(path.name), values=values))
+            raise ValueError("not a JSON object")
+        _add(found, Given(file=printable(path.name), values=values), path.parent)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = f"it holds no results ({type(error).__name__}: {error})"[:300]
+        reason = f"the file holds no results ({type(error).__name__}: {error})"[:300]
         raise InputError("cannot report", file=path, reason=reason, remedy=_REMEDY) from error
 
 
-def _add(found: Sources, given: Given) -> None:
+def _add(found: Sources, given: Given, folder: Path) -> None:
     values = given.values
     if not isinstance(values["schema"], int) or values["schema"] > SCHEMA:
-        raise ValueError(f"it has schema {values['schema']!r}; this vit-edge reads {SCHEMA}")
+        raise ValueError(f"schema {values['schema']!r} is not supported; this vit-edge reads {SCHEMA}")
     command = "record" if "steps" in values else values["command"]
-    if command in _COMMANDS and "results" not in values and not values.keys() & {"record", "sha256"}:
-        told = values.get("error") or {}
-        raise ValueError(f"{command} ended with an error: {told.get('reason', 'nothing was found')}")
+    if command in _COMMANDS and not values.keys() & {"results", "record", "sha256", "stages"}:
+        error = values.get("error") or {}
+        raise ValueError(f"{command} ended with an error: {error.get('reason', 'no results')}")
     if command == "record":
-        _add_record(found, given)
+        _add_record(found, given, folder)
     elif command == "deploy":
-        _add_record(found, Given(file=given.file, values=values["record"]))
+        _add_record(found, Given(file=given.file, values=values["record"]), Path(values["folder"]))
     elif command == "verify":
         found.verified += _verifications(given)
+    elif command == "explain":
+        found.explained.append(given)
     elif command == "benchmark":
         found.benchmarks.append(given)
     elif command == "quantize":
         found.quantized.append(given)
     else:
-        raise ValueError(f"a report has no place for what `vit-edge {command}` prints")
+        raise ValueError(f"a report cannot show the output of `vit-edge {command}`")
 
 
-def _add_record(found: Sources, given: Given) -> None:
-    values = given.values
-    judged = values["steps"]["quantize"]["result"]["verification"]
-    files = values["files"]
-    both = f"{files['model.int8.onnx']} {files['model.onnx']}"
+def _add_record(found: Sources, given: Given, folder: Path) -> None:
+    """Add a deployment; the paths in its record are relative to `folder`, where the record is."""
+    values, verification = given.values, verification_of(given.values)
+    files, images = values["files"], folder / values["folders"]["data"]
+    both = f"{files[INT8_FILE]} {files[FLOAT32_FILE]}"
+    engines = [dict(entry) for entry in verification["engines"]]
+    for entry in engines:
+        entry["changed"] = [{**change, "path": str(images / change["path"])} for change in entry["changed"]]
     found.deployed.append(given)
     found.verified.append(
         Verified(
             file=given.file,
-            title="model.int8.onnx",
-            verdict=judged["verdict"],
-            max_drop_points=judged["max_drop_points"],
-            min_agreement=judged["min_agreement"],
-            labels=judged["labels"],
-            folder=values["folders"]["data"],
+            title=INT8_FILE,
+            verdict=verification["verdict"],
+            max_drop_points=verification["max_drop_points"],
+            min_agreement=verification["min_agreement"],
+            labels=verification["labels"],
+            folder=str(images),
             models_sha256=sha256_hex(both.encode()),
-            engines=tuple(judged["engines"]),
+            engines=tuple(engines),
         )
     )
 
 
 def _verifications(given: Given) -> list[Verified]:
-    """Return the verification that was printed, or those of each device that answered."""
+    """Return the verification that was printed, or that of each device with a result."""
     devices = given.values.get("devices")
     if devices is None:
         return [_verification(given.file, given.values)]
-    answered = [device for device in devices if "verdict" in device]
-    return [_verification(given.file, device, on=f" on {device['device']}") for device in answered]
+    verified = [device for device in devices if "verdict" in device]
+    return [_verification(given.file, device, on=f" on {device['device']}") for device in verified]
 
 
 def _verification(file: str, values: Mapping[str, Any], *, on: str = "") -> Verified:
     if not values["results"]:
-        raise ValueError("it has no result of an engine")
+        raise ValueError("no result of an engine")
     engines = []
     for entry in values["results"]:
         flat = {key: value for key, value in entry.items() if key not in ("reference", "candidate")}
@@ -220,5 +227,4 @@ def _verification(file: str, values: Mapping[str, Any], *, on: str = "") -> Veri
         folder=values.get("data"),
         models_sha256=values.get("models_sha256"),
         engines=tuple(engines),
-        explain=values.get("explain"),
     )

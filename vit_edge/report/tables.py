@@ -1,4 +1,4 @@
-"""The tables of a report: rows of text from the values that commands printed."""
+"""The tables of a report: rows of text from the values that commands print."""
 
 from __future__ import annotations
 
@@ -61,7 +61,15 @@ def accuracy_table(verified: Verified) -> Table:
         )
         for entry in verified.engines
     )
-    columns = ("engine", "images", "top-1, float", "top-1, this", "drop, points", "bound, 95 %", "worse / better")
+    columns = (
+        "engine",
+        "images",
+        "top-1, reference",
+        "top-1, candidate",
+        "drop, points",
+        "bound, 95 %",
+        "worse / better",
+    )
     return Table(
         title=verified.title,
         columns=(*columns, "McNemar p", "agreement (95 %)", "SQNR, dB", "verdict"),
@@ -70,18 +78,20 @@ def accuracy_table(verified: Verified) -> Table:
 
 
 def classes_table(verified: Verified) -> Table | None:
-    """Return the classes that lost right answers, in the engine that lost most; None where none did."""
+    """Return the classes that lost correct predictions, in the engine that lost most; None if none did."""
     worst = verified.worst
     if not worst.get("worst_classes"):
         return None
     names = ("label", "lost", "images", "reference_right", "candidate_right")
     rows = tuple(tuple(_plain(entry[name]) for name in names) for entry in worst["worst_classes"])
     title = f"Classes that lost most, in {worst['engine']}"
-    return Table(title=title, columns=("class", "lost", "images", "right, float", "right, this"), rows=rows)
+    return Table(
+        title=title, columns=("class", "lost", "images", "correct, reference", "correct, candidate"), rows=rows
+    )
 
 
 def changes_table(verified: Verified) -> Table:
-    """Return every answer that changed in each engine, in words."""
+    """Return every prediction that changed in each engine."""
     rows = tuple(
         (
             entry["engine"],
@@ -96,8 +106,8 @@ def changes_table(verified: Verified) -> Table:
         for entry in verified.engines
         for each in entry["changed"]
     )
-    columns = ("engine", "image", "float says", "this says", "margin, float", "margin, this", "label", "effect")
-    return Table(title=f"All {len(rows)} changed answers, engine by engine", columns=columns, rows=rows)
+    columns = ("engine", "image", "reference", "candidate", "margin, reference", "margin, candidate", "label", "effect")
+    return Table(title=f"All {len(rows)} changed predictions, engine by engine", columns=columns, rows=rows)
 
 
 def benchmark_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -121,15 +131,26 @@ def benchmark_table(results: Sequence[Mapping[str, Any]]) -> Table:
         )
         for entry in results
     )
-    times = ("min, ms", "p50, ms", "p90, ms", "p99, ms", "images/s", "as fast as the first (95 %)")
-    columns = ("model", "engine", "precision", "batch", "threads", *times, "top-1, %", "of peak", "RSS, MB", "file, MB")
+    times = ("min, ms", "p50, ms", "p90, ms", "p99, ms", "images/s", "times as fast as the first (95 %)")
+    columns = (
+        "model",
+        "engine",
+        "precision",
+        "batch",
+        "threads",
+        *times,
+        "top-1, %",
+        "of peak",
+        "memory, MB",
+        "file, MB",
+    )
     scenarios = " and ".join(dict.fromkeys(entry["scenario"] for entry in results))
     cpus = ", ".join(dict.fromkeys(f"{entry['cpu']} ({entry['instruction_set']})" for entry in results))
     return Table(title=f"{scenarios}, {cpus}", columns=(*(("on",) if on else ()), *columns), rows=rows)
 
 
 def speed_table(engines: Sequence[Mapping[str, Any]]) -> Table:
-    """Return what `vit-edge quantize` or a deployment measured of float and the file made from it."""
+    """Return the times of the float32 file and the quantized one, from `vit-edge quantize` or a deployment."""
     rows = tuple(
         (
             entry["engine"],
@@ -139,22 +160,22 @@ def speed_table(engines: Sequence[Mapping[str, Any]]) -> Table:
         )
         for entry in engines
     )
-    columns = ("engine", "float, ms", "this, ms", "times as fast (95 %)")
+    columns = ("engine", "float32, ms", "candidate, ms", "times as fast (95 %)")
     return Table(title="Batch 1, one thread, median", columns=columns, rows=rows)
 
 
 def coverage_table(given: Given) -> Table:
-    """Return how much of the file each engine computes in integers."""
+    """Return how much of the file each engine runs in INT8."""
     rows = tuple(
         (entry["engine"], f"{entry['percent']:.1f} %", f"{entry['percent_of_all']:.1f} %", str(len(entry["alone"])))
         for entry in given.values["coverage"]
     )
     columns = ("engine", "of constant-weight GMAC", "of all GMAC", "Q/DQ left alone")
-    return Table(title=f"Computed in integers: {Path(given.values['model']).name}", columns=columns, rows=rows)
+    return Table(title=f"Runs in INT8: {Path(given.values['model']).name}", columns=columns, rows=rows)
 
 
 def stages_table(explain: Mapping[str, Any]) -> Table:
-    """Return where the error comes in, form by form."""
+    """Return where the error comes from, stage by stage."""
     rows = tuple(
         (
             stage["name"],
@@ -166,12 +187,12 @@ def stages_table(explain: Mapping[str, Any]) -> Table:
         )
         for stage in explain["stages"]
     )
-    columns = ("stage", "in", "SQNR, dB", "against the one before", "agreement", "what changed")
-    return Table(title=f"Where the error comes in, on {explain['images']} images", columns=columns, rows=rows)
+    columns = ("stage", "engine", "SQNR, dB", "against the stage before, dB", "agreement", "what changed")
+    return Table(title=f"Error by stage, on {explain['images']} images", columns=columns, rows=rows)
 
 
 def layers_table(explain: Mapping[str, Any]) -> Table:
-    """Return what each layer costs in decibels and, in each engine, in milliseconds."""
+    """Return the noise of each layer, and its milliseconds in each engine."""
     engines = list(dict.fromkeys(name for layer in explain["layers"] for name in layer["engines"]))
     rows = tuple(
         (
@@ -182,7 +203,7 @@ def layers_table(explain: Mapping[str, Any]) -> Table:
         )
         for layer in explain["layers"]
     )
-    times = (f"{name}: {kind}" for name in engines for kind in ("float, ms", "this, ms"))
+    times = (f"{name}: {kind}" for name in engines for kind in ("reference, ms", "candidate, ms"))
     return Table(title="By layer", columns=("layer", "SQNR, dB", "share of the noise", *times), rows=rows)
 
 

@@ -120,7 +120,7 @@ class CacheEntry:
             os.utime(self.path)
         except (InputError, OSError):
             if self.path.is_file() and not self.path.is_symlink():
-                self.discard("it is too large")
+                self.discard("the file is too large")
             return None
         try:
             return _unpacked(data, self._name)
@@ -130,11 +130,11 @@ class CacheEntry:
 
     def discard(self, reason: str) -> None:
         """Delete the file, which is then made again."""
-        _log.warning("a calibration in the cache cannot be used (%s) and is made again: %s", reason, self.path)
+        _log.warning("a cached calibration cannot be used and is computed again (%s): %s", reason, self.path)
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
-            _log.warning("it cannot be deleted: %s", error)
+            _log.warning("the cached calibration cannot be deleted: %s", error)
 
     def save_sometimes(self, saved: Callable[[], Saved]) -> None:
         """Write a snapshot where the last one is old enough."""
@@ -164,11 +164,11 @@ def _packed(saved: Saved, name: str) -> bytes:
 def _unpacked(data: bytes, name: str) -> Saved:
     magic, digest, body = data[: len(_MAGIC)], data[len(_MAGIC) : len(_MAGIC) + 64], data[len(_MAGIC) + 65 :]
     if magic != _MAGIC or digest != sha256_hex(body).encode():
-        raise ValueError("it is damaged, or not ours")
+        raise ValueError("the file is damaged")
     head, _, tensors = body.partition(b"\n")
     fields: Mapping[str, Any] = json.loads(head)
     if fields["name"] != name:
-        raise ValueError("it is that of another calibration")
+        raise ValueError("the file belongs to another calibration")
     return Saved(num_images=int(fields["num_images"]), digest=str(fields["digest"]), state=load(tensors))
 
 

@@ -216,7 +216,7 @@ class _Gathering(Generic[S]):
             statistic.add(value)
         except ValueError as error:
             reason = f"at image {self.seen.num_images + 1} the tensor {name!r} {error}"
-            remedy = "the network overflows, or a weight of it is broken: export it again"
+            remedy = "export the network again; a weight may be damaged, or activations overflow"
             raise ModelRejected("cannot calibrate", reason=reason, remedy=remedy) from error
 
     def saved(self) -> Saved:
@@ -267,7 +267,7 @@ def _observe(
         if entry is not None and gathering.is_whole and gathering.seen.num_images > known:
             entry.save(gathering.saved())
     if not gathering.seen.num_images:
-        reason = "there is no image to calibrate with"
+        reason = "there are no calibration images"
         raise DataRejected("cannot calibrate", reason=reason, remedy="give images like those in use")
     return gathering.statistics
 
@@ -310,14 +310,14 @@ def _check(
     percentile: float = _PERCENTILE,
     levels: int = _UINT8_LEVELS,
 ) -> None:
-    """Raise UsageError on what cannot be done."""
+    """Raise UsageError on values out of range."""
     wrong = []
     if method not in methods:
         wrong.append((f"the method is {method!r}", f"choose from {', '.join(methods)}"))
     if batch_size < 1:
         wrong.append((f"the batch size is {batch_size}", "give 1 or more"))
     if not 50 < percentile <= 100:
-        wrong.append((f"the percentile is {percentile:g}", "give one above 50 and up to 100, such as 99.999"))
+        wrong.append((f"the percentile is {percentile:g}", "give a value above 50 and up to 100, such as 99.999"))
     if not 1 < levels < 2**16:
         wrong.append((f"the range has {levels} steps", "give 255 for 8 bits"))
     for reason, remedy in wrong:

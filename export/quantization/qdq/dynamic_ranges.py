@@ -27,14 +27,14 @@ BATCH = 1
 
 
 def dynamic_ops(model: onnx.ModelProto) -> list[QuantizableOp]:
-    """Return the products that can take integers of ranges found at run time: matrix products, no convolutions.
+    """Return the ops that can run in INT8 with ranges computed at run time: MatMul and Gemm, not Conv.
 
-    Raises UsageError where there is none.
+    Raises UsageError if there is none.
     """
     ops = [op for op in find_quantizable_ops(model) if op.operator != "Conv"]
     if not ops:
-        reason = "the graph has no matrix product with constant float32 weights, and convolutions stay float"
-        raise UsageError("cannot quantize", reason=reason, remedy="take --precision int8, with calibration images")
+        reason = "the graph has no MatMul or Gemm with constant float32 weights; Conv stays in float32"
+        raise UsageError("cannot quantize", reason=reason, remedy="use --precision int8, with calibration images")
     return ops
 
 

@@ -133,14 +133,14 @@ class _Plan:
 def _check(model: onnx.ModelProto, scheme: Scheme, found: list[QuantizableOp]) -> None:
     unknown = sorted(scheme.exclude - {op.node for op in found})
     if unknown:
-        reason = f"no product has the name {', '.join(unknown)}"
+        reason = f"no quantizable op has the name {', '.join(unknown)}"
         raise UsageError("cannot quantize", reason=reason, remedy="exclude nodes that the coverage report names")
     if not found:
         reason = "the graph has no MatMul, Gemm or Conv with constant float32 weights"
         raise UsageError("cannot quantize", reason=reason, remedy="give a float32 model file with its weights inside")
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < _LOWEST_OPSET:
-        reason = f"its opset is {opset}; a scale for each channel needs {_LOWEST_OPSET}"
+        reason = f"the file has opset {opset}; per-channel scales need {_LOWEST_OPSET}"
         raise UsageError("cannot quantize", reason=reason, remedy="export it with a newer opset")
 
 

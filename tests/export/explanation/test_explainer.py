@@ -1,4 +1,4 @@
-"""Where the error comes in: form by form, layer by layer, in decibels and in milliseconds."""
+"""Where the error comes from: stage by stage, layer by layer, in decibels and in milliseconds."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from tests.support.calibrating import IMAGES, small_graph
 from tests.support.networks import PREPROCESSING, SIZE, write_checkpoint
 from vit_edge.cli import main
 from vit_edge.errors import DataRejected, EngineUnavailable, InputError, UsageError
-from vit_edge.export import QuantizationOptions, export_onnx, quantize
-from vit_edge.export.explanation.explainer import ExplainOptions, Explanation, Layer, explain, prepare_explanation
+from vit_edge.export import ExplanationOptions, QuantizationOptions, explain, export_onnx, quantize
+from vit_edge.export.explanation.explainer import Explanation, Layer
+from vit_edge.export.explanation.inputs import prepare_explanation
 from vit_edge.export.explanation.layer_noise import scaled_columns, sqnr_by_op
 from vit_edge.export.graph.macs import shapes_for_one_image
 from vit_edge.export.graph.matmuls import find_quantizable_ops
@@ -49,7 +50,7 @@ class Made:
     explained: Explanation
 
     def explain(self, **options: Any) -> Explanation:
-        return explain(prepare_explanation(self.model, **self.about, options=ExplainOptions(**options)))
+        return explain(self.model, **self.about, options=ExplanationOptions(**options))
 
     @property
     def about(self) -> dict[str, Path]:
@@ -77,22 +78,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     every = ("repq", "cross-layer-equalization", "range-search", "gptq-rounding", "bias-correction", "mixed-precision")
     options = QuantizationOptions(algorithms=every, effort="fast", measure_speed=False, use_cache=False)
     quantize(reference, calibration=calibration, out=model, options=options)
-    asked = ExplainOptions(checkpoint=str(checkpoint), calibration=calibration, num_images=6)
-    explained = explain(prepare_explanation(model, reference=reference, data=data, options=asked))
+    asked = ExplanationOptions(checkpoint=str(checkpoint), calibration=calibration, num_images=6)
+    explained = explain(model, reference=reference, data=data, options=asked)
     return Made(checkpoint, reference, model, calibration, data, explained)
 
 
-def test_the_forms_come_in_the_order_in_which_they_were_made(made: Made) -> None:
+def test_the_stages_come_in_the_order_of_the_quantization(made: Made) -> None:
     stages = made.explained.stages
     assert [(stage.name, stage.engine) for stage in stages] == [
         ("PyTorch", "pytorch"),
         ("plain ONNX", "onnxruntime"),
-        ("fused inference graph", "onnxruntime"),
+        ("fused graph", "onnxruntime"),
         ("INT8, plain", "onnxruntime"),
         ("+ repq", "onnxruntime"),
         ("+ cross-layer-equalization", "onnxruntime"),
         ("+ range-search", "onnxruntime"),
-        ("+ rounding", "onnxruntime"),
+        ("+ gptq-rounding", "onnxruntime"),
         ("+ bias-correction", "onnxruntime"),
         ("+ mixed-precision", "onnxruntime"),
         ("the file", "onnxruntime"),
@@ -127,7 +128,7 @@ def test_every_layer_has_its_noise_and_its_time(made: Made) -> None:
     assert sorted(measured, key=_share) == sorted(measured, key=lambda layer: -(layer.alone_sqnr_db or 0))
     assert [entry.engine for entry in made.explained.engines] == list(ENGINES)
     for entry in made.explained.engines:
-        assert {time.node for time in entry.layers if time.precision == "float"} == left
+        assert {time.node for time in entry.layers if time.precision == "float32"} == left
         for side in ("reference_ms", "candidate_ms"):
             parts = [getattr(part, side) for part in (*entry.layers, *entry.rest)]
             assert all(getattr(time, side) is not None for time in entry.layers)
@@ -142,10 +143,10 @@ def _share(layer: Layer) -> float:
 
 def test_without_checkpoint_and_calibration_the_file_is_still_explained(made: Made, tmp_path: Path) -> None:
     found = made.explain(engines=("onnxruntime",), num_images=1000)
-    assert [stage.name for stage in found.stages] == ["fused inference graph", "the file"]
+    assert [stage.name for stage in found.stages] == ["fused graph", "the file"]
     assert found.num_images == 9
     assert all(layer.noise_share is None and layer.sqnr_db is not None for layer in found.layers)
-    assert [note.split()[1] for note in found.notes] == ["--checkpoint", "--calibration"]
+    assert [note.split()[1] for note in found.notes] == ["--checkpoint,", "--calibration,"]
     assert [entry.engine for entry in found.engines] == ["onnxruntime"]
 
 
@@ -161,7 +162,7 @@ def test_a_damaged_layer_is_the_first_that_is_worse_and_the_file_is_not_what_was
     onnx.save(graph, tmp_path / "bad.onnx")
     (tmp_path / "bad.onnx").write_bytes(reseal(tmp_path / "bad.onnx").data)
     bad = replace(made, model=tmp_path / "bad.onnx").explain(calibration=made.calibration, engines=("onnxruntime",))
-    assert "from what was made again" in bad.stages[-1].note
+    assert "another version or CPU made it" in bad.stages[-1].note
     assert min(bad.layers, key=lambda layer: layer.sqnr_db or 0).node == bad_node
     before = {layer.node: layer.sqnr_db for layer in made.explained.layers}
     worse = [layer.node for layer in bad.layers if (layer.sqnr_db or 0) < (before[layer.node] or 0) - 6]
@@ -184,30 +185,30 @@ def test_channels_at_another_scale_are_no_error_of_their_layer() -> None:
 
 
 def test_other_calibration_images_are_refused_before_the_work(made: Made) -> None:
-    with pytest.raises(DataRejected, match=r"12 of the 12 images .* are not there, and 9 others are"):
-        prepare_explanation(made.model, **made.about, options=ExplainOptions(calibration=made.data))
-    with pytest.raises(UsageError, match="does not say how it was quantized"):
-        prepare_explanation(made.reference, **made.about, options=ExplainOptions(calibration=made.calibration))
+    with pytest.raises(DataRejected, match=r"12 of the 12 .* are missing, and the folder holds 9 others"):
+        prepare_explanation(made.model, **made.about, options=ExplanationOptions(calibration=made.data))
+    with pytest.raises(UsageError, match="does not say how the file was quantized"):
+        prepare_explanation(made.reference, **made.about, options=ExplanationOptions(calibration=made.calibration))
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("effort", "endless"), ("ranges", None), ("weights", {"bits": 3}), ("float32_ops", [["x"]])]
 )
-def test_a_manifest_that_does_not_say_how_it_was_quantized_is_refused(
+def test_a_manifest_that_does_not_say_how_the_file_was_quantized_is_refused(
     made: Made, tmp_path: Path, key: str, value: object
 ) -> None:
     model = open_model(made.model)
     quantization = {**(model.manifest.quantization or {}), key: value}
     (tmp_path / "m.onnx").write_bytes(model.with_manifest(replace(model.manifest, quantization=quantization)))
-    with pytest.raises(UsageError, match="does not say how it was quantized"):
-        prepare_explanation(tmp_path / "m.onnx", **made.about, options=ExplainOptions(calibration=made.calibration))
+    with pytest.raises(UsageError, match="does not say how the file was quantized"):
+        prepare_explanation(tmp_path / "m.onnx", **made.about, options=ExplanationOptions(calibration=made.calibration))
 
 
 def test_what_is_no_checkpoint_of_the_reference_is_refused(made: Made, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other.safetensors", num_classes=5)
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"checkpoint": str(other)}, InputError, "5 classes"),
-        ({"checkpoint": str(made.reference)}, UsageError, "an ONNX file is no checkpoint"),
+        ({"checkpoint": str(made.reference)}, UsageError, "an ONNX file is not a checkpoint"),
         ({"checkpoint": str(tmp_path / "none.safetensors")}, InputError, "none"),
         ({"checkpoint": str(made.checkpoint), "weights": other}, UsageError, "package.module:factory"),
         ({"engines": ("null",)}, EngineUnavailable, "null"),
@@ -215,7 +216,7 @@ def test_what_is_no_checkpoint_of_the_reference_is_refused(made: Made, tmp_path:
     ]
     for options, error, message in wrong:
         with pytest.raises(error, match=message):
-            prepare_explanation(made.model, **made.about, options=ExplainOptions(**options))
+            prepare_explanation(made.model, **made.about, options=ExplanationOptions(**options))
 
 
 def convolutional() -> nn.Module:
@@ -232,71 +233,63 @@ def test_a_convolutional_network_is_explained(made: Made, tmp_path: Path) -> Non
     export_onnx(convolutional(), out=reference, preprocessing=PREPROCESSING, labels=tuple("abcdefg"))
     options = QuantizationOptions(effort="fast", measure_speed=False, use_cache=False)
     quantize(reference, calibration=made.calibration, out=model, options=options)
-    asked = ExplainOptions(calibration=made.calibration, checkpoint=f"{__name__}:convolutional")
-    found = explain(prepare_explanation(model, reference=reference, data=made.data, options=asked))
-    names = ["PyTorch", "plain ONNX", "float file", "INT8, plain", "the file", "the file"]
+    asked = ExplanationOptions(calibration=made.calibration, checkpoint=f"{__name__}:convolutional")
+    found = explain(model, reference=reference, data=made.data, options=asked)
+    names = ["PyTorch", "plain ONNX", "float32 file", "INT8, plain", "the file", "the file"]
     assert [stage.name for stage in found.stages] == names
     assert found.stages[4].sqnr_before_db == math.inf
     assert [layer.operator for layer in found.layers] == ["Conv", "Conv", "Conv", "Gemm"]
     assert sum(_share(layer) for layer in found.layers) == pytest.approx(100)
     for entry in found.engines:
         assert all(time.reference_ms is not None and time.candidate_ms is not None for time in entry.layers)
-        assert {time.precision for time in entry.layers} == {"integer"}
+        assert {time.precision for time in entry.layers} == {"int8"}
 
 
-def test_a_network_made_elsewhere_is_explained(tmp_path: Path) -> None:
+def test_a_third_party_network_is_explained(tmp_path: Path) -> None:
     path = save(tmp_path / "theirs.onnx", network(*CONV, *HEAD, **WEIGHTS))
     imported = import_onnx(path, preprocessing=FOREIGN, labels=LABELS)
     (tmp_path / "model.onnx").write_bytes(imported.model.data)
     folders = {name: images(tmp_path / name, count=8, seed=seed, size=FOREIGN.crop) for seed, name in enumerate("cd")}
     options = QuantizationOptions(effort="fast", measure_speed=False, use_cache=False)
     quantize(tmp_path / "model.onnx", calibration=folders["c"], out=tmp_path / "int8.onnx", options=options)
-    asked = ExplainOptions(calibration=folders["c"], engines=("onnxruntime",))
+    asked = ExplanationOptions(calibration=folders["c"], engines=("onnxruntime",))
     about = {"reference": tmp_path / "model.onnx", "data": folders["d"]}
-    found = explain(prepare_explanation(tmp_path / "int8.onnx", **about, options=asked))
-    assert [stage.name for stage in found.stages] == ["float file", "INT8, plain", "the file"]
+    found = explain(tmp_path / "int8.onnx", **about, options=asked)
+    assert [stage.name for stage in found.stages] == ["float32 file", "INT8, plain", "the file"]
     assert found.stages[-1].sqnr_before_db == math.inf
     assert len(found.layers) == 2
 
 
-def test_the_command_adds_tables_json_and_a_image(
+def test_the_command_gives_json_tables_and_a_plot(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["verify", str(made.model), "--reference", str(made.reference), "--data", str(made.data),
-               "--min-agreement", "1", "--engine", "onnxruntime"]  # fmt: skip
-    assert main([*command, "--explain", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["explain"]
-    assert [stage["name"] for stage in found["stages"]] == ["fused inference graph", "the file"]
+    monkeypatch.setenv("COLUMNS", "80")
+    command = ["explain", str(made.model), "--reference", str(made.reference), "--data", str(made.data),
+               "--engine", "onnxruntime"]  # fmt: skip
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in found["stages"]] == ["fused graph", "the file"]
     assert found["stages"][0]["sqnr_db"] is None
     times = [layer["engines"]["onnxruntime"] for layer in found["layers"]]
     assert set(times[0]) == {"precision", "reference_ms", "candidate_ms"}
     entry = found["engines"][0]
     whole = sum(time["candidate_ms"] for time in times) + sum(rest["candidate_ms"] or 0 for rest in entry["rest"])
     assert whole == pytest.approx(entry["candidate_ms"])
-    assert found["image"] == "layers.png"
+    assert found["plot"] == "layers.png"
     with Image.open("layers.png") as image:
         assert image.format == "PNG"
         assert image.width > 900
     first = Path("layers.png").read_bytes()
-    assert main([*command, "--explain"]) == 2
+    assert main(command) == 2
     assert "layers.png" in capsys.readouterr().err
     assert Path("layers.png").read_bytes() == first
+    assert main([*command, "-o", str(tmp_path / "none" / "layers.png")]) == 2
+    assert "does not exist" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main([*command, "--explain"]) == 0
+    assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "Where the error comes in, on 9 images, against fused inference graph" in printed
+    assert printed.startswith("SQNR ")
+    assert "on 9 images" in printed.splitlines()[0]
     assert "the whole network" in printed
     assert 'layers.png is not drawn: the package matplotlib is not installed; pip install "vit-edge[train]"' in printed
-    assert printed.rstrip().endswith("verdict: pass")
-
-
-def test_options_that_explain_are_refused_without_it(
-    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["verify", str(made.model), "--reference", str(made.reference), "--data", str(made.data)]
-    for option, value in (("--calibration", made.calibration), ("--explain-images", 3), ("--explain-out", tmp_path)):
-        assert main([*command, option, str(value)]) == 2
-        assert f"{option} is for --explain" in capsys.readouterr().err
-    assert main([*command, "--explain", "--explain-out", str(tmp_path / "none")]) == 2
-    assert "does not exist" in capsys.readouterr().err

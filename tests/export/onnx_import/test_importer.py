@@ -195,7 +195,7 @@ def test_of_several_outputs_one_is_told_or_the_first_that_fits() -> None:
     model = network(*CONV, HEAD[0], other, HEAD[1], outputs=["r", "y", "z"], **WEIGHTS)
     graph, _, notes = settled(model)
     assert [value.name for value in graph.graph.output] == ["y"]
-    assert notes == ["of its outputs r, y, z, y is taken for the logits"]
+    assert notes == ["of the outputs r, y, z, y is used as the logits"]
     assert [value.name for value in settled(model, output="z")[0].graph.output] == ["z"]
     with pytest.raises(UsageError, match="no output 'q'; it has r, y, z"):
         settled(model, output="q")
@@ -238,12 +238,12 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         lambda: network(*CONV, HEAD[0], node("If", ["t"], ["o"], name="branch", then_branch=_branch(),
                         else_branch=_branch()), node("Gemm", ["o", "w", "b"], ["y"], transB=1), t=np.array(True),
                         **WEIGHTS),
-        "'branch' is If and holds a graph",
+        "'branch' is If and holds a subgraph",
     ),
     "an operator that no classifier has": (lambda: renamed("Sinh", name="odd"), "'odd' is ai.onnx.Sinh, which is not"),
     "chance": (lambda: renamed("RandomNormalLike", name="dice"), "'dice' is RandomNormalLike"),
-    "weights elsewhere": (_outside, "lies in another file"),
-    "float16": (lambda: _typed(np.float16), "is float16; only float32"),
+    "weights elsewhere": (_outside, "not in a file next to the model"),
+    "float16": (lambda: _typed(np.float16), "is float16; import starts from float32"),
     "not finite": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "b": np.full(5, np.nan, np.float32)}), "is not finite"),
     "a memory bomb": (
         lambda: network(node("ConstantOfShape", ["huge"], ["h"]), node("ReduceMax", ["h"], ["m"], keepdims=0),
@@ -256,8 +256,8 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
                         b=WEIGHTS["b"], q=np.ones((5, 4), np.int8), s=np.float32(0.1)),
         "quantized already",
     ),
-    "damaged weights": (_short, "a part of it cannot be read"),
-    "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "has no 3 channels"),
+    "damaged weights": (_short, "a part of the file cannot be read"),
+    "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "has grayscale images; vit-edge reads RGB"),
     "no images": (lambda: network(*HEAD[1:], node("Relu", ["x"], ["f"]), shape=["n", 4], **WEIGHTS), "2 axes"),
     "it does not run": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "w": WEIGHTS["w"][:, :3]}), "cannot run"),
 }  # fmt: skip
@@ -269,10 +269,10 @@ def test_weights_beside_the_file_are_taken_in_where_they_are_what_it_says(tmp_pa
     onnx.save(network(*CONV, *HEAD, **WEIGHTS), path, save_as_external_data=True, location="w.data", size_threshold=0)
     beside = import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS).model
     weights = tmp_path / "w.data"
-    assert beside.manifest.provenance["source_weights_sha256"] == sha256_hex(weights.read_bytes())
+    assert beside.manifest.provenance["source_weights_sha256"] == {"w.data": sha256_hex(weights.read_bytes())}
     assert beside.manifest.golden == inside.model.manifest.golden
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ModelRejected, match=r"w.data beside it does not hold its tensor"):
+    with pytest.raises(ModelRejected, match=r"w.data does not hold the tensor"):
         import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS)
     weights.unlink()
     with pytest.raises(ModelRejected, match="no such file"):
@@ -302,10 +302,13 @@ def test_what_is_told_has_to_fit(tmp_path: Path) -> None:
     path = save(tmp_path / "a.onnx", network(*CONV, *HEAD, **WEIGHTS))
     with pytest.raises(UsageError, match="3 labels for 5 classes"):
         import_onnx(path, preprocessing=PREPROCESSING, labels=("a", "b", "c"))
-    with pytest.raises(UsageError, match="it takes 12 x 10 pixels; the preprocessing gives 8 x 8"):
+    with pytest.raises(UsageError, match="the model takes 12 x 10 pixels; the preprocessing gives 8 x 8"):
         import_onnx(path, preprocessing=Preprocessing(resize=8, crop=(8, 8)), labels=LABELS)
     free = save(tmp_path / "b.onnx", network(*CONV, *HEAD, shape=["n", "c", "h", "w"], **WEIGHTS))
-    with pytest.raises(UsageError, match=r"(?s)does not show whether channels come first or last.*NCHW or NHWC"):
+    assert import_onnx(free, preprocessing=PREPROCESSING, labels=LABELS).model.manifest.input["layout"] == "NCHW"
+    flat = [node("Flatten", ["x"], ["f"]), node("Gemm", ["f", "v"], ["y"], transB=1)]
+    save(free, network(*flat, shape=["n", "c", "h", "w"], v=np.ones((5, 360), np.float32)))
+    with pytest.raises(UsageError, match=r"(?s)does not show whether the 3 channels come first or last.*--layout NCHW"):
         import_onnx(free, preprocessing=PREPROCESSING, labels=LABELS)
 
 
@@ -315,8 +318,8 @@ def test_the_command_exports_an_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "how.json").write_text(json.dumps(PREPROCESSING.to_dict()))
     told = ["--labels", "labels.txt", "--preprocessing", "how.json"]
     for options, error in (
-        (["--labels", "labels.txt"], "does not say its preprocessing"),
-        ([*told, "--batch", "4"], "--batch is for a network that is traced"),
+        (["--labels", "labels.txt"], "the preprocessing must be specified"),
+        ([*told, "--batch-size", "4"], "--batch-size is for a network that is traced"),
     ):
         done = vit_edge("export", "theirs.onnx", *options, cwd=tmp_path)
         assert done.returncode == 2, done.stderr

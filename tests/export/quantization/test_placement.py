@@ -514,13 +514,13 @@ def test_what_is_excluded_stays_float_and_the_rest_does_not() -> None:
 
 def test_what_cannot_be_quantized_gets_one_sentence() -> None:
     model = FORMS["matmul"]()
-    with pytest.raises(UsageError, match="no product has the name nothing"):
+    with pytest.raises(UsageError, match="no quantizable op has the name nothing"):
         tensors_to_observe(model, Scheme(exclude=frozenset(["nothing"])))
     with pytest.raises(UsageError, match="no MatMul, Gemm or Conv"):
         tensors_to_observe(_graph([_node("Relu", "x", "y")], {}, [3]))
     old = FORMS["matmul"]()
     old.opset_import[0].version = 11
-    with pytest.raises(UsageError, match="its opset is 11"):
+    with pytest.raises(UsageError, match="the file has opset 11"):
         tensors_to_observe(old)
     with pytest.raises(UsageError, match="weight_bits is 4"):
         Scheme(weight_bits=4)

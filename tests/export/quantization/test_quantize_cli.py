@@ -131,8 +131,8 @@ def _quantized_already(path: Path) -> None:
 
 
 _STRANGE: dict[str, tuple[Callable[[Path], Any], int, str]] = {
-    "a folder": (Path.mkdir, 3, "it is a folder"),
-    "text": (lambda path: path.write_text("hello"), 3, "it is not an ONNX model"),
+    "a folder": (Path.mkdir, 3, "the path is a folder"),
+    "text": (lambda path: path.write_text("hello"), 3, "the file is not an ONNX model"),
     "nothing": (lambda path: None, 3, "there is no such file"),
     "quantized already": (_quantized_already, 3, "quantization starts from float32"),
     "one of ours": (lambda path: path.write_bytes(Path("m.onnx").read_bytes()), 2, "this one says it itself"),
@@ -177,7 +177,7 @@ _REFUSED = {
     "an agreement over all": (["--min-agreement", "101", "--data", "judge"], 2, "min agreement is 101"),
     "images that calibrate to judge": (["--data", "cal"], 3, "used for calibration"),
     "a file that is there": (["-o", "labels.txt"], 2, "will not overwrite"),
-    "its own input": (["-o", "m.onnx", "--force"], 2, "it is the input"),
+    "its own input": (["-o", "m.onnx", "--force"], 2, "the path is the input"),
     "no folder": (["-o", "nowhere/q.onnx"], 2, "does not exist"),
 }
 

@@ -164,7 +164,7 @@ def test_labels_are_replaced_and_their_number_is_checked(checkpoint: Path, tmp_p
     names.write_text("one\ntwo\n", encoding="utf-8")
     done = vit_edge("export", checkpoint, "-o", tmp_path / "n.onnx", "--labels", names)
     assert done.returncode == 3
-    assert "it holds 2 names, the network has 7 classes" in done.stderr
+    assert "the file holds 2 names, the network has 7 classes" in done.stderr
 
 
 def test_parity_runs_on_images_too_and_shows_a_table(checkpoint: Path, tmp_path: Path) -> None:
@@ -194,10 +194,10 @@ def test_a_fixed_batch_that_contradicts_the_manifest_is_refused(checkpoint: Path
     export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(batch_size=2))
     model = open_model(tmp_path / "m.onnx")
     claimed = replace(model.manifest, input={**model.manifest.input, "batch": 3})
-    with pytest.raises(ModelRejected, match="its batch is 2; the manifest says 3"):
+    with pytest.raises(ModelRejected, match="the batch is 2; the manifest says 3"):
         load(model.with_manifest(claimed))
     graph = onnx.load_model_from_string(model.data)
     del graph.metadata_props[:]
     dynamic = replace(model.manifest, input={k: v for k, v in model.manifest.input.items() if k != "batch"})
-    with pytest.raises(ModelRejected, match="its batch is fixed at 2"):
+    with pytest.raises(ModelRejected, match="the batch is fixed at 2"):
         load(pack(graph.SerializeToString(), dynamic))

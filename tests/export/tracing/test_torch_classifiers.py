@@ -182,7 +182,7 @@ def make_network_in(folder: Path, weights: Path) -> nn.Module:
         ("shapes:small --like timm:resnet18", 2, "--like is for weights from elsewhere"),
         ("weights.pt --weights weights.pt", 2, "--weights is for package.module:factory"),
         ("shapes:small --image-size wide", 2, "write pixels as 224 or 192x256"),
-        ("shapes:small --batch some", 2, "neither a number"),
+        ("shapes:small --batch-size some", 2, "neither a number"),
     ],
 )
 def test_what_cannot_be_made_gets_one_sentence(folder: Path, line: str, code: int, sentence: str) -> None:

@@ -15,7 +15,7 @@ from vit_edge.machine.cpu import usable_threads
 from vit_edge.model_file.artifact import open_model
 from vit_edge.runtime import load
 from vit_edge.runtime.benchmark.tuning import tune
-from vit_edge.runtime.tuned_configuration import Verdict, leave_verdict, verdict_for
+from vit_edge.runtime.tuned_configuration import TunedConfiguration, save_configuration, tuned_configuration
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIT_EDGE_CACHE", str(tmp_path / "cache"))
 
 
-def test_every_promised_engine_is_tried_and_the_verdict_is_what_loads_take(workspace: Workspace) -> None:
+def test_every_promised_engine_is_tried_and_the_tuned_configuration_is_what_loads_take(workspace: Workspace) -> None:
     done = vit_edge("tune", workspace.int8_model, "--min-seconds", "0.1", "--min-queries", "20", "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
@@ -33,15 +33,20 @@ def test_every_promised_engine_is_tried_and_the_verdict_is_what_loads_take(works
     }
     medians = [one["latency_ms"]["p50"] for one in printed["tried"]]
     assert medians == sorted(medians)
-    assert printed["verdict"]["p50_ms"] <= medians[0] * 1.03
-    assert printed["is_kept"] is True
+    assert printed["configuration"]["p50_ms"] <= medians[0] * 1.03
+    assert printed["is_saved"] is True
     with load(workspace.int8_model) as classifier:
         described = classifier.describe()
-    assert (described["engine"], described["threads"]) == (printed["verdict"]["engine"], printed["verdict"]["threads"])
+    assert (described["engine"], described["threads"]) == (
+        printed["configuration"]["engine"],
+        printed["configuration"]["threads"],
+    )
 
 
-def test_a_verdict_counts_for_its_file_and_what_was_asked_for_goes_first(workspace: Workspace) -> None:
-    assert leave_verdict(open_model(workspace.int8_model), Verdict(engine="openvino", threads=1, p50_ms=0.1))
+def test_a_tuned_configuration_counts_for_its_file_and_what_was_asked_for_goes_first(workspace: Workspace) -> None:
+    assert save_configuration(
+        open_model(workspace.int8_model), TunedConfiguration(engine="openvino", threads=1, p50_ms=0.1)
+    )
     with load(workspace.int8_model) as classifier:
         assert (classifier.describe()["engine"], classifier.describe()["threads"]) == ("openvino", 1)
     with load(workspace.int8_model, threads=2) as classifier:
@@ -52,27 +57,29 @@ def test_a_verdict_counts_for_its_file_and_what_was_asked_for_goes_first(workspa
         assert classifier.describe()["engine"] == "onnxruntime"
 
 
-def test_a_verdict_for_an_engine_that_is_not_promised_or_that_was_edited_is_nothing(workspace: Workspace) -> None:
+def test_a_tuned_configuration_for_an_engine_that_is_not_promised_or_that_was_edited_is_nothing(
+    workspace: Workspace,
+) -> None:
     model = open_model(workspace.int8_model)
     golden = dict(model.manifest.golden or {})
     golden["expected"] = [entry for entry in golden["expected"] if entry["engines"] == ["onnxruntime"]]
     only_one = open_model(model.with_manifest(replace(model.manifest, golden=golden)))
-    leave_verdict(only_one, Verdict(engine="openvino", threads=1, p50_ms=0.1))
-    assert verdict_for(only_one) is None
+    save_configuration(only_one, TunedConfiguration(engine="openvino", threads=1, p50_ms=0.1))
+    assert tuned_configuration(only_one) is None
     with load(only_one.data) as classifier:
         assert classifier.describe()["engine"] == "onnxruntime"
     before = set((cache_folder() / "tuning").iterdir())
-    leave_verdict(model, Verdict(engine="openvino", threads=1, p50_ms=0.1))
-    assert verdict_for(model) is not None
+    save_configuration(model, TunedConfiguration(engine="openvino", threads=1, p50_ms=0.1))
+    assert tuned_configuration(model) is not None
     (place,) = set((cache_folder() / "tuning").iterdir()) - before
     right = place.read_text()
     assert '"threads": 1' in right
     wrong = ("{}", "[", '{"key": "x", "value": {}}', right.replace('"threads": 1', '"threads": 9999'))
     for text in (*wrong, right.replace("openvino", "null")):
         place.write_text(text)
-        assert verdict_for(model) is None
+        assert tuned_configuration(model) is None
     place.write_text(right)
-    assert verdict_for(model) is not None
+    assert tuned_configuration(model) is not None
     nobody = replace(model.manifest, golden={**golden, "expected": []})
     (path := cache_folder() / "m.onnx").write_bytes(model.with_manifest(nobody))
     with pytest.raises(EngineUnavailable, match="promised"):

@@ -148,7 +148,7 @@ def test_a_bad_image_among_good_ones_is_named_and_the_others_are_answered(
     bad.write_text("hello")
     done = run(pythons["onnxruntime"], app, good[2], bad, good[5], "--json")
     assert done.returncode == 3
-    assert "notes.txt: it is not an image" in done.stderr
+    assert "notes.txt: the file is not an image" in done.stderr
     printed = json.loads(done.stdout)
     assert [image["label"] for image in printed["images"]] == ["2", "5"]
     assert [image["file"] for image in printed["rejected"]] == [str(bad)]
@@ -191,7 +191,7 @@ def test_a_model_exchanged_with_tools_for_zips_is_refused(pythons: dict[str, Pat
             other.writestr(entry, bytes(data))
     done = run(pythons["onnxruntime"], tmp_path / "other.pyz", "--describe")
     assert done.returncode == 4
-    assert "its bytes are not those that were sealed" in done.stderr
+    assert "the file's bytes are not those that were sealed" in done.stderr
 
 
 def test_the_same_model_gives_the_same_bytes_and_no_path_of_this_machine(
@@ -208,7 +208,7 @@ def test_the_same_model_gives_the_same_bytes_and_no_path_of_this_machine(
     for path in (str(ROOT), str(Path.home()), str(workspace.folder), sys.prefix):
         assert not [name for name, data in members.items() if path.encode() in data], path
     ours = {name.split("/")[1] for name in members if name.startswith("vit_edge/")}
-    assert not ours & {"cli", "export", "training", "foreign", "train.py", "vit.py", "checkpoint.py", "data.py"}
+    assert not ours & {"cli", "export", "training", "foreign", "train.py", "vit.py", "checkpoint.py", "data"}
     assert "vit_edge_app/fallback/LICENSE" in members
     assert "vit_edge_app/licenses/vit-edge/LICENSE" in members
     assert members[MODEL] == workspace.int8_model.read_bytes()

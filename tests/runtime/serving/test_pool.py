@@ -299,7 +299,7 @@ def test_a_pool_serves_a_classifier_made_elsewhere(
     model.producer_name = "somebody"
     onnx.save(model, tmp_path / "theirs.onnx")
     told = {"preprocessing": PREPROCESSING, "labels": tuple("abcdefg")}
-    with load(tmp_path / "m.onnx") as classifier:
+    with load(small_model / "m.onnx") as classifier:
         expected = classifier(IMAGES[0]).answers
     with Pool(tmp_path / "theirs.onnx", workers=1, **told) as pool:  # type: ignore[arg-type]
         assert pool.submit(IMAGES[0]).result(30).answers == expected

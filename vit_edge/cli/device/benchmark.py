@@ -12,8 +12,9 @@ from vit_edge.cli.device.benchmark_outputs import OUTPUTS, begin
 from vit_edge.cli.device.benchmark_tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, progress_bar
-from vit_edge.cli.third_party_options import read_told, third_party_options
+from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
 from vit_edge.errors import UsageError
 from vit_edge.machine.cpu import MOST_THREADS
 
@@ -32,68 +33,112 @@ def _percent(_context: click.Context, _parameter: click.Parameter, text: str | N
     except ValueError:
         value = -1.0
     if not 0 <= value <= _MOST_PERCENT:
-        raise UsageError("cannot use --fail-if-slower", reason=f"it is {text!r}", remedy="write per cent, such as 5%")
+        raise UsageError(
+            "cannot use --fail-if-slower",
+            reason=f"{text!r} is not a percentage",
+            remedy="write a percentage such as 5%",
+        )
     return value
 
 
 @command("benchmark")
 @file_argument("models", many=True)
-@click.option(
-    "--engine", "engines", multiple=True, help="onnxruntime or openvino, repeatable  [default: all installed]."
+@option_group(
+    "What to measure (repeatable options are combined)",
+    click.option(
+        "--engine",
+        "engines",
+        multiple=True,
+        type=click.Choice(["onnxruntime", "openvino", "null"]),
+        help="Inference engine; repeatable  [default: all installed].",
+    ),
+    click.option(
+        "--batch-size",
+        "batch_sizes",
+        multiple=True,
+        type=click.IntRange(1),
+        help="Images per query; repeatable  [default: 1].",
+    ),
+    click.option(
+        "--threads",
+        multiple=True,
+        type=click.IntRange(1, MOST_THREADS),
+        help="Threads; repeatable  [default: the CPUs the container grants].",
+    ),
+    click.option(
+        "--device",
+        "devices",
+        multiple=True,
+        default=("cpu",),
+        show_default=True,
+        help="cpu, cuda, gpu, npu, ...; repeatable.",
+    ),
+    click.option(
+        "--float-precision",
+        "float_precisions",
+        multiple=True,
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Precision of the float part; repeatable  [default: float32 on a CPU].",
+    ),
+    click.option(
+        "--images",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Also measure from image file to labels, with these images.",
+    ),
 )
-@click.option("--device", "devices", multiple=True, default=("cpu",), show_default=True, help="Repeatable.")
-@click.option(
-    "--float-precision",
-    "float_precisions",
-    multiple=True,
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Precision of the float part; repeatable  [default: float32 on a CPU].",
+@option_group(
+    "How to measure",
+    click.option(
+        "--scenario",
+        type=click.Choice(["single-stream", "multi-stream", "offline", "server"]),
+        help="MLPerf scenario  [default: single-stream for batch 1, else multi-stream].",
+    ),
+    click.option(
+        "--latency-bound",
+        type=float,
+        metavar="MS",
+        help="Server scenario: 99 % of the queries must finish within this time.",
+    ),
+    click.option("--min-seconds", type=float, default=3.0, show_default=True, help="Shortest time per candidate."),
+    click.option(
+        "--min-queries", type=click.IntRange(1), default=200, show_default=True, help="Fewest queries per candidate."
+    ),
+    click.option("--no-peak", is_flag=True, help="Do not measure the peak of the CPU."),
 )
-@click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1), help="Images a query, repeatable.")
-@click.option(
-    "--threads",
-    multiple=True,
-    type=click.IntRange(1, MOST_THREADS),
-    help="Repeatable  [default: the CPUs the container grants].",
+@option_group(
+    "Compare with a saved run",
+    click.option(
+        "--compare", type=click.Path(path_type=Path), metavar="OLD.json", help="Compare with a run that --save wrote."
+    ),
+    click.option(
+        "--fail-if-slower",
+        callback=_percent,
+        metavar="PERCENT",
+        help="Exit with code 6 if a result is slower by more than this, with 95 % confidence.",
+    ),
+    click.option("--allow-invalid", is_flag=True, help="Let --fail-if-slower compare runs that are marked INVALID."),
+    click.option("--fail-if-noisy", is_flag=True, help="Exit with code 6 if the machine was too noisy (INVALID)."),
 )
-@click.option(
-    "--scenario",
-    type=click.Choice(["single-stream", "multi-stream", "offline", "server"]),
-    help="In MLPerf's terms  [default: single-stream for batch 1, else multi-stream].",
+@option_group(
+    "Output files",
+    click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON."),
+    click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV."),
+    click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Plot the results."),
+    click.option("--force", is_flag=True, help="Replace existing files."),
 )
-@click.option("--latency-bound", type=float, metavar="MS", help="What 99 % of a server's answers must hold.")
-@click.option(
-    "--min-seconds", type=float, default=3.0, show_default=True, help="Shortest time each candidate is measured."
-)
-@click.option(
-    "--min-queries", type=click.IntRange(1), default=200, show_default=True, help="Fewest queries for each candidate."
-)
-@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Measure from file to labels too.")
-@click.option("--loadgen", "with_loadgen", is_flag=True, help="Measure with MLCommons LoadGen too.")
 @third_party_options
-@click.option("--no-peak", is_flag=True, help="Leave out the peak of the CPU.")
-@click.option("--csv", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as CSV.")
-@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write what --json prints.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the results.")
-@click.option("--force", is_flag=True, help="Replace files that exist.")
-@click.option("--compare", type=click.Path(path_type=Path), metavar="OLD.json", help="Compare with a saved run.")
-@click.option(
-    "--fail-if-slower",
-    callback=_percent,
-    metavar="PERCENT",
-    help="With --compare: exit 6 where one is slower by more, with 95 % confidence.",
-)
-@click.option("--fail-if-noisy", is_flag=True, help="Exit 6 where the machine was too noisy for the figures to count.")
 @on_devices(uploads=("models", "labels", "preprocessing"), shown=shown_of_devices, here=OUTPUTS, begin=begin)
+@load_options
 def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
-    """Measure how fast MODELS answer, in every mix of the options, alternately in rounds.
+    """Measure latency, throughput and memory of MODELS for every combination of the options.
 
-    Latency is that of one query with its input prepared; percentiles are samples that occurred; a ratio is that to the
-    first line. Load time, cold start and memory are those of a fresh process. Figures hold for this machine as it is
-    now: compare within one table. A run on a machine that others used too is marked invalid.
+    All candidates are measured in turns, so that drift affects all alike. Latency is the time of one query with its
+    input prepared; percentiles are observed samples; speed-ups refer to the first row. Load time, cold start and memory
+    come from a fresh process. A run is marked INVALID if other programs used the machine.
 
     \b
-    Example:
+    Examples:
       vit-edge benchmark model.onnx model.int8.onnx --threads 1 --threads 2
       vit-edge benchmark model.int8.onnx --threads 1 --scenario server --latency-bound 30
       vit-edge benchmark model.int8.onnx --compare last.json --fail-if-slower 5%
@@ -103,26 +148,25 @@ def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
     return finish(Result(data=_data(run), shown=tables(run)))
 
 
-def _measure(models: tuple[Path, ...], measured: dict[str, Any]) -> Benchmark:
+def _measure(models: tuple[Path, ...], values: dict[str, Any]) -> Benchmark:
     from vit_edge.runtime import BenchmarkOptions, measure
 
-    scenario = measured["scenario"]
+    scenario = values["scenario"]
     # Eight images a query is what MLPerf's multi-stream has.
-    batch_sizes = measured["batch_sizes"] or ((8,) if scenario == "multi-stream" else (1,))
+    batch_sizes = values["batch_sizes"] or ((8,) if scenario == "multi-stream" else (1,))
     options = BenchmarkOptions(
-        engines=measured["engines"],
-        devices=measured["devices"],
-        float_precisions=measured["float_precisions"] or (None,),
+        engines=values["engines"],
+        devices=values["devices"],
+        float_precisions=values["float_precisions"] or (None,),
         batch_sizes=batch_sizes,
-        threads=measured["threads"] or (None,),
+        threads=values["threads"] or (None,),
         scenario=scenario,
-        min_seconds=measured["min_seconds"],
-        min_queries=measured["min_queries"],
-        latency_bound_ms=measured["latency_bound"],
-        with_loadgen=measured["with_loadgen"],
-        images=measured["images"],
-        has_peak=not measured["no_peak"],
-        **read_told(measured),
+        min_seconds=values["min_seconds"],
+        min_queries=values["min_queries"],
+        latency_bound_ms=values["latency_bound"],
+        images=values["images"],
+        has_peak=not values["no_peak"],
+        **read_third_party_options(values),
     )
     with progress_bar() as progress:
         return measure(models, options, progress=progress)

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 __all__ = ["OUTPUTS", "begin"]
 
 # The parameters that are about the results, and not about how they are measured.
-OUTPUTS = ("csv", "save", "plot", "force", "compare", "fail_if_slower", "fail_if_noisy")
+OUTPUTS = ("csv", "save", "plot", "force", "compare", "fail_if_slower", "fail_if_noisy", "allow_invalid")
 _log = logging.getLogger(__name__)
 
 
-def begin(told: Mapping[str, Any]) -> Callable[[Result], Result]:
-    """Check what was asked for before anything is measured; returns what is to be done with the result."""
-    from vit_edge.cli.device.benchmark_comparison import compare, read_old
+def begin(options: Mapping[str, Any]) -> Callable[[Result], Result]:
+    """Check the options before anything is measured; returns the function that writes and compares the result."""
+    from vit_edge.cli.device.benchmark_comparison import compare, invalid_reasons, read_old
 
-    path = told["compare"]
-    if told["fail_if_slower"] is not None and path is None:
-        reason = "--fail-if-slower needs something to compare with"
+    path = options["compare"]
+    if options["fail_if_slower"] is not None and path is None:
+        reason = "--fail-if-slower needs a saved run"
         raise UsageError("cannot compare", reason=reason, remedy="add --compare OLD.json")
-    _check_outputs((told["csv"], told["save"], told["plot"]), force=told["force"])
-    if told["plot"] is not None:
+    _check_outputs((options["csv"], options["save"], options["plot"]), force=options["force"])
+    if options["plot"] is not None:
         require("matplotlib", extra="train", what="draw the results")
     old = None if path is None else read_old(path)
 
@@ -43,12 +43,15 @@ def begin(told: Mapping[str, Any]) -> Callable[[Result], Result]:
         reasons = _invalid_because(result.data)
         data = {**result.data, "valid": not reasons, "invalid_because": reasons}
         comparisons = [] if old is None else compare(data["results"], old["results"], path)
-        _write(data, csv=told["csv"], save=told["save"], plot=told["plot"])
+        _write(data, csv=options["csv"], save=options["save"], plot=options["plot"])
         if old is not None:
             data["comparison"] = [asdict(one) for one in comparisons]
-        rows = [(one.what, one.said) for one in comparisons]
-        table = [make_table("time of an image since the saved run", ("what", "change (95 %)"), rows)] if rows else []
-        error = result.error or _verdict(comparisons, reasons, told)
+        rows = [(one.what, one.text) for one in comparisons]
+        table = (
+            [make_table("time per image, compared with the saved run", ("what", "change (95 %)"), rows)] if rows else []
+        )
+        invalid = [*reasons, *(f"{path}: {reason}" for reason in invalid_reasons(old or {}))]
+        error = result.error or _verdict(comparisons, invalid, options)
         return Result(data=data, shown=[*result.shown, *table], error=error)
 
     return finish
@@ -57,7 +60,7 @@ def begin(told: Mapping[str, Any]) -> Callable[[Result], Result]:
 def _check_outputs(paths: Sequence[Path | None], *, force: bool) -> None:
     given = [path for path in paths if path is not None]
     if len({path.absolute() for path in given}) < len(given):
-        reason, remedy = "two results would go into one file", "give each a name of its own"
+        reason, remedy = "two options name the same file", "give each option another file"
         raise UsageError("cannot write", reason=reason, remedy=remedy)
     for path in given:
         may_write(path, force=force)
@@ -86,16 +89,19 @@ def _write(data: dict[str, Any], *, csv: Path | None, save: Path | None, plot: P
 
 
 def _verdict(
-    comparisons: Sequence[Comparison], invalid_because: Sequence[str], told: Mapping[str, Any]
+    comparisons: Sequence[Comparison], invalid: Sequence[str], options: Mapping[str, Any]
 ) -> VerificationFailed | None:
-    limit, noise = told["fail_if_slower"], "; ".join(invalid_because)
+    """Return the error to end with: figures that do not count are never compared, unless `--allow-invalid` asks."""
+    limit, noise = options["fail_if_slower"], "; ".join(invalid)
+    if noise and options["fail_if_noisy"]:
+        return VerificationFailed("cannot use the figures", reason=noise, remedy="measure on a quiet machine")
+    if noise and limit is not None and not options["allow_invalid"]:
+        remedy = "measure both runs on a quiet machine, or add --allow-invalid"
+        return VerificationFailed("cannot compare the runs", reason=f"a run is INVALID ({noise})", remedy=remedy)
     slower = [one for one in comparisons if limit is not None and one.is_slower_than(limit)]
     if slower:
-        reason = "; ".join(f"{one.what}: {one.said}" for one in slower)
-        remedy = "measure both again in one run, or find what changed"
-        if noise:
-            remedy = f"the machine was not quiet ({noise}): measure again on a quiet one"
-        return VerificationFailed(f"it became slower by more than {limit:g} %", reason=reason, remedy=remedy)
-    if told["fail_if_noisy"] and noise:
-        return VerificationFailed("the figures do not count", reason=noise, remedy="measure on a quiet machine")
+        reason = "; ".join(f"{one.what}: {one.text}" for one in slower)
+        remedy = "measure both runs again, and look for what changed"
+        what = f"cannot accept a run that is more than {limit:g} % slower"
+        return VerificationFailed(what, reason=reason, remedy=remedy)
     return None

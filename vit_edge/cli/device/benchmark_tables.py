@@ -43,20 +43,27 @@ _LATENCIES = ("min", "p50", "p90", "p99")
 
 
 def tables(run: Benchmark) -> list[Any]:
-    """Return the tables and sentences of a run."""
-    shown: list[Any] = [_latencies(run), _costs(run)]
-    if any(result.loadgen for result in run.results):
-        shown.append(_loadgen(run))
+    """Return the verdict of a run in a sentence, then its tables."""
+    shown: list[Any] = [_headline(run), _latencies(run), _costs(run)]
     if any(result.end_to_end for result in run.results):
         shown.append(_stages(run))
     shown += [
-        f"{Path(result.model).name} in {result.engine}: no rate holds {result.latency_bound_ms:g} ms"
+        f"{Path(result.model).name} in {result.engine}: no rate stays within {result.latency_bound_ms:g} ms"
         for result in run.results
         if result.latency_bound_ms is not None and not result.throughput_per_s
     ]
-    shown.append(_harness(run))
-    shown += [f"INVALID: {reason}; measure again on a quiet machine" for reason in run.invalid_because]
-    return shown
+    return [*shown, _harness(run)]
+
+
+def _headline(run: Benchmark) -> str:
+    """Return which candidate is fastest, or that the figures do not count and why."""
+    if run.invalid_because:
+        return f"INVALID: {'; '.join(run.invalid_because)}. Measure again on a quiet machine."
+    first, best = run.results[0], max(run.results, key=lambda result: result.throughput_per_s)
+    what = f"{_candidate(best)}: {best.latency_ms.p50:.2f} ms per query (median), {best.throughput_per_s:.0f} images/s"
+    if best.ratio is None:
+        return f"Fastest: {what}." if len(run.results) > 1 else f"{what}."
+    return f"Fastest: {what}, {_ratio(best)} times the speed of {_candidate(first)}."
 
 
 def csv_text(results: Sequence[Mapping[str, Any]], *, is_valid: bool) -> str:
@@ -79,35 +86,37 @@ def _latencies(run: Benchmark) -> Table:
     first = run.results[0]
     rows = [
         (
-            *_named(result),
+            _candidate(result),
             *(f"{getattr(result.latency_ms, name):.3f}" for name in _LATENCIES),
             f"{result.throughput_per_s:.0f}",
             "1" if result is first else _ratio(result),
         )
         for result in run.results
     ]
-    columns = ("model", "engine", "precision", "batch", "threads", *(f"{name} ms" for name in _LATENCIES))
+    columns = ("candidate", *(f"{name} ms" for name in _LATENCIES))
     bound = "" if first.latency_bound_ms is None else f" within {first.latency_bound_ms:g} ms at p99"
     title = f"{_scenarios(run)}{bound}, {first.cpu} ({first.instruction_set})"
-    return make_table(title, (*columns, "images/s", "as fast (95 %)"), rows)
+    return make_table(title, (*columns, "images/s", "speed-up (95 %)"), rows)
 
 
 def _scenarios(run: Benchmark) -> str:
     return " and ".join(dict.fromkeys(result.scenario for result in run.results))
 
 
-def _named(result: Measurement) -> tuple[str, ...]:
-    on_cpu = result.device == "cpu"
-    engine = f"{result.engine} {result.engine_version}{'' if on_cpu else f' on {result.device}'}"
+def _candidate(result: Measurement) -> str:
+    """Return the file and how it ran, in words between which a line may end."""
+    device = "" if result.device == "cpu" else f" on {result.device}"
     is_plain = result.float_precision in ("float32", "unknown", "none")
-    precision = result.precision if is_plain else f"{result.precision} {result.float_precision}"
-    threads = str(result.threads) if result.workers == 1 else f"{result.workers} x {result.threads}"
-    return Path(result.model).name, engine, precision, str(result.batch_size), threads
+    precision = result.precision if is_plain else f"{result.precision} with {result.float_precision}"
+    threads = f"{result.threads} {'thread' if result.threads == 1 else 'threads'}"
+    workers = "" if result.workers == 1 else f"{result.workers} workers of "
+    engine = f"{result.engine} {result.engine_version}{device}"
+    return f"{Path(result.model).name} in {engine}, {precision}, batch {result.batch_size}, {workers}{threads}"
 
 
 def _ratio(result: Measurement) -> str:
     if result.ratio is None:
-        return "not known"
+        return "-"
     low, high = result.ratio.interval
     return f"{result.ratio.by_round:.2f} ({low:.2f} to {high:.2f})"
 
@@ -115,7 +124,7 @@ def _ratio(result: Measurement) -> str:
 def _costs(run: Benchmark) -> Table:
     rows = [
         (
-            *_named(result),
+            _candidate(result),
             f"{result.load_ms:.0f}",
             f"{result.cold_start_ms:.0f}",
             megabytes(result.peak_rss_bytes),
@@ -125,52 +134,36 @@ def _costs(run: Benchmark) -> Table:
         )
         for result in run.results
     ]
-    columns = ("model", "engine", "precision", "batch", "threads", "load ms", "cold start ms", "peak RSS", "file")
-    return make_table(f"energy: {run.energy_meter}", (*columns, "of peak", "energy/image"), rows)
-
-
-def _loadgen(run: Benchmark) -> Table:
-    rows = [
-        (
-            *_named(result),
-            *(_or_unknown(value, "{:.3f}") for value in (found.p50_ms, found.p90_ms, found.p99_ms)),
-            _or_unknown(found.throughput_per_s, "{:.0f}"),
-            str(found.num_queries),
-            "VALID" if found.is_valid else "INVALID",
-        )
-        for result in run.results
-        if (found := result.loadgen) is not None
-    ]
-    columns = ("model", "engine", "precision", "batch", "threads", "p50 ms", "p90 ms", "p99 ms", "images/s", "queries")
-    return make_table("MLCommons LoadGen", (*columns, "by its rules"), rows)
+    columns = ("candidate", "load ms", "cold start ms", "peak memory", "file")
+    return make_table(f"energy: {run.energy_meter}", (*columns, "of CPU peak", "energy per image"), rows)
 
 
 def _stages(run: Benchmark) -> Table:
     found = [(result, result.end_to_end) for result in run.results if result.end_to_end]
     rows = [
         (
-            *_named(result),
+            _candidate(result),
             *(f"{ms:.2f}" for ms in (one.decode_ms, one.resize_ms, one.inference_ms, one.answer_ms)),
             *(f"{ms:.2f}" for ms in (one.total_ms.p50, one.total_ms.p90, one.total_ms.p99)),
         )
         for result, one in found
     ]
-    stages = ("decode ms", "resize ms", "inference ms", "answer ms", "p50 ms", "p90 ms", "p99 ms")
+    stages = ("decode ms", "resize ms", "inference ms", "labels ms", "p50 ms", "p90 ms", "p99 ms")
     one = found[0][1]
-    rejected = f", {one.num_rejected} more cannot be used" if one.num_rejected else ""
+    rejected = f", {one.num_rejected} more cannot be read" if one.num_rejected else ""
     title = f"from file to labels, one image at a time, {one.num_images} images{rejected}"
-    return make_table(title, ("model", "engine", "precision", "batch", "threads", *stages), rows)
+    return make_table(title, ("candidate", *stages), rows)
 
 
 def _harness(run: Benchmark) -> str:
     peaks = "; ".join(
         f"{peak.engine} with {peak.threads} {'thread' if peak.threads == 1 else 'threads'} "
-        f"{_or_unknown(peak.integer_gmac_per_s, '{:.0f}')} in integers, "
-        f"{_or_unknown(peak.float_gmac_per_s, '{:.0f}')} in float"
+        f"{_or_unknown(peak.integer_gmac_per_s, '{:.0f}')} in INT8, "
+        f"{_or_unknown(peak.float_gmac_per_s, '{:.0f}')} in float32"
         for peak in run.peaks
     )
-    own = f"the harness itself: p50 {run.harness.p50_us:.1f} microseconds a query (null engine)"
-    return f"{own}\npeak of large products, GMAC/s: {peaks}" if peaks else own
+    own = f"Overhead of the benchmark: {run.harness.p50_us:.1f} microseconds per query (null engine, median)."
+    return f"{own}\nPeak of large matrix products, GMAC/s: {peaks}." if peaks else own
 
 
 def _or_unknown(value: float | None, form: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from vit_edge.cli.options import load_options
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
 from vit_edge.errors import printable
 
@@ -15,10 +16,11 @@ from vit_edge.errors import printable
 @file_argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Application to write  [default: MODEL with .pyz].")
 @click.option("--force", is_flag=True, help="Replace the application if it exists.")
+@load_options
 def bundle(model: Path, out: Path | None, force: bool) -> Result:
-    """Make one file of MODEL and the runtime, that any Python with an engine runs.
+    """Pack MODEL and the runtime into one file that any Python with an engine can run.
 
-    The device needs Python 3.10, numpy, Pillow and onnxruntime or openvino; vit-edge is not installed there.
+    The device needs Python 3.10, numpy, Pillow and onnxruntime or openvino, but not vit-edge.
 
     \b
     Example:
@@ -32,8 +34,11 @@ def bundle(model: Path, out: Path | None, force: bool) -> Result:
     rows = [
         ("application", path),
         ("size", megabytes(made.size_bytes)),
-        ("checked in", ", ".join(made.checked_in) or "no engine: none that it is for is installed here"),
-        ("protobuf inside", made.protobuf or "none: the device needs its own"),
+        ("checked in", ", ".join(made.checked_in) or "no engine: none that the file was validated in is installed"),
+        ("protobuf inside", made.protobuf or "none: install protobuf on the device"),
         ("run it with", f"python {path} IMAGE..."),
     ]
-    return Result(data={**asdict(made), "path": path}, shown=[make_table("", ("what", ""), rows)])
+    return Result(
+        data={**asdict(made), "path": path},
+        shown=[f"Wrote {path}; run it with: python {path} IMAGE...", make_table("", ("application", path), rows[1:-1])],
+    )

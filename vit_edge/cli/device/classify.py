@@ -2,78 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from vit_edge.cli.device.remote import classified, on_devices
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.cli.third_party_options import read_told, third_party_options
-from vit_edge.errors import ImageRejected, printable
+from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
+from vit_edge.errors import DataRejected, ImageRejected, printable
 
 
 @command("classify")
 @file_argument("model")
 @file_argument("images", many=True)
-@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime or openvino.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, tensorrt, gpu, npu ... as the engine has.")
-@click.option(
-    "--float-precision",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Precision of the float part  [default: float32 on a CPU].",
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Labels for each image.")
+@option_group(
+    "Engine and device",
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "onnxruntime", "openvino"]),
+        default="auto",
+        show_default=True,
+        help="Inference engine; auto takes what `vit-edge tune` saved, else the first installed one.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, tensorrt, gpu, npu, ..."),
+    threads_option(),
+    click.option(
+        "--float-precision",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Precision of the float part  [default: float32 on a CPU].",
+    ),
+    click.option("--batch-size", type=click.IntRange(1, 1024), help="Fix the batch size in the engine."),
+    click.option(
+        "--allow-fallback", is_flag=True, help="Fall back to the CPU, with a warning, if the device is unavailable."
+    ),
 )
-@click.option("--allow-fallback", is_flag=True, help="Run on the CPU what the device is not there for, and say so.")
-@click.option("--batch-size", type=click.IntRange(1, 1024), help="Give the engine a static shape.")
-@click.option("--decode", type=click.Choice(["full", "fast"]), default="full", show_default=True,
-              help="fast: large JPEGs at the smallest scale above the network's input.")  # fmt: skip
-@click.option("--verify", type=click.Choice(["full", "hash", "none"]), default="full", show_default=True,
-              help="Seal, operators and golden vectors; without golden vectors; without the seal.")  # fmt: skip
+@option_group(
+    "Checks and decoding",
+    click.option(
+        "--verify",
+        type=click.Choice(["full", "hash", "none"]),
+        default="full",
+        show_default=True,
+        help="full: seal, operators and golden vectors; hash: no golden vectors; none: no seal either.",
+    ),
+    click.option(
+        "--decode",
+        type=click.Choice(["full", "fast"]),
+        default="full",
+        show_default=True,
+        help="fast: decode large JPEGs at a reduced scale, never below the input size.",
+    ),
+)
 @third_party_options
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Answers for each image.")
-@threads_option()
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
+@load_options
 def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
-    """Name what IMAGES show, from the file MODEL alone: an `.onnx`, or OpenVINO's `.xml` beside its `.bin`.
+    """Classify IMAGES (files or folders) with MODEL, an .onnx file or OpenVINO's .xml with its .bin.
 
-    Images that cannot be used are named, the others answered; the exit code is then 3.
+    Images that cannot be read are listed, and the others are classified; the exit code is then 3.
 
     \b
     Examples:
-      vit-edge classify model.int8.onnx photo.jpg other.png
+      vit-edge classify model.int8.onnx photo.jpg folder/
       vit-edge classify theirs.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
-    from vit_edge.runtime.engines.protocol import refuse_null
     from vit_edge.runtime.loading import load
 
-    refuse_null(values["engine"])
-    values |= read_told(values)
-    rows, answered, rejected = [], [], []
-    with load(model, **values) as classifier, progress_bar() as progress:
+    values |= read_third_party_options(values)
+    rows, classified_images, rejected = [], [], []
+    with load(model, **values) as classifier, progress_bar(announce=False) as progress:
         described = classifier.describe()
-        for position, path in enumerate(images):
-            progress("classifying", position, len(images))
+        paths = _files(images)
+        for position, path in enumerate(paths):
+            progress("classifying", position, len(paths))
             try:
                 prediction = classifier(path, top=top)
             except ImageRejected as error:
                 rejected.append(error)
                 continue
-            answered.append({"file": printable(path), **prediction.to_dict()})
-            answers = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
-            rows.append((printable(path), answers, f"{prediction.timings.total_ms:.1f}"))
+            classified_images.append({"file": printable(path), **prediction.to_dict()})
+            named = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
+            rows.append((printable(path), named, f"{prediction.timings.total_ms:.1f}"))
     failed = [{"file": error.file, "reason": error.reason} for error in rejected]
-    data = {"model": described, "images": answered, "rejected": failed}
-    where = f"{described['device']}, {described['threads']} threads"
-    ran = f"{described['engine']} {described['engine_version']} on {where}"
-    fallback = [f"warning: {described['fallback']}"] if described["fallback"] else []
-    shown = [make_table("", ("image", "answers", "ms"), rows), ran, *fallback] if rows else fallback
-    return Result(data=data, shown=shown, error=_combined(rejected, len(images)))
+    data = {"model": described, "images": classified_images, "rejected": failed}
+    shown = [_headline(described, len(rows)), make_table("", ("image", "labels", "ms"), rows)] if rows else []
+    return Result(data=data, shown=shown, error=_combined(rejected, len(paths)))
+
+
+def _headline(described: dict[str, Any], num_images: int) -> str:
+    images = "1 image" if num_images == 1 else f"{num_images} images"
+    threads = "1 thread" if described["threads"] == 1 else f"{described['threads']} threads"
+    where = f"{described['engine']} {described['engine_version']} on {described['device']}, {threads}"
+    return f"Classified {images} with {described['name']} in {where}." + (
+        f" Warning: {described['fallback']}." if described["fallback"] else ""
+    )
+
+
+def _files(images: Sequence[Path]) -> list[Path]:
+    """Return the files, and in place of each folder the images below it; raises DataRejected for an empty folder."""
+    from vit_edge.data import find_images
+
+    found: list[Path] = []
+    for path in images:
+        inside = find_images(path) if path.is_dir() else (path,)
+        if not inside:
+            raise DataRejected("cannot classify", file=path, reason="the folder holds no image", remedy="name images")
+        found += inside
+    return found
 
 
 def _combined(rejected: list[ImageRejected], num_images: int) -> ImageRejected | None:
     if len(rejected) <= 1:
         return rejected[0] if rejected else None
     reasons = "; ".join(f"{error.file}: {error.reason}" for error in rejected)
-    what = f"cannot use {len(rejected)} of {num_images} images"
+    what = f"cannot read {len(rejected)} of {num_images} images"
     return ImageRejected(what, reason=reasons, remedy="give images in JPEG, PNG, WEBP, BMP or TIFF")

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.device.remote import on_devices, ran_on
-from vit_edge.cli.output import Result, command, make_table, megabytes
+from vit_edge.cli.output import Result, command, gigabytes, make_table
 from vit_edge.errors import EngineUnavailable
-from vit_edge.remote.fleet import Outcome
+
+if TYPE_CHECKING:
+    from vit_edge.remote.fleet import Outcome
 
 
 def _reported(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Return what each device is told to have."""
+    """Return the report of each device."""
     return [entry for outcome in outcomes for entry in _shown(outcome.value, ran_on(outcome))]
 
 
 @command("doctor")
 @on_devices(shown=_reported, needs_engine=False)
 def doctor() -> Result:
-    """Tell what this machine has to run a model with, what is wrong with it, and which target to quantize for.
+    """Show the CPU, memory and engines of this machine, what is wrong, and the target to quantize for.
 
-    With --json it prints what `vit-edge quantize --target FILE.json` takes on another machine. The exit code is 7 where
-    no engine works here, else 0.
+    `vit-edge quantize --target FILE.json` reads the --json output on another machine. The exit code is 7 if no engine
+    works here, or if installed packages do not fit each other.
 
     \b
-    Example:
+    Examples:
       vit-edge doctor
       vit-edge doctor --json > device.json
       vit-edge doctor --on ssh://pi@raspberrypi --json > device.json
@@ -37,19 +39,31 @@ def doctor() -> Result:
 
 
 def _shown(report: dict[str, Any], name: str) -> list[Any]:
+    findings = [f"{finding['kind']}: {finding['what']}\n  try: {finding['advice']}" for finding in report["findings"]]
+    extras = _extras(report)
     return [
+        _headline(report, name),
         make_table("", (name, ""), _rows(report)),
-        *([make_table("", ("missing extra", "for", "install with"), _extras(report))] if _extras(report) else []),
-        *(f"{finding['kind']}: {finding['what']} - {finding['advice']}" for finding in report["findings"]),
-        _advised(report),
+        *([make_table("", ("missing extra", "for", "install with"), extras)] if extras else []),
+        *findings,
     ]
+
+
+def _headline(report: dict[str, Any], name: str) -> str:
+    """Return the verdict in a sentence: whether models run, and the target to quantize for."""
+    working = [engine["name"] for engine in report["engines"] if engine["installed"] and not engine["error"]]
+    able = f"{name} can run models in {' and '.join(working)}" if working else f"{name} cannot run models"
+    target = report["target"]
+    mark = "" if target["verified"] else " (unverified: not yet tested on such hardware)"
+    able = able[0].upper() + able[1:]
+    return f"{able}. Quantize with --target {target['name']}{mark}: {target['reason']}."
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, memory = report["cpu"], report["memory"]
     granted = f"{cpu['usable_threads']} usable of {cpu['cpus']} CPUs"
-    sizes = (("total_bytes", "in all"), ("available_bytes", "free"), ("limit_bytes", "granted"))
-    known = [f"{megabytes(memory[key])} {word}" for key, word in sizes if memory[key] is not None]
+    sizes = (("total_bytes", "in total"), ("available_bytes", "free"), ("limit_bytes", "granted"))
+    known = [f"{gigabytes(memory[key])} {word}" for key, word in sizes if memory[key] is not None]
     return [
         ("vit-edge", f"{report['vit_edge']}, Python {report['python']['version']} ({report['python']['bits']} bits)"),
         ("system", report["system"]),
@@ -77,15 +91,11 @@ def _extras(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _advised(report: dict[str, Any]) -> str:
-    target = report["target"]
-    mark = "" if target["verified"] else " (unverified: nobody ran it on such hardware)"
-    return f"quantize with --target {target['name']}{mark}: {target['reason']}"
-
-
 def _unusable(report: dict[str, Any]) -> EngineUnavailable | None:
-    if any(engine["installed"] and not engine["error"] for engine in report["engines"]):
+    works = any(engine["installed"] and not engine["error"] for engine in report["engines"])
+    if works and not report.get("misfits"):
         return None
     problems = [finding for finding in report["findings"] if finding["kind"] == "problem"]
     reason = "; ".join(finding["what"] for finding in problems)
-    return EngineUnavailable("no model can run here", reason=reason, remedy=problems[0]["advice"])
+    what = "cannot trust the installation" if works else "cannot run a model on this machine"
+    return EngineUnavailable(what, reason=reason, remedy=problems[0]["advice"])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
-from vit_edge.errors import ModelRejected
+from vit_edge.errors import ModelRejected, require
 from vit_edge.machine.releases import oldest_release
 from vit_edge.machine.targets import TARGETS, target_name
 
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from vit_edge.model_file.artifact import Manifest, ModelFile
     from vit_edge.model_file.openvino_ir import IrModel
 
+_HASH = re.compile("[0-9a-f]{64}")
+
 
 @command("inspect")
 @file_argument("file")
 def inspect(file: Path) -> Result:
-    """Show what the model file FILE says of itself and what it costs, after checking its seal and its operators.
+    """Check the seal and the operators of FILE, and show its size, input, labels, accuracy and more.
 
-    FILE is an ONNX file, or the .xml of OpenVINO's IR, of which the seal over both files is checked.
+    FILE is an ONNX model file of vit-edge, or the .xml of OpenVINO's IR (the seal covers both of its files).
 
     \b
     Example:
@@ -47,13 +50,18 @@ def inspect(file: Path) -> Result:
         data = describe()
         summary = _summary(manifest, data)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"its manifest is malformed ({type(error).__name__}: {error})"
-        raise ModelRejected("cannot show", file=file, reason=reason, remedy="export it again") from error
-    rows = [
-        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        for key, value in summary.items()
-    ]
-    return Result(data=data, shown=[make_table(f"{file}: seal intact", ("field", "value"), rows)])
+        reason = f"the manifest is malformed ({type(error).__name__}: {error})"
+        raise ModelRejected("cannot inspect", file=file, reason=reason, remedy="export it again") from error
+    return Result(
+        data=data, shown=[_headline(manifest, data), make_table("", ("field", "value"), list(summary.items()))]
+    )
+
+
+def _headline(manifest: Manifest, data: dict[str, Any]) -> str:
+    height, width = manifest.preprocessing.crop
+    size, classes = megabytes(data["size_bytes"]), len(manifest.labels)
+    what = f"{manifest.name}, {manifest.precision}, {size}, {height}x{width} pixels, {classes} classes"
+    return f"The seal is intact: {what}."
 
 
 def _describe(model: ModelFile) -> dict[str, Any]:
@@ -101,66 +109,91 @@ def _target(manifest: Manifest) -> dict[str, Any] | None:
     }
 
 
-def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, Any]:
+def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, str]:
+    """Return the fields for people: what an application needs first, then how the file was made."""
     labels = list(manifest.labels)
-    golden = manifest.golden or {}
-    quantization = manifest.quantization
+    golden, quantization = manifest.golden or {}, manifest.quantization or {}
+    engines = sorted({name for entry in golden.get("expected", ()) for name in entry["engines"]})
     return {
         "name": manifest.name,
         "size": megabytes(data["size_bytes"]),
-        "sha256": data["sha256"],
         "precision": manifest.precision,
-        "input": data.get("input", dict(manifest.input)),
-        "outputs": [data["output"], *data["more_outputs"]] if "output" in data else list(manifest.outputs),
+        "input": data.get("input") or _text(manifest.input),
+        "outputs": "; ".join([data["output"], *data["more_outputs"]] if "output" in data else manifest.outputs),
         "labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}",
-        "preprocessing": manifest.preprocessing.to_dict(),
-        "architecture": dict(manifest.architecture),
-        "target": data["target"]["implies"] if data["target"] else "none",
-        "quantization": _without_lists(quantization) if quantization else "none",
-        "calibration images": len(quantization["images"]) if quantization else "none",
-        "evaluation": _evaluation(manifest.evaluation),
-        "golden vectors": f"{len(golden.get('seeds', ()))} inputs, {len(golden.get('images', ()))} images, for "
-        + ", ".join(sorted({name for entry in golden.get("expected", ()) for name in entry["engines"]})),
+        "accuracy": _evaluation(manifest.evaluation),
+        "preprocessing": _text(manifest.preprocessing.to_dict()),
+        "target": data["target"]["implies"] if data["target"] else "any CPU",
+        "quantization": _text(_without_lists(quantization)) if quantization else "none",
+        "calibration images": str(len(quantization.get("images", ()))),
+        "architecture": _text(manifest.architecture),
         **(_graph_summary(data) if "operators" in data else {}),
+        "golden vectors": f"{len(golden.get('seeds', ()))} inputs and {len(golden.get('images', ()))} images, for "
+        + (" and ".join(engines) or "no engine"),
         "license": manifest.license or "not stated",
-        "provenance": dict(manifest.provenance),
+        "provenance": _text(manifest.provenance),
+        "SHA-256": data["sha256"],
     }
 
 
-def _graph_summary(data: dict[str, Any]) -> dict[str, Any]:
+def _graph_summary(data: dict[str, Any]) -> dict[str, str]:
+    sizes = {kind: megabytes(size) for kind, size in (data["size_by_kind"] or {}).items()}
     return {
-        "operators": data["operators"],
         "parameters": _or_unknown(data["parameters"], "{:,}"),
         "GMAC per image": _or_unknown(data["gmac_per_image"], "{:.3f}"),
-        "size by kind of tensor": {kind: megabytes(size) for kind, size in (data["size_by_kind"] or {}).items()},
-        "IR version, opset": f"{data['ir_version']}, {data['opset']}",
+        "operators": ", ".join(f"{count} {name}" for name, count in data["operators"].items()),
+        "size by kind of tensor": _text(sizes) or "not known",
+        "IR version": f"{data['ir_version']}, opset {_text(data['opset'])}",
         "oldest ONNX Runtime": data["oldest_onnxruntime"] or "none known",
     }
 
 
+def _text(value: Any) -> str:
+    """Return JSON values as text: names and values, without braces and quotes."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{str(key).replace('_', ' ')} {_nested(entry)}"
+            for key, entry in value.items()
+            if entry not in (None, [], {}, "")
+        )
+    if isinstance(value, list | tuple):
+        return " x ".join(map(_text, value)) if all(isinstance(one, int) for one in value) else _joined(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value[:12]}..." if isinstance(value, str) and _HASH.fullmatch(value) else str(value)
+
+
+def _nested(value: Any) -> str:
+    return f"({_text(value)})" if isinstance(value, Mapping) else _text(value)
+
+
+def _joined(values: Any) -> str:
+    return ", ".join(_nested(value) for value in values)
+
+
 def _without_lists(quantization: Any) -> dict[str, Any]:
-    lists = ("fingerprints", "images", "openvino_skips")
+    lists = ("fingerprints", "images", "openvino_skips", "openvino_rounds")
     return {
         key: value["method"] if key == "ranges" else value for key, value in quantization.items() if key not in lists
     }
 
 
-def _evaluation(evaluation: Any) -> Any:
+def _evaluation(evaluation: Any) -> str:
     if not evaluation:
-        return "none"
+        return "not evaluated: vit-edge quantize --data leaves an evaluation in the file"
     if "results" not in evaluation:
-        return evaluation
-    return [
+        return _text(evaluation)
+    return "; ".join(
         f"{r['engine']}: {_top1(r)}agreement {r['agreement']:.2f} %, {r['images']} images"
         for r in evaluation["results"]
-    ]
+    )
 
 
 def _top1(result: Any) -> str:
-    """Return both accuracies; nothing where the images had no labels."""
+    """Return the accuracy of both files, or nothing if the images had no labels."""
     if result["candidate_top1"] is None:
         return ""
-    return f"top-1 {result['candidate_top1']:.2f} % (float {result['reference_top1']:.2f} %), "
+    return f"top-1 {result['candidate_top1']:.2f} % (float32 {result['reference_top1']:.2f} %), "
 
 
 def _opset(model: ModelFile) -> int:
@@ -168,9 +201,10 @@ def _opset(model: ModelFile) -> int:
 
 
 def _costs(model: ModelFile) -> dict[str, Any]:
-    """Return parameters, multiplications and sizes; shape inference needs the onnx package, which a device has not."""
+    """Return parameters, multiplications and sizes; shape inference needs the onnx package, which devices lack."""
     if importlib.util.find_spec("onnx") is None:
         return {"parameters": None, "gmac_per_image": None, "size_by_kind": None}
+    require("onnx", extra="export", what="count parameters")
     from vit_edge.export.graph.macs import costs
 
     found = costs(model.graph())
@@ -183,7 +217,7 @@ def _or_unknown(value: float | None, form: str) -> str:
         return form.format(value)
     if importlib.util.find_spec("onnx") is None:
         return 'not known: pip install "vit-edge[export]"'
-    return "not known: the graph does not tell its shapes"
+    return "not known: the shapes in the graph are incomplete"
 
 
 def _shape(value: Any) -> str:

@@ -1,43 +1,44 @@
-"""`--on ssh://user@host`: a command runs on devices instead of here, and its results come back."""
+"""`--on ssh://user@host`: run a command on devices and show the results here."""
 
 from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.core import ParameterSource
 
+from vit_edge.cli.options import option_group
 from vit_edge.cli.output import Result, make_table
 from vit_edge.errors import UsageError, VitEdgeError, printable
-from vit_edge.model_file.artifact import open_model
-from vit_edge.remote.device import Bundle, Device, Session, Setup
-from vit_edge.remote.fleet import Outcome, chosen_devices, failure, run_on
-from vit_edge.runtime.onnx_import.importer import is_third_party
+
+if TYPE_CHECKING:
+    from vit_edge.remote.device import Bundle, Device, Session, Setup
+    from vit_edge.remote.fleet import Outcome
 
 __all__ = ["Remote", "Shown", "classified", "measured", "merged", "on_devices", "parts", "ran_on"]
 
 # A command's tables for people, of what each device printed.
-Shown = Callable[[Sequence[Outcome]], list[Any]]
-# Given what was told of the result, returns what is done with it.
-Begin = Callable[[dict[str, Any]], Callable[[Result], Result]]
+Shown: TypeAlias = "Callable[[Sequence[Outcome]], list[Any]]"
+# Takes the options about the result, and returns the function that uses them.
+Begin: TypeAlias = Callable[[dict[str, Any]], Callable[[Result], Result]]
 _OWN = ("on", "device_list", "tags", "install", "wheels", "python", "device_timeout")
 _COMMON = ("as_json", "verbose", "quiet", "config")
 _PATH = click.Path(path_type=Path)
 _OPTIONS = (
     click.option("--on", multiple=True, metavar="ADDRESS",
-                 help="Run on this device: ssh://user@host[:port] or adb://SERIAL, repeatable."),
+                 help="Run on this device: ssh://user@host[:port] or adb://SERIAL; repeatable."),
     click.option("--devices", "device_list", type=_PATH, metavar="FILE", help="Run on the devices of a devices.toml."),
-    click.option("--tag", "tags", multiple=True, help="Of --devices only those with this tag, repeatable."),
-    click.option("--python", default="python3", show_default=True, help="The device's Python that has the engine."),
-    click.option("--install", is_flag=True, help="Put the engine into a virtual environment there, for this run."),
-    click.option("--wheels", type=_PATH, metavar="DIR", help="Install from these wheels, for devices without network."),
+    click.option("--tag", "tags", multiple=True, help="Use only the devices with this tag; repeatable."),
+    click.option("--python", default="python3", show_default=True, help="Python on the device, with an engine."),
+    click.option("--install", is_flag=True, help="Install the engine in a temporary folder on the device."),
+    click.option("--wheels", type=_PATH, metavar="DIR", help="Install from these wheels, without network."),
     click.option("--device-timeout", type=click.FloatRange(1), default=3600, show_default=True,
-                 help="Seconds for a copy or a command on a device."),
+                 help="Longest time for a copy or a command, in seconds."),
 )  # fmt: skip
 
 
@@ -68,8 +69,8 @@ def on_devices(
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def run(**values: Any) -> Result:
-            told = {name: values.pop(name) for name in _OWN}
-            remote = _asked(told)
+            options = {name: values.pop(name) for name in _OWN}
+            remote = _asked(options)
             if own:
                 return function(**values, remote=remote)
             if remote is None:
@@ -77,9 +78,8 @@ def on_devices(
             finish = begin({name: values[name] for name in here})
             return finish(_run_there(remote, uploads, shown, needs_engine=needs_engine, here=here))
 
-        for option in reversed(_OPTIONS):
-            run = option(run)
-        return run
+        decorated: Callable[..., Result] = option_group("Run on other devices", *_OPTIONS)(run)
+        return decorated
 
     return decorate
 
@@ -100,6 +100,8 @@ def merged(outcomes: Sequence[Outcome], shown: list[Any]) -> Result:
     data["devices"] = devices
     if any("results" in (outcome.value or {}) for outcome in outcomes):
         data["results"] = [entry for outcome in outcomes for entry in labelled(outcome)]
+    from vit_edge.remote.fleet import failure
+
     failed = [f"{ran_on(o)}: {o.error}" for o in outcomes if o.error is not None and len(outcomes) > 1]
     return Result(data=data, shown=[*shown, *failed], error=failure(outcomes))
 
@@ -117,21 +119,27 @@ def _fields(error: VitEdgeError) -> dict[str, Any]:
     return error_fields(error)
 
 
-def _asked(told: dict[str, Any]) -> Remote | None:
-    if not told["on"] and told["device_list"] is None:
-        given = [name for name in ("tags", "install", "wheels") if told[name]]
+def _asked(options: dict[str, Any]) -> Remote | None:
+    if not options["on"] and options["device_list"] is None:
+        given = [name for name in ("tags", "install", "wheels") if options[name]]
         if given:
             option = f"--{given[0].removesuffix('s') if given[0] == 'tags' else given[0]}"
-            raise UsageError("cannot choose a device", reason=f"{option} is for one", remedy="name it with --on")
+            raise UsageError("cannot choose a device", reason=f"{option} needs a device", remedy="name one with --on")
         return None
-    devices = chosen_devices(told["on"], file=told["device_list"], tags=told["tags"], python=told["python"])
-    setup = Setup(install=told["install"], wheels=told["wheels"], seconds=told["device_timeout"])
+    from vit_edge.remote.device import Setup
+    from vit_edge.remote.fleet import chosen_devices
+
+    devices = chosen_devices(options["on"], file=options["device_list"], tags=options["tags"], python=options["python"])
+    setup = Setup(install=options["install"], wheels=options["wheels"], seconds=options["device_timeout"])
     return Remote(devices=tuple(devices), setup=setup)
 
 
 def _run_there(
     remote: Remote, uploads: Sequence[str], shown: Shown | None, *, needs_engine: bool, here: Sequence[str]
 ) -> Result:
+    from vit_edge.remote.device import Bundle
+    from vit_edge.remote.fleet import run_on
+
     context = click.get_current_context()
     given = list(_given(context, uploads, here))
     files = {path: parts(path) for _, values, is_file in given if is_file for path in map(Path, values)}
@@ -146,9 +154,14 @@ def _run_there(
                 outcome.error = session.error_of(value["error"])
             return {key: entry for key, entry in value.items() if key not in ("schema", "command")}
 
-        outcomes = run_on(remote.devices, work, remote.setup)
+        outcomes = run_on(remote.devices, work, remote.setup, waiting=_say_waiting)
     _repeat_warnings(outcomes)
     return merged(outcomes, [] if shown is None else shown([o for o in outcomes if o.value]))
+
+
+def _say_waiting(names: Sequence[str], seconds: float) -> None:
+    if not click.get_current_context().meta.get("quiet", False):
+        click.echo(f"running on {', '.join(names)}: {seconds:.0f} s", err=True)
 
 
 def _repeat_warnings(outcomes: Sequence[Outcome]) -> None:
@@ -177,14 +190,16 @@ def _given(
         is_file = parameter.name in uploads
         if isinstance(parameter.type, click.Path) and not is_file:
             option = parameter.opts[0]
-            raise UsageError("cannot run on a device", reason=f"{option} is a path here", remedy=f"leave {option} out")
+            raise UsageError(
+                "cannot run on a device", reason=f"{option} names a file on this machine", remedy=f"omit {option}"
+            )
         yield parameter, values, is_file
 
 
 def _arguments(
     context: click.Context, given: Sequence[tuple[click.Parameter, list[Any], bool]], bundle: Bundle, engine: str | None
 ) -> tuple[str | None, list[str]]:
-    """Return the engine that is asked for, if any, and the command line there; a device's own engine unless told."""
+    """Return the engine that is asked for, if any, and the command line there; a device's own engine by default."""
     options, arguments = list[str](), list[str]()
     for parameter, values, is_file in given:
         texts = [bundle.name_there(Path(value)) if is_file else str(value) for value in values]
@@ -205,9 +220,12 @@ def _arguments(
 
 def parts(path: Path) -> list[tuple[str, Path]]:
     """Return the file and what belongs to it, each with a name for it there; raises what is wrong with a model file."""
+    from vit_edge.model_file.artifact import open_model
+    from vit_edge.runtime.onnx_import.importer import is_third_party
+
     suffix = path.suffix.lower()
     if path.is_dir():
-        raise UsageError("cannot send a folder", file=path, reason="devices take files", remedy="name its files")
+        raise UsageError("cannot send", file=path, reason="devices take files, not folders", remedy="name the files")
     if suffix == ".xml":
         return [("model.xml", path), ("model.bin", path.with_suffix(".bin"))]
     if suffix != ".onnx":
@@ -222,45 +240,47 @@ def parts(path: Path) -> list[tuple[str, Path]]:
 
 def _readable(path: Path) -> Path:
     if not path.is_file():
-        raise UsageError(
-            "cannot send to the device", file=path, reason="there is no such file", remedy="check the path"
-        )
+        raise UsageError("cannot send", file=path, reason="there is no such file", remedy="check the path")
     return path
 
 
 def classified(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Return one row for each image on each device, and what ran there."""
+    """Return what ran on each device, and one row for each image on each device."""
     rows, ran = [], []
     for outcome in outcomes:
         model = outcome.value.get("model") or {}
         for image in outcome.value.get("images", []):
-            answers = "  ".join(f"{answer['label']} {answer['probability']:.1%}" for answer in image["answers"])
-            rows.append((ran_on(outcome), image["file"], printable(answers), f"{image['timings']['total_ms']:.1f}"))
+            labels = "  ".join(f"{answer['label']} {answer['probability']:.1%}" for answer in image["answers"])
+            rows.append((ran_on(outcome), image["file"], printable(labels), f"{image['timings']['total_ms']:.1f}"))
         if model:
             where = f"{model['device']}, {model['threads']} threads"
             ran.append(f"{ran_on(outcome)}: {model['engine']} {model['engine_version']} on {where}")
-    return [make_table("", ("on", "image", "answers", "ms"), rows), *ran] if rows else []
+    return [*ran, make_table("", ("device", "image", "labels", "ms"), rows)] if rows else []
 
 
 def measured(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Return one row for each result of each device, of the values that are known to be there, and what disturbed."""
-    rows, said = [], []
+    """Return the devices whose figures do not count, and one row for each result of each device."""
+    rows, notes = [], list[str]()
     for outcome in outcomes:
+        notes += [f"INVALID on {ran_on(outcome)}: {reason}" for reason in outcome.value.get("invalid_because", ())]
         for entry in labelled(outcome):
-            latency, ratio = entry.get("latency_ms") or {}, entry.get("ratio") or {}
-            times = [_number(latency.get(name)) for name in ("min", "p50", "p90", "p99")]
-            model = Path(str(entry.get("model", "-"))).name
-            what = (model, f"{entry.get('engine')} {entry.get('engine_version', '')}")
-            more = (entry.get("precision", "-"), entry.get("batch_size", "-"), entry.get("threads", "-"))
-            rate = _number(entry.get("throughput_per_s"), digits=1)
-            rows.append((ran_on(outcome), *what, *more, *times, rate, _number(ratio.get("by_round"), digits=2)))
+            rows.append(_row(outcome, entry))
             if entry.get("scenario") == "server" and not entry.get("throughput_per_s"):
-                said.append(f"{ran_on(outcome)}: {model}: no rate holds {entry.get('latency_bound_ms')} ms")
-        said += [f"INVALID on {ran_on(outcome)}: {reason}" for reason in outcome.value.get("invalid_because", ())]
-    columns = ("on", "model", "engine", "precision", "batch", "threads", "min ms", "p50 ms", "p90 ms", "p99 ms")
+                notes.append(f"{rows[-1][0]}: no rate stays within {entry.get('latency_bound_ms')} ms")
     if any(outcome.facts.get("emulated") for outcome in outcomes):
-        said.append("emulated: the times are those of the emulation, not of such hardware")
-    return [make_table("", (*columns, "images/s", "as fast"), rows), *said] if rows else []
+        notes.append("emulated: the times are those of the emulation, not of such hardware")
+    columns = ("candidate", "min ms", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up")
+    return [*notes, make_table("", columns, rows)] if rows else []
+
+
+def _row(outcome: Outcome, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    latency, ratio = entry.get("latency_ms") or {}, entry.get("ratio") or {}
+    engine = f"{entry.get('engine')} {entry.get('engine_version', '')}"
+    how = f"{entry.get('precision', '-')}, batch {entry.get('batch_size', '-')}, threads {entry.get('threads', '-')}"
+    candidate = f"{ran_on(outcome)}: {Path(str(entry.get('model', '-'))).name} in {engine}, {how}"
+    times = [_number(latency.get(name)) for name in ("min", "p50", "p90", "p99")]
+    rate, speed_up = _number(entry.get("throughput_per_s"), digits=1), _number(ratio.get("by_round"), digits=2)
+    return (candidate, *times, rate, speed_up)
 
 
 def _number(value: object, *, digits: int = 3) -> str:

@@ -12,12 +12,12 @@ from vit_edge.cli.output import Result, command, file_argument
 @command("seal")
 @file_argument("file")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write  [default: FILE itself].")
-@click.option("--force", is_flag=True, help="Replace another file that is there.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 def seal(file: Path, out: Path | None, force: bool) -> Result:
     """Seal FILE again after a deliberate edit.
 
-    A seal says that the bytes are those that were sealed, not who sealed them or that the answers are right: the golden
-    vectors in the file still have to agree.
+    A seal shows that the bytes are unchanged since sealing. It does not show who sealed them or that predictions are
+    right: the golden vectors in the file still have to agree.
 
     \b
     Example:
@@ -30,5 +30,5 @@ def seal(file: Path, out: Path | None, force: bool) -> Result:
     data = reseal(file)
     write_atomic(target, data.data)
     return Result(
-        data={"model": str(target), "sha256": data.sha256}, shown=[f"sealed: {target} (sha256 {data.sha256})"]
+        data={"model": str(target), "sha256": data.sha256}, shown=[f"Sealed {target} (SHA-256 {data.sha256})."]
     )

@@ -7,18 +7,22 @@ from pathlib import Path
 
 import click
 
+from vit_edge.cli.options import load_options
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar
 
 
 @command("tune")
 @file_argument("model")
-@click.option("--min-seconds", type=float, default=2.0, show_default=True, help="Measure each choice at least so long.")
-@click.option("--min-queries", type=int, default=50, show_default=True, help="And at least so many images.")
+@click.option(
+    "--min-seconds", type=float, default=2.0, show_default=True, help="Shortest measuring time for each choice."
+)
+@click.option("--min-queries", type=int, default=50, show_default=True, help="Fewest images for each choice.")
+@load_options
 def tune(model: Path, min_seconds: float, min_queries: int) -> Result:
-    """Find the engine and the number of threads that run MODEL fastest on this machine, and remember it.
+    """Find the fastest engine and number of threads for MODEL on this machine, and save them.
 
-    Every later load that leaves the engine open takes it: `classify`, and `load(...)` in an application. The verdict
-    counts for this very file, these releases of the engines, this CPU and its share of it.
+    `classify` and `load(...)` use the saved configuration when no engine is named. A configuration applies to the
+    same file, engine releases, CPU and number of usable threads.
 
     \b
     Example:
@@ -31,10 +35,11 @@ def tune(model: Path, min_seconds: float, min_queries: int) -> Result:
     rows = [
         (one.engine, str(one.threads), f"{one.latency_ms.p50:.3f}", f"{one.latency_ms.min:.3f}") for one in tuning.tried
     ]
-    verdict = tuning.verdict
-    kept = "" if tuning.is_kept else "; it could not be kept: the cache folder cannot be written"
+    best = tuning.configuration
+    threads = "1 thread" if best.threads == 1 else f"{best.threads} threads"
+    saved = "saved for later loads" if tuning.is_saved else "not saved: the cache folder is not writable"
     shown = [
+        f"Fastest: {best.engine} with {threads}, {best.p50_ms:.3f} ms per image (median); {saved}.",
         make_table("", ("engine", "threads", "p50 ms", "min ms"), rows),
-        f"verdict: {verdict.engine}, {verdict.threads} threads{kept}",
     ]
     return Result(data={"model": str(model), **asdict(tuning)}, shown=shown)

@@ -44,9 +44,9 @@ def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:
     """Convert the weights in SOURCE to a checkpoint, exactly.
 
     SOURCE is a file (.safetensors, .pt, .pth, .bin, .npz), a folder of Hugging Face or timm, or timm:NAME, hf:REPO,
-    torchvision:NAME. The network is recognised by the names and shapes of its tensors and by the configuration beside
-    them. What neither tells comes from --like, --preprocessing and --labels, or is assumed, and then every command
-    warns of it; --data finds it out on at most 64 labelled images.
+    torchvision:NAME. The network is recognised by the names and shapes of its tensors and by the config next to them.
+    Anything that neither specifies comes from --like, --preprocessing and --labels. Otherwise it is assumed, and every
+    later command warns about it; --data infers it from at most 64 labelled images.
 
     \b
     Examples:
@@ -64,15 +64,15 @@ def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:
 
 
 def _shown(report: ConversionReport) -> list[Any]:
-    rows = [(name, f"told by {teller}") for name, teller in report.known.items()]
-    rows += [(name, f"found on {report.finding.num_images} images") for name in report.found if report.finding]
-    rows += [(name, "assumed: nobody told") for name in report.assumed]
+    rows = [(name, f"from {source}") for name, source in report.known.items()]
+    rows += [(name, f"inferred from {report.finding.num_images} images") for name in report.found if report.finding]
+    rows += [(name, "assumed (not specified)") for name in report.assumed]
     title = f"{report.library}, {len(report.mapped)} tensors, {report.num_parameters:,} parameters"
     title += f", {len(report.missing)} missing, {len(report.unexpected)} unexpected"
     shown: list[Any] = [make_table(title, ("from", "to", "shape", "how"), _mapping_rows(report))]
     if report.unused:
         shown.append(make_table("Left out", ("tensor", "why"), list(report.unused.items())[:_NUM_SHOWN]))
-    shown.append(make_table("What shapes cannot tell", ("what", "from"), rows))
+    shown.append(make_table("Settings that shapes do not show", ("what", "from"), rows))
     if report.finding:
         shown.append(_ranking(report.finding))
     size = megabytes(report.size_bytes or 0)
@@ -101,7 +101,7 @@ def _ranking(finding: Finding) -> Any:
         for score in finding.scores[:_NUM_SHOWN]
     ]  # fmt: skip
     columns = ("top-1", "entropy", "mean, std", "geometry", "resampling", "colours", "labels", "")
-    title = f"Ways to feed it, best {len(rows)} of {len(finding.scores)}, {finding.num_images} images"
+    title = f"Preprocessing search, best {len(rows)} of {len(finding.scores)}, {finding.num_images} images"
     return make_table(title, columns, rows)
 
 
@@ -114,7 +114,7 @@ def _data(report: ConversionReport) -> dict[str, Any]:
     data["unused"], data["known"] = dict(report.unused), dict(report.known)
     finding = report.finding
     if finding is not None:
-        data["detective"] = {
+        data["preprocessing_search"] = {
             "num_images": finding.num_images,
             "proposed": asdict(finding.proposed.candidate),
             "settled": list(finding.settled),

@@ -1,4 +1,4 @@
-"""`vit-edge deploy --on`: one file made for each distinct target of the devices, and measured on those it is for."""
+"""`vit-edge deploy --on`: one file for each distinct target of the devices, measured on the devices of that target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Share", "device_data", "measured_there", "seed", "shares"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """One target, the folder of its deployment, and the devices that it is for: None where it is for this machine."""
+    """One target, the folder of its deployment, and its devices; None if the target is this machine."""
 
     target: str
     folder: Path
@@ -27,40 +27,40 @@ class Share:
 
 
 def shares(remote: Remote | None, target: str, out: Path) -> Iterator[Share]:
-    """Yield what is to be made: for each distinct target once; devices that name none have `target`.
+    """Yield the deployments to make, one for each distinct target; devices that name none have `target`.
 
-    One is made in `out` itself, several in folders of it that have the targets' names.
+    A single one goes into `out` itself, several into folders below it, named after the targets.
     """
     if remote is None:
         yield Share(target=target, folder=out, remote=None)
         return
-    asked: dict[str, str] = {}
+    targets: dict[str, str] = {}
     devices: dict[str, list[Device]] = {}
     for device in remote.devices:
         text = device.target or target
         name = resolve_target(text).target.name
-        asked.setdefault(name, text)
+        targets.setdefault(name, text)
         devices.setdefault(name, []).append(device)
-    for name, text in asked.items():
-        folder = out / name if len(asked) > 1 else out
+    for name, text in targets.items():
+        folder = out / name if len(targets) > 1 else out
         yield Share(target=text, folder=folder, remote=replace(remote, devices=tuple(devices[name])))
 
 
 def seed(folder: Path, first: Path) -> None:
-    """Give a folder the float file of the first one with its record, so that it is not exported once more."""
-    from vit_edge.export.deployment.deployer import FLOAT_FILE, RECORD_FILE
+    """Copy the float32 file and the record of the first deployment, so that the network is exported once."""
+    from vit_edge.export.deployment.record import FLOAT32_FILE, RECORD_FILE
 
     if not (folder / RECORD_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (FLOAT_FILE, RECORD_FILE):
+        for name in (FLOAT32_FILE, RECORD_FILE):
             shutil.copyfile(first / name, folder / name)
 
 
 def measured_there(folder: Path, remote: Remote) -> list[Outcome]:
     """Measure both files of a deployment on every device; each load there checks the golden vectors first."""
-    from vit_edge.export.deployment.deployer import FLOAT_FILE, INTEGER_FILE
+    from vit_edge.export.deployment.record import FLOAT32_FILE, INT8_FILE
 
-    files = {path: parts(path) for path in (folder / name for name in (FLOAT_FILE, INTEGER_FILE))}
+    files = {path: parts(path) for path in (folder / name for name in (FLOAT32_FILE, INT8_FILE))}
     with tempfile.TemporaryDirectory(prefix="vit-edge-") as temporary:
         bundle = Bundle.write(Path(temporary), files, remote.setup)
         names = [bundle.name_there(path) for path in files]
@@ -79,5 +79,11 @@ def measured_there(folder: Path, remote: Remote) -> list[Outcome]:
 
 def device_data(outcome: Outcome) -> dict[str, Any]:
     """Return what a record keeps of a device."""
-    error = {"error": str(outcome.error)} if outcome.error else {}
-    return {**outcome.to_dict(), "results": (outcome.value or {}).get("results", []), **error}
+    value, failed = outcome.value or {}, outcome.error
+    error = {"error": failed.reason, "error_exit_code": failed.exit_code} if failed else {}
+    return {
+        **outcome.to_dict(),
+        "results": value.get("results", []),
+        "noise": list(value.get("invalid_because", ())),
+        **error,
+    }

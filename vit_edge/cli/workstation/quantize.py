@@ -347,7 +347,7 @@ def _failure(result: QuantizationResult) -> VerificationFailed | None:
         reason = f"{worst.images} images bound {' and '.join(bounds)}"
         return VerificationFailed("cannot certify the budget", file=result.model, reason=reason, remedy=remedy)
     reason = f"the drop is {worst.drop_points:.2f} points, the agreement {worst.agreement:.2f} %"
-    remedy = "use --recipe accurate, --effort thorough or more calibration images; the file was written and holds the verdict"
+    remedy = "use --recipe accurate, --effort thorough or more calibration images; the file holds the verdict"
     return VerificationFailed("cannot meet the budget", file=result.model, reason=reason, remedy=remedy)
 
 

@@ -15,12 +15,18 @@ _PAGE, _CARD = Path("report.html"), Path("README.md")
 
 @command("report")
 @file_argument("results", many=True)
-@click.option("-o", "--out", type=_PATH, help=f"File to write  [default: {_PAGE}, or {_CARD} for a model card].")
-@click.option("--title", help="What the page is called  [default: the models' names].")
-@click.option("--data", type=_PATH, metavar="DIR", help="Where the images that judged lie now.")
-@click.option("--max-flips", type=click.IntRange(0, 1000), help="Most changed answers shown  [default: 24].")
+@click.option("-o", "--out", type=_PATH, help=f"Write to this file  [default: {_PAGE}; for a model card {_CARD}].")
+@click.option("--title", help="Title of the page  [default: the names of the models].")
+@click.option("--data", type=_PATH, metavar="DIR", help="Folder of the evaluation images, if they moved.")
+@click.option(
+    "--max-flips",
+    type=click.IntRange(0, 1000),
+    help="Show at most this many changed predictions as images  [default: 24].",
+)
 @click.option("--model-card", is_flag=True, help="Write a Hugging Face README.md with YAML and model-index instead.")
-@click.option("--license", "license_", metavar="NAME", help="With --model-card: of the weights, where no file tells.")
+@click.option(
+    "--license", "license_", metavar="NAME", help="With --model-card: license of the weights, if no file has one."
+)
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def report(
     results: tuple[Path, ...],
@@ -32,10 +38,10 @@ def report(
     license_: str | None,
     force: bool,
 ) -> Result:
-    """Make one page of RESULTS: what commands printed with --json, deployments, model files and images.
+    """Write one page about RESULTS: output of commands with --json, deployments, model files and images.
 
     The page needs no network and no script. With a verification and both its model files it shows the images whose
-    answer changed, and where float and INT8 look.
+    prediction changed, and the attention of both models.
 
     \b
     Examples:
@@ -64,8 +70,8 @@ def report(
 
 
 def _check(model_card: bool, of_page: dict[str, object], of_card: dict[str, object]) -> None:
-    """Raise UsageError where an option is for the other of the two."""
+    """Raise UsageError if an option belongs to the other of the two."""
     for name, value in (of_page if model_card else of_card).items():
         if value is not None:
-            reason = f"{name} is {'not ' if model_card else ''}for --model-card"
-            raise UsageError("cannot report", reason=reason, remedy=f"leave {name} out")
+            reason = f"{name} {'does not go' if model_card else 'only goes'} with --model-card"
+            raise UsageError("cannot report", reason=reason, remedy=f"leave out {name}")

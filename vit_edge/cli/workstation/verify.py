@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.device.remote import Remote, merged, on_devices, ran_on
-from vit_edge.cli.options import option_group
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
 from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
@@ -77,6 +77,7 @@ _PATH = click.Path(path_type=Path)
     threads_option(),
 )
 @on_devices(own=True)
+@load_options
 def verify(
     model: Path,
     reference: Path,
@@ -253,6 +254,8 @@ def _where(result: Verification) -> str:
 
 def _tables(result: Verification) -> Iterator[Table]:
     """Yield the tables for people: engines, the classes that lost most, the predictions that changed."""
+    from vit_edge.export.verification.flips import path_below
+
     yield figures_table(result)
     worst = result.decisive
     if worst.worst_classes:
@@ -265,7 +268,7 @@ def _tables(result: Verification) -> Iterator[Table]:
         order = ("worse", None, "neither", "better")
         first = sorted(worst.changed, key=lambda change: order.index(change.effect))[:_NUM_SHOWN]
         rows = [
-            (c.reference, c.candidate, _or_dash(c.label), _or_dash(c.effect), _relative(c.path, result.data))
+            (c.reference, c.candidate, _or_dash(c.label), _or_dash(c.effect), path_below(c.path, result.data))
             for c in first
         ]
         more = f", {len(first)} of {len(worst.changed)}; all with --json" if len(first) < len(worst.changed) else ""
@@ -275,11 +278,6 @@ def _tables(result: Verification) -> Iterator[Table]:
 
 def _or_dash(value: object) -> str:
     return "-" if value is None else str(value)
-
-
-def _relative(path: str, data: str) -> str:
-    folder = Path(printable(data))
-    return str(Path(path).relative_to(folder)) if folder in Path(path).parents else path
 
 
 def _remarks(result: Verification, written: Path | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What is told of a network beside its tensors, by whom, and whose word counts; no torch."""
+"""What is known of a network in addition to its tensors, from which source, and which source counts; no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vit_edge.image import Preprocessing
+from vit_edge.image import Interpolation, Preprocessing
 from vit_edge.vit_config import Activation, Pooling
 
 __all__ = ["CLIP", "HALF", "IMAGENET", "Facts", "Geometry", "Knowledge", "Triple"]
@@ -25,19 +25,22 @@ class Geometry:
     """How an image is brought to the network's size: resized in pixels for one `crop`, or by the crop's fraction.
 
     Without a crop, `resize` is right for every size. With `fraction`, the image is resized to the crop divided by it,
-    rounded down as timm does. `squash` gives up the aspect ratio. Another size of network keeps the proportion.
+    rounded down as timm does, and covers both sides of an input that is not square. `squash` gives up the aspect ratio.
+    Another size of network keeps the proportion.
     """
 
     resize: int | tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     fraction: float = 1.0
     squash: bool = False
+    keep_ratio: bool = False
+    crop_rounding: Literal["half-even", "floor"] = "half-even"
 
     def __post_init__(self) -> None:
         if self.resize is None and self.crop is not None:
-            raise ValueError(f"crop {self.crop} needs resize beside it")
+            raise ValueError(f"crop {self.crop} needs resize")
         if not 0.05 <= self.fraction <= 1.0:
-            raise ValueError(f"the crop is {self.fraction} of the resized image; it must lie between 0.05 and 1")
+            raise ValueError(f"the crop is {self.fraction} of the resized image; it must be between 0.05 and 1")
 
     def resize_for(self, image_size: tuple[int, int]) -> int | tuple[int, int]:
         """Return `Preprocessing.resize` for a network of this input size."""
@@ -50,21 +53,45 @@ class Geometry:
             height, width = (new * old // cut for new, old, cut in zip(image_size, self.resize, self.crop, strict=True))
             return height, width
         height, width = (math.floor(side / self.fraction) for side in image_size)
-        return (height, width) if self.squash else max(height, width)
+        return height if height == width and not self.squash else (height, width)
+
+    def keeps_ratio(self, image_size: tuple[int, int]) -> bool:
+        """Return `Preprocessing.keep_ratio` for a network of this input size."""
+        by_fraction = self.resize is None and not self.squash and isinstance(self.resize_for(image_size), tuple)
+        return self.keep_ratio or by_fraction
+
+    def preprocessing(
+        self, image_size: tuple[int, int], *, interpolation: Interpolation, mean: Triple, std: Triple
+    ) -> Preprocessing:
+        """Return the settings for a network of this input size; raises ValueError if they disagree."""
+        return Preprocessing(
+            resize=self.resize_for(image_size),
+            crop=image_size,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+            keep_ratio=self.keeps_ratio(image_size),
+            crop_rounding=self.crop_rounding,
+        )
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> Geometry:
         """Return the geometry of settings that are complete."""
-        return cls(resize=preprocessing.resize, crop=preprocessing.crop)
+        return cls(
+            resize=preprocessing.resize,
+            crop=preprocessing.crop,
+            keep_ratio=preprocessing.keep_ratio,
+            crop_rounding=preprocessing.crop_rounding,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What one teller says; a field is None where it says nothing.
+    """What one source specifies; a field is None if the source does not.
 
     `image_size` is what the position embeddings were made for, `input_size` what the network is used at where that
     differs. `shape` has widths and counts by the field of ViTConfig, to be held against the tensors. With `assumed`,
-    nobody told: the values are usable and every command warns of them.
+    no source specified them: the values are usable and every command warns of them.
     """
 
     origin: str
@@ -83,6 +110,7 @@ class Facts:
     interpolation: str | None = None
     geometry: Geometry | None = None
     labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
     license: str | None = None
     base_model: str | None = None
     shape: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
@@ -91,20 +119,20 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Knowledge:
-    """Everything that was told, those whose word counts most first; the last may be assumptions."""
+    """All sources, the one that counts most first; the last may be assumptions."""
 
     facts: tuple[Facts, ...]
 
-    def teller(self, name: str) -> Facts | None:
-        """Return the first that says something about the field."""
+    def source_of(self, name: str) -> Facts | None:
+        """Return the first source that specifies the field."""
         return next((facts for facts in self.facts if getattr(facts, name) is not None), None)
 
     def value(self, name: str) -> Any:
-        """Return what counts for the field, or None where nobody says anything."""
-        teller = self.teller(name)
-        return None if teller is None else getattr(teller, name)
+        """Return what counts for the field, or None if no source specifies it."""
+        source = self.source_of(name)
+        return None if source is None else getattr(source, name)
 
-    def told(self, name: str) -> bool:
-        """Return whether somebody who knows told the field."""
-        teller = self.teller(name)
-        return teller is not None and not teller.assumed
+    def specifies(self, name: str) -> bool:
+        """Return whether a source specifies the field, and does not assume it."""
+        source = self.source_of(name)
+        return source is not None and not source.assumed

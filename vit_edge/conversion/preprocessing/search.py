@@ -25,7 +25,7 @@ from vit_edge.errors import DataRejected, require
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.progress import Progress, silent
 
-__all__ = ["MOST_IMAGES", "Candidate", "Finding", "Score", "investigate", "sample"]
+__all__ = ["MOST_IMAGES", "Candidate", "Finding", "Score", "sample", "search_preprocessing"]
 
 MOST_IMAGES = 64
 _BATCH = 16
@@ -39,7 +39,7 @@ _NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {"ImageNet": IMAGENET, "0.5"
 _FIRST_GEOMETRY = ("crop 0.9", "bicubic")
 # One in twenty, as everywhere: two candidates differ only where chance would not explain it.
 _SIGNIFICANCE = 0.05
-_TOLD = "as told"
+_AS_SPECIFIED = "as specified"
 Losses = npt.NDArray[np.float64]
 Colours = Literal["RGB", "BGR"]
 
@@ -68,10 +68,10 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """The scores, best first; the best that contradicts nothing told; and how sure the images are of it.
+    """The scores, best first; the best that contradicts nothing specified; and how sure the images are of it.
 
     `settled` names the parts of the candidate in which every other value did worse by more than chance explains, `open`
-    those where another did as well, with its values. `contradiction` says what was told and the images deny.
+    those where another did as well, with its values. `contradiction` says what was specified and the images deny.
     """
 
     num_images: int
@@ -99,29 +99,29 @@ def sample(labels: Sequence[int], *, most: int = MOST_IMAGES, seed: int = 0) -> 
     return tuple(sorted(drawn[:most]))
 
 
-def investigate(
+def search_preprocessing(
     model: nn.Module,
     paths: Sequence[Path],
     *,
     orders: Mapping[str, Sequence[int]],
     preprocessing: Preprocessing,
-    told: frozenset[str],
+    specified: frozenset[str],
     num_images: int | None = None,
     progress: Progress = silent,
 ) -> Finding:
     """Return what the images say; raises DataRejected where none can be read.
 
     `orders` has the class of each image under each order of the labels that is possible. `preprocessing` is what
-    would be used otherwise; `told` names its fields that somebody told ("mean", "std", "interpolation", "resize"), or
+    would be used otherwise; `specified` names its known fields ("mean", "std", "interpolation", "resize"), or
     "labels": the proposal keeps them. `num_images` is of how many `paths` are a sample.
     """
     case = _Case(
-        model=model, paths=paths, orders={k: np.asarray(v) for k, v in orders.items()}, told=told, progress=progress,
-        preprocessing=preprocessing, num_images=num_images or len(paths),
+        model=model, paths=paths, orders={k: np.asarray(v) for k, v in orders.items()}, specified=specified,
+        progress=progress, preprocessing=preprocessing, num_images=num_images or len(paths),
     )  # fmt: skip
     scores = case.run()
     scores.sort(key=lambda score: (-score.top1, score.cross_entropy))
-    allowed = [score for score in scores if case.keeps_what_was_told(score.candidate)]
+    allowed = [score for score in scores if case.keeps_what_was_specified(score.candidate)]
     proposed = _in_usual_colours(allowed)
     settled, still_open = _judge(proposed, allowed)
     return Finding(
@@ -144,7 +144,7 @@ class _Case:
     paths: Sequence[Path]
     orders: Mapping[str, npt.NDArray[np.int64]]
     preprocessing: Preprocessing
-    told: frozenset[str]
+    specified: frozenset[str]
     num_images: int
     progress: Progress
     done: int = 0
@@ -154,16 +154,19 @@ class _Case:
     def normalisations(self) -> dict[str, tuple[Triple, Triple]]:
         own = (self.preprocessing.mean, self.preprocessing.std)
         known = {name: pair for name, pair in _NORMALISATIONS.items() if not _near(pair, own)}
-        name = next((name for name, pair in _NORMALISATIONS.items() if _near(pair, own)), _TOLD)
-        return {name: own, **known}  # what was told, or is likeliest, first
+        name = next((name for name, pair in _NORMALISATIONS.items() if _near(pair, own)), _AS_SPECIFIED)
+        return {name: own, **known}  # what was specified, or is likeliest, first
 
     @property
     def geometries(self) -> dict[str, Geometry]:
-        own = Geometry.of(self.preprocessing)
+        own = self._resized(Geometry.of(self.preprocessing))
+        known = {name: geometry for name, geometry in _GEOMETRIES.items() if self._resized(geometry) != own}
+        name = next((name for name in _GEOMETRIES if name not in known), _AS_SPECIFIED)
+        return {name: Geometry.of(self.preprocessing), **known}
+
+    def _resized(self, geometry: Geometry) -> Preprocessing:
         size = self.preprocessing.crop
-        known = {name: g for name, g in _GEOMETRIES.items() if g.resize_for(size) != own.resize_for(size)}
-        name = next((n for n, g in _GEOMETRIES.items() if g.resize_for(size) == own.resize_for(size)), _TOLD)
-        return {name: own, **known}
+        return replace(self.preprocessing, resize=geometry.resize_for(size), keep_ratio=geometry.keeps_ratio(size))
 
     @property
     def interpolations(self) -> tuple[str, ...]:
@@ -171,7 +174,7 @@ class _Case:
 
     def run(self) -> list[Score]:
         likeliest = next(iter(self.geometries)), self.preprocessing.interpolation
-        first = likeliest if "resize" in self.told else _FIRST_GEOMETRY
+        first = likeliest if "resize" in self.specified else _FIRST_GEOMETRY
         pairs: list[tuple[str, Colours]] = [(name, c) for name in self.normalisations for c in ("RGB", "BGR")]
         plans = [(g, i) for g in self.geometries for i in self.interpolations]
         self.total = len(pairs) + 2 * (len(plans) - 1)
@@ -179,7 +182,7 @@ class _Case:
         best = sorted(scores, key=lambda score: (-score.top1, score.cross_entropy))
         kept = dict.fromkeys((s.candidate.normalisation, s.candidate.colours) for s in best)
         chosen = list(kept)[:2]
-        if {"mean", "std"} & self.told:  # what was told is always among those that are compared
+        if {"mean", "std"} & self.specified:  # what was specified is always among those that are compared
             chosen = list(dict.fromkeys([*chosen, (next(iter(self.normalisations)), "RGB")]))
         for geometry, interpolation in plans:
             if (geometry, interpolation) != first:
@@ -194,7 +197,9 @@ class _Case:
         if not self.done:  # said once, not for every way
             rejections.conclude()
         if not decoded:
-            raise DataRejected("cannot find out", reason="no image could be read", remedy="give other images")
+            raise DataRejected(
+                "cannot infer the preprocessing", reason="no image could be read", remedy="give other images"
+            )
         positions = [position for position, _ in decoded]
         pixels_NHWC = np.stack([pixels for _, pixels in decoded])
         found = []
@@ -203,7 +208,7 @@ class _Case:
             shown = pixels_NHWC if colours == "RGB" else pixels_NHWC[..., ::-1]
             logits_BK = self._logits(replace(base, mean=mean, std=std), shown)
             self.done += 1
-            self.progress("trying ways to feed it", min(self.done, self.total), self.total)
+            self.progress("trying preprocessings", min(self.done, self.total), self.total)
             for order, labels in self.orders.items():
                 candidate = Candidate(
                     normalisation=normalisation, geometry=geometry, interpolation=interpolation, colours=colours,
@@ -220,10 +225,8 @@ class _Case:
             )
 
     def _preprocessing(self, geometry: str, interpolation: str) -> Preprocessing:
-        size = self.preprocessing.crop
-        resize = {**_GEOMETRIES, **self.geometries}[geometry].resize_for(size)
         chosen: Any = interpolation
-        return replace(self.preprocessing, resize=resize, interpolation=chosen)
+        return replace(self._resized({**_GEOMETRIES, **self.geometries}[geometry]), interpolation=chosen)
 
     def preprocessing_of(self, candidate: Candidate) -> Preprocessing:
         """Return the settings for images in RGB: mean and deviation in the order of the colours they belong to."""
@@ -232,15 +235,15 @@ class _Case:
             mean, std = (mean[2], mean[1], mean[0]), (std[2], std[1], std[0])
         return replace(self._preprocessing(candidate.geometry, candidate.interpolation), mean=mean, std=std)
 
-    def keeps_what_was_told(self, candidate: Candidate) -> bool:
-        normalised = {"mean", "std"} & self.told
+    def keeps_what_was_specified(self, candidate: Candidate) -> bool:
+        normalised = {"mean", "std"} & self.specified
         if normalised and (candidate.colours == "BGR" or candidate.normalisation != next(iter(self.normalisations))):
             return False
-        if "resize" in self.told and candidate.geometry != next(iter(self.geometries)):
+        if "resize" in self.specified and candidate.geometry != next(iter(self.geometries)):
             return False
-        if "interpolation" in self.told and candidate.interpolation != self.preprocessing.interpolation:
+        if "interpolation" in self.specified and candidate.interpolation != self.preprocessing.interpolation:
             return False
-        return "labels" not in self.told or candidate.label_order == next(iter(self.orders))
+        return "labels" not in self.specified or candidate.label_order == next(iter(self.orders))
 
 
 def _near(pair: tuple[Triple, Triple], other: tuple[Triple, Triple]) -> bool:
@@ -323,6 +326,6 @@ def _contradiction(best: Score, proposed: Score) -> str | None:
     ]
     return (
         f"with {', '.join(differing)} the {len(best.losses)} images give {best.top1:.1f} % top-1 and a cross "
-        f"entropy of {best.cross_entropy:.3f}; what was told gives {proposed.top1:.1f} % and "
+        f"entropy of {best.cross_entropy:.3f}; what was specified gives {proposed.top1:.1f} % and "
         f"{proposed.cross_entropy:.3f}"
     )

@@ -22,10 +22,14 @@ else:
 __all__ = ["preprocessing_facts", "read_settings", "size_of"]
 
 _MAX_BYTES = 20_000_000
-_OWN = ("resize", "crop", "interpolation", "mean", "std")
+_OWN = ("resize", "crop", "interpolation", "mean", "std", "keep_ratio", "crop_rounding")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # Pillow's codes, as transformers stores them.
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+# Keys that only an image processor of transformers has, and its steps that are read.
+_PROCESSOR_KEYS = {"image_mean", "image_std", "image_processor_type", "feature_extractor_type", "size", "crop_size"}
+_PROCESSOR_KEYS |= {"do_resize", "do_normalize", "do_rescale", "do_center_crop"}
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 # What transformers' image processors do where nothing is written: their class defaults.
 _DEFAULT_RESAMPLE = {"ViT": 2, "DeiT": 3, "Bit": 3, "CLIP": 3}
 
@@ -38,26 +42,26 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
         values = tomllib.loads(text) if source.suffix.lower() == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = f"it is neither JSON nor TOML ({str(error)[:200]})"
+        reason = f"the file is neither JSON nor TOML ({str(error)[:200]})"
         raise InputError("cannot read the settings", file=source, reason=reason, remedy="write JSON or TOML") from error
     if not isinstance(values, dict):
         raise InputError(
-            "cannot read the settings", file=source, reason="it holds no object", remedy="write name: value"
+            "cannot read the settings", file=source, reason="the file holds no object", remedy="write name: value"
         )
     return values
 
 
 def preprocessing_facts(values: Mapping[str, Any], *, origin: str) -> Facts:
-    """Return what is told of preprocessing, from any of three forms; raises UsageError where it cannot be done here.
+    """Return the preprocessing of a settings file in any of three forms; raises UsageError if it cannot be represented.
 
     The forms: fields of vit_edge.image.Preprocessing; transformers' preprocessor_config.json; timm's config.json or its
-    pretrained_cfg. What a form leaves out stays untold.
+    pretrained_cfg. What a form leaves out stays unspecified.
     """
     try:
-        if "pretrained_cfg" in values or {"crop_pct", "input_size"} & values.keys():
-            return _from_timm(values.get("pretrained_cfg") or values, origin)
-        if {"image_mean", "do_resize", "do_normalize", "size", "crop_size"} & values.keys():
+        if _PROCESSOR_KEYS & values.keys():
             return _from_image_processor(values, origin)
+        if "pretrained_cfg" in values or ({"crop_pct", "input_size"} & values.keys() and "resize" not in values):
+            return _from_timm(values.get("pretrained_cfg") or values, origin)
         unknown = sorted(set(values) - set(_OWN))
         if unknown or not values:
             raise ValueError(f"{', '.join(unknown[:5]) or 'nothing'} is no setting; they are {', '.join(_OWN)}")
@@ -80,9 +84,14 @@ def _from_fields(values: Mapping[str, Any], origin: str) -> Facts:
     if "resize" in values:
         resize = values["resize"] if isinstance(values["resize"], int) else size_of(values["resize"])
         crop = size_of(values["crop"]) if "crop" in values else None
-        geometry = Geometry(resize=resize, crop=crop)
-    elif "crop" in values:
-        raise ValueError("crop needs resize beside it")
+        geometry = Geometry(
+            resize=resize,
+            crop=crop,
+            keep_ratio=values.get("keep_ratio", False),
+            crop_rounding=values.get("crop_rounding", "half-even"),
+        )
+    elif {"crop", "keep_ratio", "crop_rounding"} & values.keys():
+        raise ValueError("crop, keep_ratio and crop_rounding need resize")
     return Facts(
         origin=origin,
         mean=_three(values["mean"]) if "mean" in values else None,
@@ -103,7 +112,7 @@ def _from_timm(config: Mapping[str, Any], origin: str) -> Facts:
         origin=origin,
         mean=_three(config["mean"]) if config.get("mean") else None,
         std=_three(config["std"]) if config.get("std") else None,
-        # timm trains some networks with "random"; then nothing is told.
+        # timm trains some networks with "random"; then nothing is specified.
         interpolation=interpolation if interpolation in _INTERPOLATIONS else None,
         geometry=Geometry(fraction=float(fraction), squash=mode == "squash") if fraction else None,
         image_size=size_of(list(size[1:])) if size else None,
@@ -126,21 +135,27 @@ def _from_image_processor(values: Mapping[str, Any], origin: str) -> Facts:
         mean=mean,
         std=std,
         interpolation=None if resample is None else _RESAMPLE[resample],
-        geometry=None if resize is None else Geometry(resize=resize, crop=crop),
+        # transformers' center_crop halves with //; without a crop nothing is rounded.
+        geometry=None
+        if resize is None
+        else Geometry(resize=resize, crop=crop, crop_rounding="half-even" if resize == crop else "floor"),
         input_size=crop if resize is not None else None,
     )
 
 
 def _resize_and_crop(values: Mapping[str, Any]) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
-    if values.get("do_pad") or values.get("crop_pct") is not None:
-        raise ValueError("do_pad and crop_pct of an image processor cannot be represented")
+    steps = [name for name, value in values.items() if name.startswith("do_") and value and name not in _STEPS]
+    steps += [name for name in ("crop_pct", "include_top") if values.get(name)]
+    if steps:
+        raise ValueError(f"{', '.join(steps)} of an image processor cannot be represented")
     if not values.get("do_resize", True):
         raise ValueError("do_resize is false: images of any size cannot be represented")
     size = values.get("size")
     if size is None:
         return None, None
     kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
-    resize = _processor_size(size, short_side=kind.startswith(("CLIP", "Bit", "ConvNext")))
+    short_side = not values.get("default_to_square", not kind.startswith(("CLIP", "Bit", "ConvNext")))
+    resize = _processor_size(size, short_side=short_side)
     if values.get("do_center_crop", kind.startswith(("CLIP", "Bit", "DeiT"))) and values.get("crop_size") is not None:
         crop = _processor_size(values["crop_size"], short_side=False)
         return resize, size_of(crop)

@@ -1,4 +1,4 @@
-"""What labelled images settle about a network that nobody described: `vit-edge convert --data`."""
+"""What labelled images show about an unspecified preprocessing: `vit-edge convert --data`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vit_edge.conversion.preprocessing.search import Finding, investigate, sample
+from vit_edge.conversion.preprocessing.search import Finding, sample, search_preprocessing
 from vit_edge.data import EVALUATION_SPLITS, LabelledImages, read_labelled
 from vit_edge.errors import DataRejected, printable
 from vit_edge.image import Preprocessing
 from vit_edge.progress import Progress, silent
 from vit_edge.vit import VisionTransformer
 
-__all__ = ["Evidence", "gather"]
+__all__ = ["InferredPreprocessing", "infer_preprocessing"]
 
 # Part of a candidate -> what it settles in a checkpoint.
 _FIELDS = {
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence:
-    """What to use from here on, which assumptions the images settled, and what is to be said.
+class InferredPreprocessing:
+    """What to use from here on, which assumptions the images settled, and notes.
 
     `bgr` is whether the network was trained on blue, green, red: its patch embedding has to be turned round.
     """
@@ -44,7 +44,7 @@ class Evidence:
     notes: tuple[str, ...]
 
 
-def gather(
+def infer_preprocessing(
     model: VisionTransformer,
     data: str | os.PathLike[str],
     *,
@@ -53,31 +53,31 @@ def gather(
     assumed: Sequence[str],
     seed: int = 0,
     progress: Progress = silent,
-) -> Evidence:
+) -> InferredPreprocessing:
     """Return what the labelled images in `data` say of the network; raises DataRejected where they cannot say it."""
-    labels_told = "labels" not in assumed
-    labelled, orders = _possible_orders(data, labels if labels_told else None, num_classes=len(labels))
+    labels_specified = "labels" not in assumed
+    labelled, orders = _possible_orders(data, labels if labels_specified else None, num_classes=len(labels))
     positions = sample(labelled.labels, seed=seed)
-    told = {name for name in _PREPROCESSING if f"preprocessing.{name}" not in assumed}
-    finding = investigate(
+    specified = {name for name in _PREPROCESSING if f"preprocessing.{name}" not in assumed}
+    finding = search_preprocessing(
         model,
         [labelled.paths[position] for position in positions],
         orders={order: [index[labelled.labels[p]] for p in positions] for order, (index, _) in orders.items()},
         preprocessing=preprocessing,
-        told=frozenset(told | ({"labels"} if labels_told else set())),
+        specified=frozenset(specified | ({"labels"} if labels_specified else set())),
         num_images=labelled.num_images,
         progress=progress,
     )
     if not finding.better_than_chance:
         return _nothing_found(finding, preprocessing, labels)
     if finding.contradiction:
-        _log.warning("the images contradict what was told: %s", finding.contradiction)
+        _log.warning("the images contradict what was specified: %s", finding.contradiction)
     return _found(finding, orders[finding.proposed.candidate.label_order][1], labels=labels, assumed=assumed)
 
 
 def _found(
     finding: Finding, names: tuple[str, ...] | None, *, labels: tuple[str, ...], assumed: Sequence[str]
-) -> Evidence:
+) -> InferredPreprocessing:
     best = finding.proposed.candidate
     settled = tuple(
         name
@@ -85,7 +85,7 @@ def _found(
         for name in fields
         if part not in finding.open and name in assumed and (name != "labels" or names is not None)
     )
-    return Evidence(
+    return InferredPreprocessing(
         finding=finding,
         preprocessing=finding.preprocessing,
         labels=labels if names is None else names,
@@ -95,13 +95,13 @@ def _found(
     )
 
 
-def _nothing_found(finding: Finding, preprocessing: Preprocessing, labels: tuple[str, ...]) -> Evidence:
+def _nothing_found(finding: Finding, preprocessing: Preprocessing, labels: tuple[str, ...]) -> InferredPreprocessing:
     note = (
         f"no way of feeding it does better than chance: at best {finding.scores[0].top1:.1f} % of "
         f"{finding.num_images} images; the labels or the weights are not those of these images"
     )
     _log.warning("%s", note)
-    return Evidence(
+    return InferredPreprocessing(
         finding=finding, preprocessing=preprocessing, labels=labels, bgr=False, settled=(), notes=(note,)
     )  # fmt: skip
 
@@ -114,12 +114,13 @@ def _notes(finding: Finding, settled: Sequence[str]) -> tuple[str, ...]:
     for part, others in finding.open.items():
         chosen = getattr(best.candidate, part)
         notes.append(
-            f"{finding.num_images} images cannot tell {part.replace('_', ' ')} {chosen} from {' or '.join(others)}"
+            f"{finding.num_images} images cannot distinguish {part.replace('_', ' ')} {chosen}"
+            f" from {' or '.join(others)}"
         )
     if best.candidate.colours == "BGR":
         notes.append("trained on BGR: the patch embedding's colours were turned round, the checkpoint takes RGB")
     if finding.contradiction:
-        notes.append(f"the images contradict what was told: {finding.contradiction}")
+        notes.append(f"the images contradict what was specified: {finding.contradiction}")
     return tuple(notes)
 
 
@@ -137,7 +138,7 @@ def _possible_orders(
         if not set(read_labelled(data, splits=splits).class_names) & set(labels):
             return labelled, {"indices": (same, None)}
         others = _orders_of(labels)
-        return labelled, {"as told": (same, None)} | {name: o for name, o in others.items() if o[0] != same}
+        return labelled, {"as specified": (same, None)} | {name: o for name, o in others.items() if o[0] != same}
     labelled = read_labelled(data, splits=splits)
     names = labelled.class_names
     orders: dict[str, _Order] = {}
@@ -147,8 +148,13 @@ def _possible_orders(
         known = [order for order, _ in orders.values()]
         orders |= {name: order for name, order in _orders_of(names).items() if order[0] not in known}
     if not orders:
-        reason = f"its {len(names)} classes cannot be matched with the network's {num_classes}, which have no names"
-        raise DataRejected("cannot find out", file=printable(data), reason=reason, remedy="tell them with --labels")
+        reason = f"the data set's {len(names)} classes do not match the {num_classes} unnamed classes"
+        raise DataRejected(
+            "cannot infer the preprocessing",
+            file=printable(data),
+            reason=reason,
+            remedy="name the classes with --labels",
+        )
     return labelled, orders
 
 

@@ -1,0 +1,158 @@
+"""Limits that hold before any work: each row is a file that is sealed as ours, and the sentence that refuses it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from tests.faults.hostile_models import appended, resealed
+from vit_edge.errors import ModelRejected
+from vit_edge.image import Preprocessing
+from vit_edge.model_file.artifact import open_model
+from vit_edge.model_file.onnx_schema import parse
+from vit_edge.runtime import installed_engines, load
+from vit_edge.runtime.checks.tensor_sizes import size_problems
+
+Change = Callable[[onnx.ModelProto], object]
+
+
+def doubled(times: int) -> Change:
+    def change(model: onnx.ModelProto) -> None:
+        name = "logits"
+        for number in range(times):
+            node = helper.make_node("Concat", [name, name], [f"d{number}"], axis=1)
+            model.graph.node.append(node)
+            name = f"d{number}"
+
+    return change
+
+
+def listed(*entries: tuple[str, int]) -> Change:
+    def change(model: onnx.ModelProto) -> None:
+        del model.opset_import[:]
+        for domain, version in entries:
+            model.opset_import.add(domain=domain, version=version)
+
+    return change
+
+
+def filled(model: onnx.ModelProto) -> None:
+    tensors = (numpy_helper.from_array(np.zeros(1, np.float32), f"t{i}") for i in range(20_001))
+    model.graph.initializer.extend(tensors)
+
+
+def wide_convolution(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((8, 7, 1, 1), np.float32), "filters"))
+    appended("Unsqueeze", "logits", axes=np.array([2, 3]), output="four")(model)
+    node = helper.make_node("Conv", ["four", "filters"], ["wide"], pads=[4096, 4096, 4096, 4096])
+    model.graph.node.append(node)
+
+
+def named(tensor: str, inputs: list[str], kind: str) -> Change:
+    return lambda model: model.graph.node.append(helper.make_node(kind, inputs, [tensor], name=tensor))
+
+
+GRAPHS: dict[str, tuple[Change, str]] = {
+    "24 doubling Concats": (doubled(25), "Concat.* values for one image"),
+    "Pad of 2^14": (appended("Pad", "logits", pads=np.array([0, 0, 2**14, 2**14])), "Pad.*values for one"),
+    "Pad of 2^62": (appended("Pad", "logits", pads=np.array([0, 0, 2**62, 0])), "Pad.*values for one image"),
+    "Expand": (appended("Expand", "logits", shape=np.array([2**40, 1, 7])), "Expand.*values for one image"),
+    "Tile": (appended("Tile", "logits", repeats=np.array([1, 2**30])), "Tile.*values for one image"),
+    "ConstantOfShape": (appended("ConstantOfShape", shape=np.array([2**20, 2**20])), "ConstantOfShape.*values for one"),
+    "Range": (appended("Range", a=np.array(0), b=np.array(2**60), c=np.array(1)), "Range.*values for one image"),
+    "Conv with pads": (wide_convolution, "Conv.*values for one image"),
+    "domain twice": (listed(("", 20), ("ai.onnx", 20)), "operator set is listed twice"),
+    "domain twice, hostile first": (listed(("ai.onnx", 2**62), ("", 20)), "operator set is listed twice"),
+    "version of another domain": (listed(("", 20), ("com.microsoft", 2**62)), "has the version 4611686018427387904"),
+    "opset entries": (listed(("", 20), *((f"d{i}", 1) for i in range(16))), "17 opset entries; at most 16"),
+    "initializers": (filled, "initializers; at most 20,000"),
+    "inputs": (lambda m: m.graph.input.extend([m.graph.input[0]] * 3), "4 inputs; at most 1"),
+    "inputs of nodes": (named("wide", ["logits"] * 60_000, "Sum"), "inputs of nodes; at most 50,000"),
+    "empty bias": (named("n", ["logits", "logits", ""], "LayerNormalization"), "no input 2, which is required"),
+    "empty weight": (named("n", ["logits", ""], "MatMul"), "no input 1, which is required"),
+    "two inputs": (named("n", ["logits", "logits"], "LayerNormalization"), "2 inputs; at least 3 are needed"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIT_EDGE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("fault", GRAPHS)
+def test_a_graph_over_a_limit_is_refused_before_any_engine_sees_it(small_model: Path, fault: str) -> None:
+    change, reason = GRAPHS[fault]
+    data = resealed(small_model / "m.onnx", change)
+    before = time.process_time()
+    for engine in installed_engines():
+        with pytest.raises(ModelRejected, match=reason):
+            load(data, engine=engine)  # type: ignore[arg-type]
+    assert time.process_time() - before < 5
+
+
+GOLDEN: dict[str, tuple[dict[str, Any], str]] = {
+    "no engines": ({"expected": [{"engines": None}]}, r"golden.expected\[0\].engines is None"),
+    "engines are a number": ({"expected": [{"engines": -1}]}, r"golden.expected\[0\].engines is -1"),
+    "an engine is a list": ({"expected": [{"engines": [[]]}]}, r"golden.expected\[0\].engines\[0\] is \[\]"),
+    "no list": ({"expected": {"a": 1}}, "golden.expected is {'a': 1}; a list is needed"),
+    "seeds": ({"seeds": [0, True]}, r"golden.seeds\[1\] is True"),
+    "a seed of 2^80": ({"seeds": [2**80]}, r"golden.seeds\[0\] is 12089"),
+    "65 seeds": ({"seeds": [*range(65)]}, "golden.seeds has 65 inputs; 1 to 64"),
+    "images": ({"images": [{}] * 9}, "golden.images has 9 images; at most 8"),
+    "an image": ({"images": [{"format": 3}]}, r"golden.images\[0\].format is 3"),
+    "a large image": (
+        {"images": [{"format": "PNG", "data": "A" * 1_000_001, "pixels_sha256": ""}]},
+        r"golden.images\[0\].data has 1,000,001 characters",
+    ),
+    "a tolerance": (
+        {"expected": [{"engines": [], "logits": "", "tolerance": {"absolute": "x"}}]},
+        r"golden.expected\[0\].tolerance.absolute is 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", GOLDEN)
+def test_malformed_golden_vectors_are_refused_by_field(small_model: Path, fault: str) -> None:
+    changes, reason = GOLDEN[fault]
+    model = open_model(small_model / "m.onnx", warn=False)
+    data = model.with_manifest(replace(model.manifest, golden={**(model.manifest.golden or {}), **changes}))
+    with pytest.raises(ModelRejected, match=reason) as caught:
+        load(data)
+    assert caught.value.exit_code == 3
+
+
+def test_golden_inputs_of_too_many_pixels_are_refused(small_model: Path) -> None:
+    model = open_model(small_model / "m.onnx", warn=False)
+    large = Preprocessing(resize=(4000, 4000), crop=(4000, 4000))
+    data = model.with_manifest(replace(model.manifest, preprocessing=large))
+    with pytest.raises(ModelRejected, match=r"golden\.seeds makes 128,000,000 pixels"):
+        load(data)
+
+
+def test_shape_inference_agrees_with_onnx_on_every_tensor(small_model: Path) -> None:
+    """A model of ours with a batch of one: what is inferred here is what onnx infers."""
+    from vit_edge.runtime.checks import tensor_sizes
+
+    model = onnx.load(small_model / "m.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    expected = {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+    }
+    graph = parse(model.SerializeToString()).graph
+    sizes = tensor_sizes._Sizes(graph)
+    for node in graph.node:
+        shapes, _ = tensor_sizes._inferred(tensor_sizes._Node(node, sizes))
+        sizes.shapes |= dict(zip(node.output, shapes, strict=True))
+    assert {name: sizes.shapes[name] for name in expected if all(expected[name])} == {
+        name: shape for name, shape in expected.items() if all(shape)
+    }
+    assert list(size_problems(graph)) == []
