@@ -1,4 +1,4 @@
-"""Measure how much faster the deploy form is than the same network traced as it is: in one run, in turn, batch 1.
+"""Measure how much faster the fused inference graph is than the same network traced as it is, in turn, batch 1.
 
     python benchmarks/fused_graph_speed.py CHECKPOINT [--rounds 20] [--out FILE]
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 def export(checkpoint: Path, folder: Path, form: str) -> Path:
     out = folder / f"{form}.onnx"
-    export_onnx(checkpoint, out=out, options=ExportOptions(deploy_form=form == "deploy"))
+    export_onnx(checkpoint, out=out, options=ExportOptions(fuse=form == "deploy"))
     return out
 
 
@@ -99,7 +99,7 @@ def table(result: dict[str, Any]) -> str:
     found = f"**{faster['by_median']:.2f} times** as fast by the median, {faster['by_min']:.2f} by the minimum"
     saved = f"{result['gmac_saved_percent']:.1f} % fewer multiplications"
     lines = [
-        f"{result['queries']} queries each, in turn, {where}: the deploy form is {found}, with {saved}.",
+        f"{result['queries']} queries each, in turn, {where}: the fused inference graph is {found}, with {saved}.",
         "",
         "| form | GMAC per image | median | minimum |",
         "|---|---|---|---|",

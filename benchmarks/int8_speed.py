@@ -4,8 +4,8 @@
 
 Batch 1, one thread, every engine with the runtime's own settings (OpenVINO in float32). With --calibration the peers
 are made here, from the same float file: ONNX Runtime's `quantize_static` with its defaults, NNCF with
-`model_type=TRANSFORMER`. Our deploy form makes these faster too; with --plain, the same network from
-`vit-edge export --no-deploy-form`, they are made from that as well: it is what they get elsewhere. Needs the machine
+`model_type=TRANSFORMER`. Our fused graph makes these faster too; with --plain, the same network from
+`vit-edge export --no-fuse`, they are made from that as well: it is what they get elsewhere. Needs the machine
 for itself, and says where it was not. Writes a section of docs/results.md.
 """
 
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("float_model", type=Path, metavar="FLOAT.onnx")
     parser.add_argument("int8_models", type=Path, nargs="+", metavar="INT8.onnx")
     parser.add_argument("--calibration", type=Path, help="images for the peers; without it there are none")
-    parser.add_argument("--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the deploy form")
+    parser.add_argument(
+        "--plain", type=Path, metavar="PLAIN.onnx", help="a float file without the fused inference graph"
+    )
     measure_and_write(parser, SECTION, run, table)
 
 
@@ -97,7 +99,7 @@ def table(result: dict[str, Any]) -> str:
     """Return the section."""
     asked = f"{result['rounds']} rounds of {result['queries']} queries of each, in turn in one process"
     source = f"our float32 file and {result['calibration_images']} calibration images"
-    plain = "plain graph: from the same network without the deploy form"
+    plain = "plain graph: from the same network without the fused inference graph"
     shown = {"than_float": "as our float32", "than_peer": "as the peer", "than_plain_peer": "as the peer, plain graph"}
     keys = [key for key in shown if any(key in entry for entry in result["rows"])]
     where = f"{result['machine']}, {result['versions']}. The machine: {result['load']['said']}"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vit_edge.export.deployment.deployer import Deployment, DeploymentOptions, deploy
     from vit_edge.export.explanation.explainer import Explanation, explain
     from vit_edge.export.explanation.inputs import ExplanationOptions
+    from vit_edge.export.onnx_import.importer import ImportResult, import_onnx
     from vit_edge.export.quantization.options import QuantizationOptions
     from vit_edge.export.quantization.quantizer import QuantizationResult, quantize
     from vit_edge.export.tracing.exporter import ExportResult, export_onnx
@@ -26,12 +27,14 @@ __all__ = [
     "ExplanationOptions",
     "ExportOptions",
     "ExportResult",
+    "ImportResult",
     "QuantizationOptions",
     "QuantizationResult",
     "Verification",
     "deploy",
     "explain",
     "export_onnx",
+    "import_onnx",
     "quantize",
     "verify",
 ]
@@ -43,12 +46,14 @@ _MODULES = {
     "ExplanationOptions": "explanation.inputs",
     "ExportOptions": "tracing.options",
     "ExportResult": "tracing.exporter",
+    "ImportResult": "onnx_import.importer",
     "QuantizationOptions": "quantization.options",
     "QuantizationResult": "quantization.quantizer",
     "Verification": "verification.results",
     "deploy": "deployment.deployer",
     "explain": "explanation.explainer",
     "export_onnx": "tracing.exporter",
+    "import_onnx": "onnx_import.importer",
     "quantize": "quantization.quantizer",
     "verify": "verification.verifier",
 }

@@ -16,7 +16,7 @@ from vit_edge.errors import Closed, InputError, UsageError, VerificationFailed
 from vit_edge.image import Color, Decoding, ImageSource, Pixels, decode_for
 from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import mismatch, target_name
-from vit_edge.metrics import softmax
+from vit_edge.metrics import activated
 from vit_edge.model_file.artifact import Manifest
 from vit_edge.runtime.engines.protocol import Engine, Logits, answers
 from vit_edge.runtime.notebook import html_table
@@ -29,7 +29,10 @@ _MOST_AT_ONCE = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One label, its class index and its probability in [0, 1]."""
+    """One label, its class index and its probability in [0, 1].
+
+    A model whose manifest has the activation "none" gives plain values: `probability` is the value then.
+    """
 
     label: str
     index: int
@@ -176,7 +179,10 @@ class Classifier:
         started = time.perf_counter()
         logits_BK = self.logits(np.stack([one.pixels for one in prepared]))
         inferred = time.perf_counter()
-        named = [self._answers(row_K, top) for row_K, top in zip(softmax(logits_BK), tops, strict=True)]
+        named = [
+            self._answers(row_K, top)
+            for row_K, top in zip(activated(logits_BK, self._manifest.activation), tops, strict=True)
+        ]
         inference_ms = (inferred - started) * 1000 / len(prepared)
         answer_ms = (time.perf_counter() - inferred) * 1000 / len(prepared)
         timings = [

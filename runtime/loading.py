@@ -35,7 +35,7 @@ from vit_edge.runtime.engines.protocol import (
     installed_engines,
     make_engine,
 )
-from vit_edge.runtime.onnx_import.importer import adopt, is_third_party
+from vit_edge.runtime.onnx_import.importer import is_third_party, read_third_party
 from vit_edge.runtime.tuned_configuration import promised_engines, tuned_configuration
 
 __all__ = ["Verify", "check_decode", "load", "load_model", "open_any", "run_checked"]
@@ -132,7 +132,7 @@ def open_any(
         except (TypeError, ValueError) as error:
             remedy = "give resize, crop, interpolation, mean and std"
             raise UsageError("cannot use the preprocessing", reason=str(error), remedy=remedy) from error
-    return adopt(source, preprocessing=preprocessing, labels=labels)
+    return read_third_party(source, preprocessing=preprocessing, labels=labels)
 
 
 def load_model(

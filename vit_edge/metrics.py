@@ -23,6 +23,7 @@ __all__ = [
     "Comparison",
     "Logits",
     "PairedAnswers",
+    "activated",
     "agreement_lower_bound",
     "agreement_upper_bound",
     "best_certifiable_agreement",
@@ -123,6 +124,13 @@ def softmax(logits_BK: Logits) -> Logits:
     """Return probabilities, float32, each row adding up to 1."""
     shifted = np.exp(logits_BK - logits_BK.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), dtype=np.float32)
+
+
+def activated(logits_BK: Logits, activation: str) -> Logits:
+    """Return what an activation of a manifest ("softmax", "sigmoid" or "none") makes of logits, float32."""
+    if activation == "sigmoid":
+        return np.asarray(0.5 * (1 + np.tanh(0.5 * logits_BK)), dtype=np.float32)
+    return logits_BK if activation == "none" else softmax(logits_BK)
 
 
 def pair_answers(reference_BK: Logits, candidate_BK: Logits) -> PairedAnswers:

@@ -98,7 +98,7 @@ def float_file(path: Path) -> Contestant:
 
 
 def plain_file(path: Path, reference: Contestant) -> Contestant:
-    """Return the same network, exported without the deploy form: what other tools usually get."""
+    """Return the same network, exported without the fused inference graph: what other tools usually get."""
     plain = Contestant(name=f"{FLOAT}{PLAIN}", path=path, model=_opened_float(path), settings=SETTINGS)
     preprocessing = reference.model.manifest.preprocessing
     if plain.model.manifest.preprocessing == preprocessing:
@@ -107,7 +107,7 @@ def plain_file(path: Path, reference: Contestant) -> Contestant:
         if logits[0].shape == logits[1].shape and sqnr_db(*logits) > _SAME_SQNR_DB:
             return plain
     reason = f"it does not answer as {reference.path.name} does"
-    remedy = "give what `vit-edge export --no-deploy-form` makes of the same checkpoint"
+    remedy = "give what `vit-edge export --no-fuse` makes of the same checkpoint"
     raise UsageError("cannot compare with", file=path, reason=reason, remedy=remedy)
 
 

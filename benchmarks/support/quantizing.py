@@ -1,6 +1,6 @@
 """INT8 files by other tools and by ours, each made in a process of its own, with its time and its peak memory.
 
-Every tool gets our float file (the deploy form; without its manifest, which only we read), the same calibration
+Every tool gets our float file (the fused graph; without its manifest, which only we read), the same calibration
 images through the same preprocessing, its own defaults, and every thread it takes by itself.
 """
 

@@ -144,7 +144,7 @@ class _Breakdown:
         if prepared.network is not None:
             self._torch(prepared.network)
         form = prepared.reference.manifest.provenance.get("form")
-        name = "fused graph" if form in ("deploy", "fused") else "float32 file"
+        name = "fused graph" if form == "fused" else "float32 file"
         self._add(name, _ENGINE, f"the reference file, {printable(prepared.reference.source)}", prepared.reference)
         last = None
         if prepared.calibration is not None:
@@ -315,7 +315,7 @@ def _plain_file(network: Network, reference: ModelFile) -> ModelFile:
     from vit_edge.export.tracing.outputs import finish
     from vit_edge.export.tracing.tracer import trace
 
-    options = ExportOptions(deploy_form=False)
+    options = ExportOptions(fuse=False)
     height, width = network.preprocessing.crop
     graph = finish(trace(traced_form(network, options), height=height, width=width), options)
     manifest = replace(

@@ -32,7 +32,7 @@ _FOLDABLE = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy of a float32 `model` in which `find_quantizable_ops` finds all it can; tensors keep names.
 
-    The same function up to float32 rounding. The deploy form of a Vision Transformer comes back as it was.
+    The same function up to float32 rounding. The fused inference graph of a Vision Transformer comes back as it was.
     """
     rewriting = Rewriting(model)
     _name_nodes(rewriting)

@@ -1,4 +1,4 @@
-"""Which output of a classifier made elsewhere are its logits, and at which batches it runs: found out by running it."""
+"""Find by running it which output of a third-party classifier holds the logits, and which batch sizes run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import onnx
 
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.export.graph.editing import with_outputs
-from vit_edge.export.onnx_import.cleanup import free_batch, prune
-from vit_edge.export.onnx_import.interface import Output
+from vit_edge.export.onnx_import.cleanup import free_batch
 from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.export.onnx_import.sandbox import probe
 from vit_edge.export.onnx_import.shape_folding import fold_shapes, open_batch, reshaped_tensors, shape_tensors
 from vit_edge.export.parity.parity import float32_tolerance
+from vit_edge.model_file.artifact import Activation
 from vit_edge.runtime.checks.golden import differences
+from vit_edge.runtime.onnx_import.editing import prune
+from vit_edge.runtime.onnx_import.head import Output, are_probabilities, check_classes, drop_activation
 
 __all__ = ["choose_output", "settle_batch"]
 
@@ -28,34 +30,30 @@ _BATCHES = (1, 2, 3)
 
 
 def choose_output(
-    model: onnx.ModelProto, reference: ThirdPartyReference, told: str | None, num_labels: int, notes: list[str]
-) -> Output:
-    """Return the output told, or the first [batch, classes]; `reference` answers with it from then on.
+    model: onnx.ModelProto, reference: ThirdPartyReference, chosen: str | None, num_labels: int, notes: list[str]
+) -> tuple[Output, Activation | None]:
+    """Return the output chosen, or the first [batch, classes], and the activation that ended it; None if none did.
 
-    A Softmax that makes it is left out: the runtime makes probabilities of logits itself. Raises UsageError where the
-    labels do not fit, ModelRejected where there is no such output.
+    A softmax or sigmoid is taken out of `model`; `reference` returns the logits before it from then on. Raises
+    UsageError if the labels do not fit, ModelRejected if there is no such output.
     """
     names = [value.name for value in model.graph.output]
-    if told is not None and told not in names:
-        reason = f"it has no output {told!r}; it has {', '.join(names)}"
-        raise UsageError("cannot take the network", reason=reason, remedy="name one of these")
-    batch, values = reference.values([told] if told else names)
+    if chosen is not None and chosen not in names:
+        reason = f"the model has no output {chosen!r}; its outputs are {', '.join(names)}"
+        raise UsageError("cannot import", reason=reason, remedy="name one of these with --logits")
+    batch, values = reference.values([chosen] if chosen else names)
     fitting = [name for name, value in values.items() if _is_logits(value, batch)]
     if not fitting:
         shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in values.items())
         reason = f"no output is float32 [batch, classes] at batch {batch}: {shapes}"
-        raise ModelRejected("cannot take the network", reason=reason, remedy="export an image classifier")
+        raise ModelRejected("cannot import", reason=reason, remedy="export an image classifier")
     name = min(fitting, key=lambda name: (values[name].ndim, names.index(name)))
     num_classes = values[name].size // batch
-    if num_classes != num_labels:
-        reason = f"{num_labels} labels for {num_classes} classes"
-        raise UsageError("cannot take the network", reason=reason, remedy="give one label for each class, in order")
+    check_classes(num_classes, num_labels)
     if len(names) > 1:
-        notes.append(f"of its outputs {', '.join(names)}, {name} is taken for the logits")
+        notes.append(f"of the outputs {', '.join(names)}, {name} is used as the logits")
     found = Output(name=name, rank=values[name].ndim, num_classes=num_classes)
-    found = _before_softmax(model, found, values[name].reshape(batch, -1), notes)
-    reference.answer_with(found.name)
-    return found
+    return found, _without_activation(model, reference, found, values[name].reshape(batch, -1), notes)
 
 
 def _is_logits(value: Array, batch: int) -> bool:
@@ -63,49 +61,51 @@ def _is_logits(value: Array, batch: int) -> bool:
     return value.dtype == np.float32 and is_flat
 
 
-def _before_softmax(model: onnx.ModelProto, output: Output, values_BK: Array, notes: list[str]) -> Output:
-    """Return what a last Softmax over the classes reads; say so, or say that the output looks like probabilities."""
-    maker = next((node for node in model.graph.node if output.name in node.output), None)
-    if maker is not None and maker.op_type == "Softmax":
-        axis = next((attribute.i for attribute in maker.attribute if attribute.name == "axis"), -1)
-        if output.rank == 2 and axis in (-1, 1):
-            notes.append("its last operator, Softmax, is left out: what is read are the logits before it")
-            return Output(name=maker.input[0], rank=2, num_classes=output.num_classes)
-    if values_BK.shape[1] > 1 and values_BK.min() >= 0 and np.allclose(values_BK.sum(axis=1), 1, atol=1e-3):
-        notes.append("its output are probabilities, not logits: margins and SQNR are theirs")
-    return output
+def _without_activation(
+    model: onnx.ModelProto, reference: ThirdPartyReference, output: Output, values_BK: Array, notes: list[str]
+) -> Activation | None:
+    """Take the last activation out of graph and reference; "none" if the graph gives probabilities in another way."""
+    activation = drop_activation(model.graph, output.name, rank=output.rank)
+    reference.use_output(output.name, rank=output.rank, before_activation=activation in ("softmax", "sigmoid"))
+    if activation in ("softmax", "sigmoid"):
+        notes.append(f"the last operator, {activation.capitalize()}, is left out: the file gives the logits before it")
+        return activation
+    if activation == "none" or are_probabilities(values_BK):
+        notes.append("the outputs are probabilities, not logits: margins and SQNR are computed from them")
+        return "none"
+    return None
 
 
 def settle_batch(
     model: onnx.ModelProto, output: Output, reference: ThirdPartyReference
 ) -> tuple[onnx.ModelProto, int | None]:
-    """Return the graph up to the logits, shapes folded, and None where any batch runs, else the batch it is fixed at.
+    """Return the graph up to the logits, shapes folded, and the fixed batch size; None if the batch is dynamic.
 
-    Any is taken to run where 1, 2 and 3 give what each image gives alone. Raises ModelRejected where nothing does.
+    The batch is dynamic if 1, 2 and 3 images give what each image gives alone. Raises ModelRejected if no batch runs.
     """
     del model.graph.output[:]
     model.graph.output.append(onnx.ValueInfoProto(name=output.name))
     prune(model.graph)
     found = _folded(free_batch(model), _BATCHES, reference)
-    if not isinstance(found, str) and _answers(found, _BATCHES, reference):
+    if not isinstance(found, str) and _agrees(found, _BATCHES, reference):
         return found, None
-    fixed = reference.entry.fixed or 1
+    fixed = reference.entry.batch_size or 1
     folded = _folded(free_batch(model, fixed=fixed), [fixed], reference)
     if isinstance(folded, str):
-        reason = f"ONNX Runtime does not run it at batch {fixed}: {folded}"
-        raise ModelRejected("cannot take the network", reason=reason, remedy="export it again with a free batch")
+        reason = f"ONNX Runtime does not run the model at batch {fixed}: {folded}"
+        raise ModelRejected("cannot import", reason=reason, remedy="export the model again with a dynamic batch")
     opened = free_batch(folded)
     open_batch(opened, fixed)
-    if _answers(opened, _BATCHES, reference):
+    if _agrees(opened, _BATCHES, reference):
         return opened, None
-    if not _answers(folded, [fixed], reference):
-        reason = f"at batch {fixed} its answers depend on the other images"
-        raise ModelRejected("cannot take the network", reason=reason, remedy="export it again in evaluation mode")
+    if not _agrees(folded, [fixed], reference):
+        reason = f"at batch {fixed} the logits of an image depend on the other images"
+        raise ModelRejected("cannot import", reason=reason, remedy="export the model again in evaluation mode")
     return folded, fixed
 
 
 def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ThirdPartyReference) -> onnx.ModelProto | str:
-    """Return the graph with the arithmetic on shapes computed, or why it does not run at these batches."""
+    """Return the graph with the arithmetic on shapes computed, or the error if these batches do not run."""
     names = [*shape_tensors(model.graph), *reshaped_tensors(model.graph)]
     found = _run(model, batches, list(dict.fromkeys(names)) or [model.graph.output[0].name], reference)
     if not isinstance(found, str):
@@ -114,8 +114,8 @@ def _folded(model: onnx.ModelProto, batches: Sequence[int], reference: ThirdPart
     return found
 
 
-def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ThirdPartyReference) -> bool:
-    """Return whether the graph answers each batch as the file answers its images alone."""
+def _agrees(model: onnx.ModelProto, batches: Sequence[int], reference: ThirdPartyReference) -> bool:
+    """Return whether the graph gives for each batch what the file gives for its images alone."""
     name = model.graph.output[0].name
     found = _run(model, batches, [name], reference)
     if isinstance(found, str):
@@ -132,7 +132,7 @@ def _answers(model: onnx.ModelProto, batches: Sequence[int], reference: ThirdPar
 def _run(
     model: onnx.ModelProto, batches: Sequence[int], names: Sequence[str], reference: ThirdPartyReference
 ) -> Mapping[int, Mapping[str, Array]] | str:
-    """Return the tensors at each batch, or why one cannot be run."""
+    """Return the tensors at each batch, or the error of the first that does not run."""
     feeds = [reference.feed(reference.images(batch)) for batch in batches]
     try:
         results = probe(with_outputs(model, names), feeds, names)

@@ -1,4 +1,4 @@
-"""A graph made elsewhere, in the form that the stages here expect: dangers found first, weights in one place, names."""
+"""Clean up a third-party graph: find what no engine may get, then put weights, names and opset in one form."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from vit_edge.errors import ModelRejected
+from vit_edge.runtime.onnx_import.editing import prune
 
-__all__ = ["dangers", "free_batch", "prune", "rename_tensor", "tidy"]
+__all__ = ["dangers", "free_batch", "tidy"]
 
 _MOST_NODES = 5_000
 # Per-channel DequantizeLinear begins at 13. IR 8 is read by ONNX Runtime 1.17; opsets above 20 belong to a later one.
@@ -20,32 +21,32 @@ _MOST_ELEMENTS = 2**29
 
 
 def dangers(proto: Any) -> Iterator[str]:
-    """Yield what no engine may be given, of a ModelProto as `vit_edge.model_file.onnx_schema` parses it."""
+    """Yield each reason why no engine may get a ModelProto, as `vit_edge.model_file.onnx_schema` parses it."""
     graph = proto.graph
     if not graph.node:
-        yield "it holds no graph"
+        yield "the file holds no graph"
     if len(graph.node) > _MOST_NODES:
-        yield f"it has {len(graph.node):,} nodes; at most {_MOST_NODES:,} are read"
+        yield f"the model has {len(graph.node):,} nodes; at most {_MOST_NODES:,} are read"
     if proto.functions or proto.training_info or graph.sparse_initializer:
-        yield "it holds functions, training steps or sparse weights"
+        yield "the model holds functions, training steps or sparse weights"
     for node in graph.node:
         if node.domain not in ("", "ai.onnx"):
             yield f"node {node.name!r} is {node.domain}.{node.op_type}, which is not allowed"
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
-                yield f"node {node.name!r} is {node.op_type} and holds a graph of its own"
-            if attribute.HasField("t") and _lies_outside(attribute.t):
-                yield f"a constant of node {node.name!r} lies in another file, or has no possible shape"
+                yield f"node {node.name!r} is {node.op_type} and holds a subgraph"
+            if attribute.HasField("t") and _is_outside(attribute.t):
+                yield f"a constant of node {node.name!r} is in another file, or has no possible shape"
         if node.op_type.startswith(("Random", "Bernoulli", "Multinomial")):
-            yield f"node {node.name!r} is {node.op_type}: its answers would not repeat"
+            yield f"node {node.name!r} is {node.op_type}: the logits would not repeat"
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "QLinearMatMul", "QLinearConv", "MatMulInteger"):
-            yield f"node {node.name!r} is {node.op_type}: it is quantized already; quantization starts from float32"
+            yield f"node {node.name!r} is {node.op_type}: the model is quantized already; import takes float32"
     for tensor in graph.initializer:
-        if _lies_outside(tensor):
-            yield f"tensor {tensor.name!r} lies in another file, or has no possible shape"
+        if _is_outside(tensor):
+            yield f"tensor {tensor.name!r} is in another file, or has no possible shape"
 
 
-def _lies_outside(tensor: Any) -> bool:
+def _is_outside(tensor: Any) -> bool:
     sizes = [int(size) for size in tensor.dims]
     op = 1
     for size in sizes:
@@ -54,9 +55,9 @@ def _lies_outside(tensor: Any) -> bool:
 
 
 def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph with its weights as initializers, every node named, at opset 13 or later; raises ModelRejected.
+    """Return the graph with all weights as initializers, unique node names and opset 13 or later; raises ModelRejected.
 
-    What engines do not need is dropped: documentation, metadata, hints of shapes, Identity, Dropout.
+    Parts that engines do not need are dropped: documentation, metadata, hints of shapes, Identity, Dropout.
     """
     graph = model.graph
     del model.metadata_props[:], graph.value_info[:], graph.quantization_annotation[:]
@@ -81,20 +82,8 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def rename_tensor(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Call a tensor inside the graph otherwise; what is called so already is called otherwise too."""
-    if old == new:
-        return
-    taken = {name for node in graph.node for name in (*node.input, *node.output)}
-    taken |= {value.name for value in (*graph.input, *graph.initializer)}
-    if new in taken:
-        free = next(name for name in (f"{new}.{n}" for n in range(len(taken) + 1)) if name not in taken)
-        _renamed(graph, new, free)
-    _renamed(graph, old, new)
-
-
 def free_batch(model: onnx.ModelProto, *, fixed: int | None = None) -> onnx.ModelProto:
-    """Return a copy whose batch is free, or `fixed`; hints of the outputs' shapes are dropped."""
+    """Return a copy whose batch is dynamic, or `fixed`; the declared shapes of outputs are dropped."""
     freed = onnx.ModelProto()
     freed.CopyFrom(model)
     batch = freed.graph.input[0].type.tensor_type.shape.dim[0]
@@ -105,22 +94,6 @@ def free_batch(model: onnx.ModelProto, *, fixed: int | None = None) -> onnx.Mode
     for value in freed.graph.output:
         value.ClearField("type")
     return freed
-
-
-def prune(graph: onnx.GraphProto) -> None:
-    """Drop nodes and weights that no output needs."""
-    needed = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            needed |= set(node.input)
-            kept.append(node)
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
-    unread = [tensor for tensor in graph.initializer if tensor.name not in needed]
-    for tensor in unread:
-        graph.initializer.remove(tensor)
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def _move_constants(graph: onnx.GraphProto) -> None:
@@ -161,7 +134,7 @@ def _bypass(graph: onnx.GraphProto) -> None:
 def _set_versions(model: onnx.ModelProto) -> None:
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     if opset is None:
-        raise _rejected("it does not say its opset")
+        raise _rejected("the model declares no opset")
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", opset))
     for node in model.graph.node:
@@ -174,7 +147,9 @@ def _raised(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         raised = version_converter.convert_version(model, _LOWEST_OPSET)
     except Exception as error:  # its exceptions share no base but this
-        reason = f"it is of opset {version} and cannot be raised to {_LOWEST_OPSET}: {' '.join(str(error).split())}"
+        reason = (
+            f"the model has opset {version} and cannot be raised to {_LOWEST_OPSET}: {' '.join(str(error).split())}"
+        )
         raise _rejected(reason[:400]) from error
     raised.ir_version = _IR_VERSION
     del raised.graph.value_info[:]
@@ -183,7 +158,7 @@ def _raised(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Give each node a name of its own: every stage tells them apart by it."""
+    """Give each node a unique name: every stage identifies nodes by name."""
     taken = {node.name for node in graph.node}
     seen: set[str] = set()
     for number, node in enumerate(graph.node):
@@ -197,21 +172,12 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
 def _check_weight(tensor: onnx.TensorProto) -> None:
     if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
         kind = TensorProto.DataType.Name(tensor.data_type).lower()
-        raise _rejected(f"its weight {tensor.name!r} is {kind}; only float32 networks can be taken")
-    values = numpy_helper.to_array(tensor)  # raises ValueError where its bytes do not fit its shape
+        raise _rejected(f"the weight {tensor.name!r} is {kind}; import starts from float32")
+    values = numpy_helper.to_array(tensor)  # raises ValueError if the bytes do not fit the shape
     if tensor.data_type == TensorProto.FLOAT and not np.isfinite(values).all():
-        raise _rejected(f"its weight {tensor.name!r} is not finite")
-
-
-def _renamed(graph: onnx.GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
-        node.input[:] = [new if name == old else name for name in node.input]
-        node.output[:] = [new if name == old else name for name in node.output]
-    for value in (*graph.input, *graph.output, *graph.initializer):
-        if value.name == old:
-            value.name = new
+        raise _rejected(f"the weight {tensor.name!r} is not finite")
 
 
 def _rejected(reason: str) -> ModelRejected:
-    remedy = "export it again, as a float32 image classifier with weights inside the file"
-    return ModelRejected("cannot take the network", reason=reason, remedy=remedy)
+    remedy = "export the model again, as a float32 image classifier with the weights inside the file"
+    return ModelRejected("cannot import", reason=reason, remedy=remedy)

@@ -1,4 +1,4 @@
-"""A classifier made elsewhere, answering as it came: what the same network has to answer in any other form."""
+"""A third-party classifier run as the file has it: the reference for every changed form of the graph."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import onnxruntime
 
 from vit_edge.errors import ModelRejected
 from vit_edge.export.graph.editing import with_outputs
-from vit_edge.export.onnx_import.interface import ThirdPartyInput
 from vit_edge.export.onnx_import.sandbox import probe
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.cpu import usable_threads
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.engines.protocol import Logits
+from vit_edge.runtime.onnx_import.head import drop_activation
+from vit_edge.runtime.onnx_import.interface import ThirdPartyInput
 
 __all__ = ["ThirdPartyReference"]
 
@@ -25,7 +26,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class ThirdPartyReference:
-    """The file as it came, in ONNX Runtime, one image at a time."""
+    """The unchanged file in ONNX Runtime, one image at a time."""
 
     def __init__(self, original: onnx.ModelProto, entry: ThirdPartyInput, preprocessing: Preprocessing) -> None:
         self.entry = entry
@@ -34,36 +35,41 @@ class ThirdPartyReference:
         self._session: Any = None
 
     def feed(self, images_NHWC: Pixels) -> dict[str, Array]:
-        """Return what the graph takes for pixels."""
+        """Return the inputs of the graph for uint8 images."""
         return {self.entry.name: self.entry.of(images_NHWC, self._preprocessing)}
 
     def images(self, count: int) -> Pixels:
-        """Return so many different images."""
+        """Return `count` different images."""
         height, width = self._preprocessing.crop
         return golden_images(range(count), height=height, width=width)
 
     def values(self, names: Sequence[str]) -> tuple[int, dict[str, Array]]:
-        """Return a batch that the file takes, and tensors at it, run apart; ModelRejected where it does not run."""
-        for size in (self.entry.fixed,) if self.entry.fixed else (2, 1):
+        """Return a batch size that runs in a sandbox, and tensors at it; raises ModelRejected if none does."""
+        for size in (self.entry.batch_size,) if self.entry.batch_size else (2, 1):
             found = probe(with_outputs(self._original, names), [self.feed(self.images(size))], names)[0]
             if not isinstance(found, str):
                 return size, found
-        reason, remedy = f"ONNX Runtime cannot run it: {found}", "give the size of images that it takes"
-        raise ModelRejected("cannot take the network", reason=reason, remedy=remedy)
+        reason, remedy = (
+            f"ONNX Runtime cannot run the model: {found}",
+            "set crop in the preprocessing to the model's size",
+        )
+        raise ModelRejected("cannot import", reason=reason, remedy=remedy)
 
-    def answer_with(self, logits: str) -> None:
-        """Answer with this tensor from now on."""
-        self._logits, self._session = logits, None
+    def use_output(self, name: str, *, rank: int, before_activation: bool) -> None:
+        """Return this tensor as the logits from now on, or what the activation behind it reads."""
+        self._logits, self._session = name, None
+        if before_activation:
+            drop_activation(self._original.graph, name, rank=rank)
 
     def __call__(self, images_NHWC: Pixels) -> Logits:
         """Return the logits, float32 [batch, classes]."""
-        if self._session is None:  # it ran apart before: it neither crashes nor hangs
+        if self._session is None:  # it ran in the sandbox before: no crash, no hang
             settings = onnxruntime.SessionOptions()
             settings.log_severity_level = 4
             settings.intra_op_num_threads = usable_threads()
             data = with_outputs(self._original, [self._logits])
             self._session = onnxruntime.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
-        copies = self.entry.fixed or 1
+        copies = self.entry.batch_size or 1
         rows = []
         for image_HWC in images_NHWC:
             feed = self.feed(np.repeat(image_HWC[None], copies, axis=0))

@@ -1,7 +1,4 @@
-"""Run a graph made elsewhere in a throw-away process, under limits: a crash, a hang or a memory bomb ends only that.
-
-A release of ONNX Runtime can be made to crash by a graph; whoever reads files of others has to expect it.
-"""
+"""Run a third-party graph in a subprocess with limits: a crash, a hang or a memory bomb ends only the subprocess."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ _THREADS = 4
 
 
 def probe(model: bytes, feeds: Sequence[Mapping[str, Array]], outputs: Sequence[str]) -> list[dict[str, Array] | str]:
-    """Return what a serialized graph gives for each of `feeds`, or why it gives nothing.
+    """Return the outputs of a serialized graph for each of `feeds`, or the error as text.
 
-    Raises ModelRejected where the graph does not load, or ends the process that tried.
+    Raises ModelRejected if the graph does not load, or ends the subprocess.
     """
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
         folder = Path(name)
@@ -50,7 +47,7 @@ def _read(path: Path, outputs: Sequence[str]) -> dict[str, Array]:
 
 
 def main(folder: str, text: str) -> int:
-    """Run the job in `folder`; print a list with the error of each feed, empty where there was none."""
+    """Run the job in `folder`; print a list with the error of each feed, empty if there was none."""
     path = Path(folder) / "model.onnx"
     limit_memory(_BASE_BYTES + _TIMES_FILE * path.stat().st_size)
     import onnxruntime
@@ -61,7 +58,7 @@ def main(folder: str, text: str) -> int:
     settings.intra_op_num_threads = min(usable_threads(), _THREADS)
     try:
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base but this
+    except Exception as error:  # ONNX Runtime's exceptions share no other base
         sys.stderr.write(f"\n{' '.join(str(error).split())}\n")
         return 1
     errors = []
@@ -75,7 +72,7 @@ def main(folder: str, text: str) -> int:
             continue
         errors.append("")
         np.savez(Path(folder) / f"found{number}.npz", **{str(i): value for i, value in enumerate(found)})
-    print(json.dumps(errors))  # noqa: T201 - to the process that waits for it
+    print(json.dumps(errors))  # noqa: T201 - for the parent process
     return 0
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from vit_edge.export.onnx_import.cleanup import prune
+from vit_edge.runtime.onnx_import.editing import prune
 
 __all__ = ["fold_shapes", "open_batch", "reshaped_tensors", "shape_tensors"]
 

@@ -1,4 +1,4 @@
-"""Export a network to a model file: deploy form, traced, proven against PyTorch, then written."""
+"""Export a network to a model file: fused inference graph, traced, proven against PyTorch, then written."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ from vit_edge.export.tracing.tracer import trace
 from vit_edge.files import is_file, sha256_hex, write_together
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.releases import highest_versions
-from vit_edge.model_file.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack, weights_entry
+from vit_edge.model_file.artifact import PIXELS_INPUT, Activation, Manifest, ModelFile, open_model, pack, weights_entry
 from vit_edge.model_file.writing import write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
 from vit_edge.runtime.engines.protocol import Logits, installed_engines
+from vit_edge.runtime.onnx_import.head import drop_activation
 from vit_edge.vit import VisionTransformer
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -77,6 +78,7 @@ def export_onnx(
     options: ExportOptions | None = None,
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    activation: Activation | None = None,
     name: str | None = None,
     assumed: Sequence[str] = (),
     data: str | os.PathLike[str] | None = None,
@@ -96,10 +98,12 @@ def export_onnx(
     made_from = source if is_file(source) else None
     target = may_write_format(out, options, force=force, made_from=made_from)  # type: ignore[arg-type]
     if isinstance(source, nn.Module):
-        network = from_module(source, preprocessing=preprocessing, labels=labels, name=name, assumed=assumed)
+        network = from_module(
+            source, preprocessing=preprocessing, labels=labels, activation=activation, name=name, assumed=assumed
+        )
     else:
-        if preprocessing is not None or name is not None or assumed:
-            reason = "preprocessing, name and assumed are for a module; a checkpoint has its own"
+        if preprocessing is not None or activation is not None or name is not None or assumed:
+            reason = "preprocessing, activation, name and assumed are for a module; a checkpoint has them"
             raise UsageError("cannot export", reason=reason, remedy="give them to `vit_edge.convert.open_source`")
         checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
         network = from_checkpoint(checkpoint).with_labels(labels)
@@ -158,7 +162,7 @@ class _Golden:
 
 def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Golden:
     height, width = network.preprocessing.crop
-    reference = reference_logits(network.model, network.preprocessing)
+    reference = reference_logits(network.model, network.preprocessing, ends_in_activation=network.ends_in_activation)
     seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     expected_BK = reference(images_NHWC)
@@ -206,8 +210,11 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
         outputs=["logits", *(name for name in EXTRAS if name in options.outputs)],
         highest_opset=highest_versions(options.min_onnxruntime)[0],
     )
+    if network.ends_in_activation and drop_activation(model.graph, "logits") != network.activation:
+        reason = f"the {network.activation} that ends the network is not the last operator of its graph"
+        raise UsageError("cannot export", file=network.name, reason=reason, remedy="return the logits from forward()")
     gc.collect()  # the exporter leaves cycles that hold the weights once more
-    model = finish(model, options)
+    model = finish(model, options, activation=network.activation)
     file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
     weights = move_weights_out(model.graph, file=file)
     return _Traced(
@@ -219,7 +226,7 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
 
 
 def _reference(network: Network, options: ExportOptions) -> Reference:
-    logits = reference_logits(network.model, network.preprocessing)
+    logits = reference_logits(network.model, network.preprocessing, ends_in_activation=network.ends_in_activation)
     if not isinstance(network.model, VisionTransformer) or not set(EXTRAS) & set(options.outputs):
         return lambda images_NHWC: {"logits": logits(images_NHWC)}
     extras = reference_extras(network.model, network.preprocessing)
@@ -235,9 +242,9 @@ def _explain(network: Network, options: ExportOptions, model: ModelFile, engine:
 def _manifest(network: Network, options: ExportOptions) -> Manifest:
     is_float32 = options.input == "float32-nchw"
     layout: Mapping[str, object] = {"dtype": "float32", "layout": "NCHW"} if is_float32 else {}
-    batch = {} if options.batch is None else {"batch": options.batch}
+    batch = {} if options.batch_size is None else {"batch": options.batch_size}
     name = {"name": "pixel_values"} if options.format == "huggingface" else {}
-    is_deploy_form = isinstance(network.model, VisionTransformer) and options.deploy_form
+    is_fused = isinstance(network.model, VisionTransformer) and options.fuse
     return Manifest(
         name=network.name,
         architecture=network.architecture,
@@ -246,13 +253,14 @@ def _manifest(network: Network, options: ExportOptions) -> Manifest:
         precision="float32",
         input={**PIXELS_INPUT, **name, **layout, **batch},
         outputs=options.output_names,
+        activation=network.activation,
         license=network.license,
         base_model=network.base_model,
         evaluation=network.evaluation,
         assumed=network.assumed,
         provenance={
             **network.provenance,
-            "form": "deploy" if is_deploy_form else "plain",
+            "form": "fused" if is_fused else "plain",
             "vit_edge": vit_edge.__version__,
             "torch": torch.__version__,
             "onnx": onnx.__version__,

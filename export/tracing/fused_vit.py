@@ -1,4 +1,4 @@
-"""The deploy form: the same function as a checkpoint's network, rewritten so that the device does less.
+"""The fused inference graph: the same function as a checkpoint's network, rewritten so that the device does less.
 
 Everything here is exact re-parameterisation, computed in float64 and rounded once: pixel normalisation goes into the
 patch embedding, which becomes one matrix product over flattened uint8 patches; LayerNorm's scale and shift go into the

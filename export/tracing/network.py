@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vit_edge.checkpoint import Checkpoint
-from vit_edge.errors import CheckpointRejected, UsageError
+from vit_edge.errors import CheckpointRejected, ModelRejected, UsageError
 from vit_edge.export.tracing.fused_vit import DeployedViT
+from vit_edge.export.tracing.head import logits_of
 from vit_edge.export.tracing.options import ExportOptions
 from vit_edge.image import Pixels, Preprocessing
-from vit_edge.model_file.artifact import warn_of_assumed
+from vit_edge.model_file.artifact import Activation, warn_of_assumed
 from vit_edge.runtime.engines.protocol import Array, Logits
+from vit_edge.runtime.onnx_import.head import are_probabilities, check_classes, settled_activation
 from vit_edge.tensor_file import tensor_digest
 from vit_edge.vit import VisionTransformer
 
@@ -41,13 +43,18 @@ _NUM_NAMED = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """What is exported, and what its file says of it; `model` maps normalised float32 NCHW images to logits."""
+    """A classifier to export and its metadata; `model` maps normalised float32 NCHW images to logits.
+
+    With `ends_in_activation` the model applies `activation` itself; the exported graph and the reference leave it out.
+    """
 
     name: str
     model: nn.Module
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     architecture: Mapping[str, Any]
+    activation: Activation = "softmax"
+    ends_in_activation: bool = False
     license: str | None = None
     base_model: str | None = None
     evaluation: Mapping[str, Any] | None = None
@@ -55,7 +62,7 @@ class Network:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def with_labels(self, labels: Sequence[str] | None) -> Network:
-        """Return the network under other labels; raises UsageError where their number is not that of its classes."""
+        """Return the network with other labels; raises UsageError if their number is not that of the classes."""
         if labels is None:
             return self
         if len(labels) != len(self.labels):
@@ -86,14 +93,15 @@ def from_module(
     *,
     preprocessing: Preprocessing | None,
     labels: Sequence[str] | None,
+    activation: Activation | None = None,
     name: str | None = None,
     assumed: Sequence[str] = (),
 ) -> Network:
     """Return the network of any torch classifier, put into evaluation mode; its forward is run once.
 
     Without preprocessing, 224 pixels and ImageNet's mean and standard deviation are assumed, without labels the numbers
-    of the classes; what is assumed is marked in the file. Raises UsageError where `module` gives no logits, or a weight
-    is not finite.
+    of the classes; the file marks both as assumed. A softmax or sigmoid that ends the module is found and left out.
+    Raises UsageError if `module` gives no logits, CheckpointRejected if a weight is not float32 or not finite.
     """
     module.eval()
     name = name or type(module).__name__
@@ -101,11 +109,17 @@ def from_module(
     if preprocessing is None:
         preprocessing = Preprocessing(resize=256, crop=(224, 224))
         assumed = ["preprocessing", *assumed]
+    _check_float32(module, name)
     broken = [key for key, value in module.state_dict().items() if value.is_floating_point() and not _finite(value)]
     if broken:
         reason = f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}"
         raise CheckpointRejected("cannot export", file=name, reason=reason, remedy="train it again")
-    num_classes = _num_classes(module, preprocessing, name)
+    num_classes, found = _classes(module, preprocessing, name)
+    try:
+        check_classes(num_classes, None)
+    except ModelRejected as error:
+        error.what, error.file = "cannot export", name
+        raise
     if labels is None:
         labels, assumed = [str(number) for number in range(num_classes)], [*assumed, "labels"]
     warn_of_assumed(assumed, name)
@@ -115,6 +129,8 @@ def from_module(
         preprocessing=preprocessing,
         labels=tuple(str(number) for number in range(num_classes)),
         architecture=_architecture(module),
+        activation=_settled(activation, found, name),
+        ends_in_activation=found in ("softmax", "sigmoid"),
         assumed=tuple(assumed),
         provenance={"weights_sha256": tensor_digest({}, module.state_dict())},
     )
@@ -128,14 +144,14 @@ def _architecture(module: nn.Module) -> dict[str, Any]:
 
 
 def traced_form(network: Network, options: ExportOptions) -> nn.Module:
-    """Return the module that is traced: the deploy form of a Vision Transformer, else the network behind its pixels."""
+    """Return the module to trace: the fused inference graph of a Vision Transformer, else the network as it is."""
     extras = [name for name in EXTRAS if name in options.outputs]
     pixels = options.input == "uint8-nhwc"
-    if isinstance(network.model, VisionTransformer) and options.deploy_form:
+    if isinstance(network.model, VisionTransformer) and options.fuse:
         with torch.no_grad():
             return DeployedViT(network.model, network.preprocessing, pixels=pixels, extras=extras).eval()
     if extras:
-        reason = f"{' and '.join(extras)} come with the deploy form of a Vision Transformer only"
+        reason = f"{' and '.join(extras)} come with the fused inference graph of a Vision Transformer only"
         raise UsageError("cannot export", file=network.name, reason=reason, remedy="leave them out of --outputs")
     return PlainNetwork(network.model, network.preprocessing, pixels=pixels).eval()
 
@@ -162,12 +178,16 @@ class PlainNetwork(nn.Module):
         return logits_BK
 
 
-def reference_logits(model: nn.Module, preprocessing: Preprocessing) -> Callable[[Pixels], Logits]:
+def reference_logits(
+    model: nn.Module, preprocessing: Preprocessing, *, ends_in_activation: bool = False
+) -> Callable[[Pixels], Logits]:
     """Return PyTorch's float32 logits as a function of uint8 [batch, height, width, 3]."""
 
     def run(images_NHWC: Pixels) -> Logits:
+        images_NCHW = torch.from_numpy(preprocessing.normalise(images_NHWC))
         with torch.inference_mode():
-            logits_BK: Logits = model(torch.from_numpy(preprocessing.normalise(images_NHWC))).numpy()
+            found = logits_of(model, images_NCHW)[0] if ends_in_activation else model(images_NCHW)
+            logits_BK: Logits = found.numpy()
         return logits_BK
 
     return run
@@ -215,19 +235,53 @@ def _attention_to_patches(model: VisionTransformer, x_BTD: Tensor) -> Tensor:
     return attention
 
 
-def _num_classes(module: nn.Module, preprocessing: Preprocessing, name: str) -> int:
-    images = np.zeros((2, *preprocessing.crop, 3), np.uint8)
+def _classes(module: nn.Module, preprocessing: Preprocessing, name: str) -> tuple[int, Activation | None]:
+    """Return how many classes a module has, and the activation that ends it; raises UsageError."""
+    images = torch.from_numpy(preprocessing.normalise(np.zeros((2, *preprocessing.crop, 3), np.uint8)))
     try:
         with torch.inference_mode():
-            found: object = module(torch.from_numpy(preprocessing.normalise(images)))
-    except Exception as error:  # whatever a network raises
-        reason = f"it does not run on 2 images of {preprocessing.crop}: {' '.join(str(error).split())[:300]}"
-        raise UsageError("cannot export", file=name, reason=reason, remedy="give the size it was made for") from error
-    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
+            values: object = module(images)
+            _, found = logits_of(module, images)
+    except Exception as error:  # any exception that a network raises
+        raise _does_not_run(module, preprocessing, name, error) from error
+    shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != 2 or not values.is_floating_point():
         remedy = "export a module that returns one tensor of logits"
-        raise UsageError("cannot export", file=name, reason=f"it gives {shape}, not [batch, classes]", remedy=remedy)
-    return found.shape[1]
+        reason = f"the network gives {shape}, not float32 [batch, classes]"
+        raise UsageError("cannot export", file=name, reason=reason, remedy=remedy)
+    if found is None and are_probabilities(values.numpy()):
+        found = "none"
+    return values.shape[1], found
+
+
+def _does_not_run(module: nn.Module, preprocessing: Preprocessing, name: str, error: Exception) -> UsageError:
+    height, width = preprocessing.crop
+    text = " ".join(str(error).split())[:300]
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else 3
+    if channels in (1, 4):
+        kind = "grayscale images (1 channel)" if channels == 1 else "images with 4 channels"
+        reason, remedy = f"the network takes {kind}; vit-edge exports RGB networks", "make the network with 3 channels"
+    else:
+        reason = f"the network does not run on RGB images of {height} x {width}: {text}"
+        remedy = "give the size of the network with --image-size"
+    return UsageError("cannot export", file=name, reason=reason, remedy=remedy)
+
+
+def _settled(declared: Activation | None, found: Activation | None, name: str) -> Activation:
+    try:
+        return settled_activation(declared, found)
+    except UsageError as error:
+        error.what, error.file = "cannot export", name
+        raise
+
+
+def _check_float32(module: nn.Module, name: str) -> None:
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            reason = f"the weight {key} is {kind}; export starts from float32"
+            raise CheckpointRejected("cannot export", file=name, reason=reason, remedy="call .float() on the network")
 
 
 def _finite(value: Tensor) -> bool:

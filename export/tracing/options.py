@@ -1,4 +1,4 @@
-"""What kind of file an export makes."""
+"""The options of an export: the form of the file."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ _MOST_BATCH = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
-    """How the file is to be; raises UsageError on what is not possible.
+    """The form of the exported file; raises UsageError if it is not possible.
 
-    `batch` None leaves it free. `outputs` always begin with the logits, which golden vectors and the runtime read.
+    `batch_size` None keeps the batch dynamic. `outputs` always begin with the logits, which golden vectors and the
+    runtime read. With `fuse` a Vision Transformer is traced as its fused inference graph.
     `min_onnxruntime` is the oldest ONNX Runtime that must be able to run the file.
     """
 
-    batch: int | None = None
+    batch_size: int | None = None
     input: Input = "uint8-nhwc"
     outputs: tuple[Output, ...] = ("logits",)
     min_onnxruntime: str = "1.17"
     format: Format = "onnx"
-    deploy_form: bool = True
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise _wrong(f"{name} is {getattr(self, name)!r}", f"choose {' or '.join(choices)}")
-        if self.batch is not None and not 1 <= self.batch <= _MOST_BATCH:
-            raise _wrong(f"batch is {self.batch}", f"give 1 to {_MOST_BATCH:,}, or leave it dynamic")
+        if self.batch_size is not None and not 1 <= self.batch_size <= _MOST_BATCH:
+            raise _wrong(f"batch_size is {self.batch_size}", f"give 1 to {_MOST_BATCH:,}, or leave it dynamic")
         unknown = [name for name in self.outputs if name not in OUTPUT_CHOICES]
         if unknown:
             raise _wrong(f"no output is named {unknown[0]!r}", f"choose from {', '.join(OUTPUT_CHOICES)}")
-        # One order, whatever was asked first: the same choice gives the same bytes.
+        # One order: the same choice gives the same bytes.
         chosen = tuple(name for name in OUTPUT_CHOICES if name == "logits" or name in self.outputs)
         object.__setattr__(self, "outputs", chosen)
         try:
@@ -58,7 +59,7 @@ class ExportOptions:
         if self.format == "huggingface":
             if self.outputs != ("logits",):
                 raise _wrong("a Hugging Face folder gives the logits only", "leave --outputs out")
-            object.__setattr__(self, "input", "float32-nchw")  # what its pixel_values are
+            object.__setattr__(self, "input", "float32-nchw")  # its pixel_values
 
     @property
     def output_names(self) -> tuple[str, ...]:

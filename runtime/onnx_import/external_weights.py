@@ -1,4 +1,4 @@
-"""Weights that lie beside an ONNX file made elsewhere, taken into it: exporters put them there, even small ones.
+"""Read the weights that a third-party ONNX model keeps in files next to it: exporters do that, even for small ones.
 
 Read are regular files with a plain name in the folder of the model, and of those the bytes that each shape asks for.
 Nothing of them is sealed, so a link that leads to another folder is refused, and so is a second name of another file.
@@ -23,9 +23,9 @@ _COPY = "copy the model and its weights again, into one folder"
 
 
 def take_in_weights(proto: Any, source: str | os.PathLike[str] | bytes) -> dict[str, str]:
-    """Put the weights beside `source` into its graph; returns the SHA-256 of each file that was read.
+    """Put the weights next to `source` into its graph; return the SHA-256 of each file that was read.
 
-    Raises ModelRejected where a file is not there, not in the same folder, or does not hold what the model says.
+    Raises ModelRejected if a file is missing, is in another folder, or does not hold what the model declares.
     """
     outside = [tensor for tensor in proto.graph.initializer if tensor.data_location or tensor.external_data]
     sizes = (math.prod(tensor.dims) * _ITEM_BYTES.get(tensor.data_type, 0) for tensor in outside)
@@ -38,9 +38,11 @@ def take_in_weights(proto: Any, source: str | os.PathLike[str] | bytes) -> dict[
         entries = {entry.key: entry.value for entry in tensor.external_data}
         name = entries.get("location", "")
         if not is_plain_name(name):
-            raise _rejected(f"its tensor {tensor.name!r} lies in {name!r}, not in a file beside it", _COPY)
+            raise _rejected(f"the tensor {tensor.name!r} is in {name!r}, not in a file next to the model", _COPY)
         if isinstance(source, bytes):
-            raise _rejected(f"its weights lie in {name!r}, which bytes cannot have beside them", "give its path")
+            raise _rejected(
+                f"the weights are in the file {name!r}, which bytes cannot name", "give the path of the model"
+            )
         if name not in files:
             files[name] = _read(Path(source), name)
         _take_in(tensor, entries, files[name], name)
@@ -51,10 +53,10 @@ def _read(model: Path, name: str) -> bytes:
     beside = model.parent / name
     # Hub caches hold links to one folder of blobs, for the model as for its weights.
     if beside.resolve().parent != model.resolve().parent:
-        raise _rejected(f"{name} beside it is a link to another folder", _COPY)
-    data = read_file(beside, what="weights beside the model file", max_bytes=MODEL_BYTES, error=ModelRejected)
+        raise _rejected(f"{name} is a link to another folder", _COPY)
+    data = read_file(beside, what="weights of the model", max_bytes=MODEL_BYTES, error=ModelRejected)
     if beside.stat().st_nlink > 1:
-        raise _rejected(f"{name} beside it is a second name of another file (a hard link)", _COPY)
+        raise _rejected(f"{name} is a second name of another file (a hard link)", _COPY)
     return data
 
 
@@ -65,7 +67,7 @@ def _take_in(tensor: Any, entries: dict[str, str], weights: bytes, name: str) ->
     fits = fits and tensor.data_type in _ITEM_BYTES and length in (None, str(size))
     start = int(offset) if fits else 0
     if not fits or start + size > len(weights):
-        raise _rejected(f"{name} beside it does not hold its tensor {tensor.name!r}", _COPY)
+        raise _rejected(f"{name} does not hold the tensor {tensor.name!r}", _COPY)
     tensor.raw_data = weights[start : start + size]
     tensor.ClearField("data_location")
     tensor.ClearField("external_data")

@@ -57,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Input
         pixels = random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / kind / f"{number}.png")
     shutil.copy(small_model / "m.onnx", folder / "float.onnx")
-    export_onnx(small_model / "c.safetensors", out=folder / "plain.onnx", options=ExportOptions(deploy_form=False))
+    export_onnx(small_model / "c.safetensors", out=folder / "plain.onnx", options=ExportOptions(fuse=False))
     quantize(folder / "float.onnx", calibration=folder / "calibration", out=folder / "int8.onnx")
     return Inputs(folder=folder)
 

@@ -49,7 +49,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model that is higher than wide and has a fixed batch, and one of two files."""
     folder = tmp_path_factory.mktemp("others")
     write_checkpoint(folder / "c.safetensors")
-    export_onnx(folder / "c.safetensors", out=folder / "fixed.onnx", options=ExportOptions(batch=3))
+    export_onnx(folder / "c.safetensors", out=folder / "fixed.onnx", options=ExportOptions(batch_size=3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(external_data, "_MOST_INSIDE_BYTES", 10_000)
         export_onnx(folder / "c.safetensors", out=folder / "two.onnx")

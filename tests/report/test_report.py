@@ -206,10 +206,10 @@ def test_accuracy_of_a_verification_is_drawn_beside_the_speed(results: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "deploy_form"),
+    ("family", "fuse"),
     [("class_token", True), ("mean_without_class_token", True), ("dinov2_linear", True), ("registers", False)],
 )
-def test_attention_is_that_of_the_export(family: str, deploy_form: bool, tmp_path: Path) -> None:
+def test_attention_is_that_of_the_export(family: str, fuse: bool, tmp_path: Path) -> None:
     import torch
 
     network = random_network(small_config(**FAMILIES[family]))
@@ -218,7 +218,7 @@ def test_attention_is_that_of_the_export(family: str, deploy_form: bool, tmp_pat
     with torch.inference_mode():
         expected = DeployedViT(network, PREPROCESSING, extras=["attention"])(torch.from_numpy(images))[1].mean(dim=1)
     # With a softmax over the classes after those of the blocks.
-    options = ExportOptions(deploy_form=deploy_form, outputs=("logits", "probabilities"))
+    options = ExportOptions(fuse=fuse, outputs=("logits", "probabilities"))
     export_onnx(checkpoint, out=tmp_path / "m.onnx", options=options)
     found = attention_maps(open_model(tmp_path / "m.onnx"), images)
     assert found is not None

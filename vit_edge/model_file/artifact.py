@@ -91,6 +91,7 @@ _RENAMED = {
     "quantization": {"float_products": "float32_ops"},
     "evaluation": {"rungs": "steps"},
 }
+_RENAMED_FORMS = {"deploy": "fused", "elsewhere": "third-party"}  # of provenance.form
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,10 +199,13 @@ class Manifest:
 
 
 def _in_current_terms(name: str, value: Any) -> Any:
-    renamed = _RENAMED.get(name)
-    if not renamed or not isinstance(value, dict):
+    if not isinstance(value, dict):
         return value
-    return {renamed.get(key, key): part for key, part in value.items()}
+    renamed = _RENAMED.get(name, {})
+    current = {renamed.get(key, key): part for key, part in value.items()}
+    if name == "provenance" and current.get("form") in _RENAMED_FORMS:
+        current["form"] = _RENAMED_FORMS[current["form"]]
+    return current
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

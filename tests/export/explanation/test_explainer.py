@@ -30,7 +30,7 @@ from vit_edge.export.explanation.inputs import prepare_explanation
 from vit_edge.export.explanation.layer_noise import scaled_columns, sqnr_by_op
 from vit_edge.export.graph.macs import shapes_for_one_image
 from vit_edge.export.graph.matmuls import find_quantizable_ops
-from vit_edge.export.onnx_import.importer import adopt
+from vit_edge.export.onnx_import.importer import import_onnx
 from vit_edge.export.quantization.algorithms.cross_layer_equalization import equalize, find_mixings
 from vit_edge.export.quantization.calibration.observers import observe_channels
 from vit_edge.model_file.artifact import open_model, reseal
@@ -247,8 +247,8 @@ def test_a_convolutional_network_is_explained(made: Made, tmp_path: Path) -> Non
 
 def test_a_third_party_network_is_explained(tmp_path: Path) -> None:
     path = save(tmp_path / "theirs.onnx", network(*CONV, *HEAD, **WEIGHTS))
-    adopted = adopt(path, preprocessing=FOREIGN, labels=LABELS)
-    (tmp_path / "model.onnx").write_bytes(adopted.model.data)
+    imported = import_onnx(path, preprocessing=FOREIGN, labels=LABELS)
+    (tmp_path / "model.onnx").write_bytes(imported.model.data)
     folders = {name: images(tmp_path / name, count=8, seed=seed, size=FOREIGN.crop) for seed, name in enumerate("cd")}
     options = QuantizationOptions(effort="fast", measure_speed=False, use_cache=False)
     quantize(tmp_path / "model.onnx", calibration=folders["c"], out=tmp_path / "int8.onnx", options=options)

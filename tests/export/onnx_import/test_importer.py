@@ -18,13 +18,13 @@ from tests.conftest import vit_edge
 from vit_edge.errors import InputError, ModelRejected, UsageError
 from vit_edge.export.onnx_import.batch import choose_output, settle_batch
 from vit_edge.export.onnx_import.cleanup import tidy
-from vit_edge.export.onnx_import.importer import adopt, is_third_party_onnx
-from vit_edge.export.onnx_import.interface import input_of
+from vit_edge.export.onnx_import.importer import import_onnx, is_third_party_onnx
 from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.files import sha256_hex
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import open_model
 from vit_edge.runtime.loading import load
+from vit_edge.runtime.onnx_import.interface import read_input
 
 PREPROCESSING = Preprocessing(resize=(12, 10), crop=(12, 10), interpolation="bilinear")
 LABELS = ("a", "b", "c", "d", "e")
@@ -65,9 +65,9 @@ def save(path: Path, model: onnx.ModelProto) -> Path:
 def settled(model: onnx.ModelProto, *, output: str | None = None) -> tuple[onnx.ModelProto, int | None, list[str]]:
     """Return the graph with its batch settled, that batch, and what was noted."""
     tidied = tidy(onnx.ModelProto.FromString(model.SerializeToString()))
-    reference = ThirdPartyReference(model, input_of(tidied, PREPROCESSING, None), PREPROCESSING)
+    reference = ThirdPartyReference(model, read_input(tidied.graph, PREPROCESSING), PREPROCESSING)
     notes: list[str] = []
-    found = choose_output(tidied, reference, output, len(LABELS), notes)
+    found, _ = choose_output(tidied, reference, output, len(LABELS), notes)
     graph, batch = settle_batch(tidied, found, reference)
     return graph, batch, notes
 
@@ -79,30 +79,32 @@ def inputs_as_initializers(model: onnx.ModelProto) -> None:
     model.ir_version = 3
 
 
-def test_an_adopted_network_answers_as_it_did_in_both_engines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_imported_network_answers_as_it_did_in_both_engines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = network(*CONV, *HEAD[:-1], node("Gemm", ["f", "w", "b"], ["z"], transB=1), node("Softmax", ["z"], ["y"]),
                     opset=11, **WEIGHTS)  # fmt: skip
     inputs_as_initializers(model)
     model.graph.node[0].doc_string = "/home/someone/secret.py"
     path = save(tmp_path / "theirs.onnx", model)
     with caplog.at_level(logging.WARNING):
-        adopted = adopt(path, preprocessing=PREPROCESSING, labels=LABELS, assumed=("preprocessing.mean",))
+        imported = import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS, assumed=("preprocessing.mean",))
     assert "preprocessing.mean" in caplog.text
     assert "Softmax, is left out" in caplog.text
-    again = adopt(path, preprocessing=PREPROCESSING, labels=LABELS, assumed=("preprocessing.mean",))
-    assert adopted.model.data == again.model.data
-    assert b"secret" not in adopted.model.data
-    manifest = adopted.model.manifest
+    again = import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS, assumed=("preprocessing.mean",))
+    assert imported.model.data == again.model.data
+    assert b"secret" not in imported.model.data
+    manifest = imported.model.manifest
     assert manifest.input == {"name": "x", "dtype": "float32", "layout": "NCHW"}
     assert (manifest.name, manifest.labels, manifest.assumed) == ("theirs", LABELS, ("preprocessing.mean",))
-    assert all(entry.name for entry in adopted.model.proto.graph.node)
-    assert len(adopted.model.proto.graph.input) == 1
-    assert {result.engine for result in adopted.parity} == {"onnxruntime", "openvino"}
+    assert all(entry.name for entry in imported.model.proto.graph.node)
+    assert len(imported.model.proto.graph.input) == 1
+    assert {result.engine for result in imported.parity} == {"onnxruntime", "openvino"}
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     pixels = RANDOM.integers(0, 256, (5, 12, 10, 3), dtype=np.uint8)
     expected = session.run(["y"], {"x": PREPROCESSING.normalise(pixels)})[0]
     for engine in ("onnxruntime", "openvino"):
-        with load(adopted.model.data, engine=engine) as classifier:  # type: ignore[arg-type]
+        with load(imported.model.data, engine=engine) as classifier:  # type: ignore[arg-type]
             for row, image in zip(expected, pixels, strict=True):
                 found = {one.label: one.probability for one in classifier(image, top=5).answers}
                 assert np.allclose([found[label] for label in LABELS], row, atol=1e-5)
@@ -175,8 +177,8 @@ def test_other_inputs_become_one_of_the_two_of_model_files(dtype: str, layout: s
     conv = node("Conv", [last, "filters"], ["c"])
     kind = TensorProto.FLOAT if dtype == "float32" else TensorProto.UINT8
     path = save(tmp_path / "a.onnx", network(*before, conv, *CONV[1:], *HEAD, shape=shape, dtype=kind, **WEIGHTS))
-    adopted = adopt(path, preprocessing=PREPROCESSING, labels=LABELS)
-    assert adopted.model.manifest.input["layout"] == ("NHWC" if dtype == "uint8" else "NCHW")
+    imported = import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS)
+    assert imported.model.manifest.input["layout"] == ("NHWC" if dtype == "uint8" else "NCHW")
     pixels = RANDOM.integers(0, 256, (2, 12, 10, 3), dtype=np.uint8)
     given = pixels if dtype == "uint8" else PREPROCESSING.normalise(pixels).transpose(0, 2, 3, 1)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -184,7 +186,7 @@ def test_other_inputs_become_one_of_the_two_of_model_files(dtype: str, layout: s
     expected = session.run(["y"], {"x": np.ascontiguousarray(feed)})[0]
     from vit_edge.runtime.engines.protocol import EngineOptions, make_engine
 
-    engine = make_engine("onnxruntime", adopted.model, EngineOptions())
+    engine = make_engine("onnxruntime", imported.model, EngineOptions())
     assert np.allclose(engine.run(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -193,7 +195,7 @@ def test_of_several_outputs_one_is_told_or_the_first_that_fits() -> None:
     model = network(*CONV, HEAD[0], other, HEAD[1], outputs=["r", "y", "z"], **WEIGHTS)
     graph, _, notes = settled(model)
     assert [value.name for value in graph.graph.output] == ["y"]
-    assert notes == ["of its outputs r, y, z, y is taken for the logits"]
+    assert notes == ["of the outputs r, y, z, y is used as the logits"]
     assert [value.name for value in settled(model, output="z")[0].graph.output] == ["z"]
     with pytest.raises(UsageError, match="no output 'q'; it has r, y, z"):
         settled(model, output="q")
@@ -236,12 +238,12 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         lambda: network(*CONV, HEAD[0], node("If", ["t"], ["o"], name="branch", then_branch=_branch(),
                         else_branch=_branch()), node("Gemm", ["o", "w", "b"], ["y"], transB=1), t=np.array(True),
                         **WEIGHTS),
-        "'branch' is If and holds a graph",
+        "'branch' is If and holds a subgraph",
     ),
     "an operator that no classifier has": (lambda: renamed("Sinh", name="odd"), "'odd' is ai.onnx.Sinh, which is not"),
     "chance": (lambda: renamed("RandomNormalLike", name="dice"), "'dice' is RandomNormalLike"),
-    "weights elsewhere": (_outside, "lies in another file"),
-    "float16": (lambda: _typed(np.float16), "is float16; only float32"),
+    "weights elsewhere": (_outside, "not in a file next to the model"),
+    "float16": (lambda: _typed(np.float16), "is float16; import starts from float32"),
     "not finite": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "b": np.full(5, np.nan, np.float32)}), "is not finite"),
     "a memory bomb": (
         lambda: network(node("ConstantOfShape", ["huge"], ["h"]), node("ReduceMax", ["h"], ["m"], keepdims=0),
@@ -254,8 +256,8 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
                         b=WEIGHTS["b"], q=np.ones((5, 4), np.int8), s=np.float32(0.1)),
         "quantized already",
     ),
-    "damaged weights": (_short, "a part of it cannot be read"),
-    "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "has no 3 channels"),
+    "damaged weights": (_short, "a part of the file cannot be read"),
+    "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "has grayscale images; vit-edge reads RGB"),
     "no images": (lambda: network(*HEAD[1:], node("Relu", ["x"], ["f"]), shape=["n", 4], **WEIGHTS), "2 axes"),
     "it does not run": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "w": WEIGHTS["w"][:, :3]}), "cannot run"),
 }  # fmt: skip
@@ -263,18 +265,18 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
 
 def test_weights_beside_the_file_are_taken_in_where_they_are_what_it_says(tmp_path: Path) -> None:
     path = tmp_path / "theirs.onnx"
-    inside = adopt(save(path, network(*CONV, *HEAD, **WEIGHTS)), preprocessing=PREPROCESSING, labels=LABELS)
+    inside = import_onnx(save(path, network(*CONV, *HEAD, **WEIGHTS)), preprocessing=PREPROCESSING, labels=LABELS)
     onnx.save(network(*CONV, *HEAD, **WEIGHTS), path, save_as_external_data=True, location="w.data", size_threshold=0)
-    beside = adopt(path, preprocessing=PREPROCESSING, labels=LABELS).model
+    beside = import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS).model
     weights = tmp_path / "w.data"
-    assert beside.manifest.provenance["source_weights_sha256"] == sha256_hex(weights.read_bytes())
+    assert beside.manifest.provenance["source_weights_sha256"] == {"w.data": sha256_hex(weights.read_bytes())}
     assert beside.manifest.golden == inside.model.manifest.golden
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ModelRejected, match=r"w.data beside it does not hold its tensor"):
-        adopt(path, preprocessing=PREPROCESSING, labels=LABELS)
+    with pytest.raises(ModelRejected, match=r"w.data does not hold the tensor"):
+        import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS)
     weights.unlink()
     with pytest.raises(ModelRejected, match="no such file"):
-        adopt(path, preprocessing=PREPROCESSING, labels=LABELS)
+        import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -282,7 +284,7 @@ def test_what_is_no_float32_classifier_is_refused_by_name(kind: str, tmp_path: P
     make, reason = REFUSED[kind]
     path = save(tmp_path / "theirs.onnx", make())
     with pytest.raises(ModelRejected, match=reason) as caught:
-        adopt(path, preprocessing=PREPROCESSING, labels=LABELS)
+        import_onnx(path, preprocessing=PREPROCESSING, labels=LABELS)
     assert caught.value.file == str(path)
 
 
@@ -291,7 +293,7 @@ def test_files_that_are_no_onnx_are_named(tmp_path: Path) -> None:
         (tmp_path / "a.onnx").write_bytes(data)
         assert not is_third_party_onnx(tmp_path / "a.onnx")
         with pytest.raises(InputError, match=reason):
-            adopt(tmp_path / "a.onnx", preprocessing=PREPROCESSING, labels=LABELS)
+            import_onnx(tmp_path / "a.onnx", preprocessing=PREPROCESSING, labels=LABELS)
     assert not is_third_party_onnx(tmp_path)
     assert is_third_party_onnx(save(tmp_path / "b.onnx", network(*CONV, *HEAD, **WEIGHTS)))
 
@@ -299,12 +301,15 @@ def test_files_that_are_no_onnx_are_named(tmp_path: Path) -> None:
 def test_what_is_told_has_to_fit(tmp_path: Path) -> None:
     path = save(tmp_path / "a.onnx", network(*CONV, *HEAD, **WEIGHTS))
     with pytest.raises(UsageError, match="3 labels for 5 classes"):
-        adopt(path, preprocessing=PREPROCESSING, labels=("a", "b", "c"))
-    with pytest.raises(UsageError, match="it takes 12 x 10 pixels; the preprocessing gives 8 x 8"):
-        adopt(path, preprocessing=Preprocessing(resize=8, crop=(8, 8)), labels=LABELS)
+        import_onnx(path, preprocessing=PREPROCESSING, labels=("a", "b", "c"))
+    with pytest.raises(UsageError, match="the model takes 12 x 10 pixels; the preprocessing gives 8 x 8"):
+        import_onnx(path, preprocessing=Preprocessing(resize=8, crop=(8, 8)), labels=LABELS)
     free = save(tmp_path / "b.onnx", network(*CONV, *HEAD, shape=["n", "c", "h", "w"], **WEIGHTS))
-    with pytest.raises(UsageError, match=r"(?s)does not show whether channels come first or last.*NCHW or NHWC"):
-        adopt(free, preprocessing=PREPROCESSING, labels=LABELS)
+    assert import_onnx(free, preprocessing=PREPROCESSING, labels=LABELS).model.manifest.input["layout"] == "NCHW"
+    flat = [node("Flatten", ["x"], ["f"]), node("Gemm", ["f", "v"], ["y"], transB=1)]
+    save(free, network(*flat, shape=["n", "c", "h", "w"], v=np.ones((5, 360), np.float32)))
+    with pytest.raises(UsageError, match=r"(?s)does not show whether the 3 channels come first or last.*--layout NCHW"):
+        import_onnx(free, preprocessing=PREPROCESSING, labels=LABELS)
 
 
 def test_the_command_exports_an_onnx_file(tmp_path: Path) -> None:
@@ -313,8 +318,8 @@ def test_the_command_exports_an_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "how.json").write_text(json.dumps(PREPROCESSING.to_dict()))
     told = ["--labels", "labels.txt", "--preprocessing", "how.json"]
     for options, error in (
-        (["--labels", "labels.txt"], "does not say its preprocessing"),
-        ([*told, "--batch", "4"], "--batch is for a network that is traced"),
+        (["--labels", "labels.txt"], "the preprocessing must be specified"),
+        ([*told, "--batch-size", "4"], "--batch-size is for a network that is traced"),
     ):
         done = vit_edge("export", "theirs.onnx", *options, cwd=tmp_path)
         assert done.returncode == 2, done.stderr

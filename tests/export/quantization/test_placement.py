@@ -528,7 +528,7 @@ def test_what_cannot_be_quantized_gets_one_sentence() -> None:
         Scheme(activation="float8")  # type: ignore[arg-type]
 
 
-def test_the_deploy_form_of_a_vision_transformer_needs_no_preparation() -> None:
+def test_the_fused_graph_of_a_vision_transformer_needs_no_preparation() -> None:
     deployed = DeployedViT(random_network(small_config()), PREPROCESSING, pixels=True)
     model = trace(deployed.eval(), height=SIZE[0], width=SIZE[1])
     assert prepare(model).SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)

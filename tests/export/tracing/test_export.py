@@ -221,9 +221,9 @@ def test_another_graph_is_refused_by_parity(workspace: Workspace) -> None:
         )
 
 
-def test_inspect_counts_what_the_deploy_form_saves(workspace: Workspace, tmp_path: Path) -> None:
+def test_inspect_counts_what_the_fused_graph_saves(workspace: Workspace, tmp_path: Path) -> None:
     plain = tmp_path / "plain.onnx"
-    export_onnx(workspace.checkpoint, out=plain, options=ExportOptions(deploy_form=False))
+    export_onnx(workspace.checkpoint, out=plain, options=ExportOptions(fuse=False))
     found = {}
     for path in (workspace.float_model, plain):
         done = vit_edge("inspect", path, "--json")

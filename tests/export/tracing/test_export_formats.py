@@ -53,7 +53,7 @@ def test_the_ir_is_whole_uncompressed_and_answers_from_its_verified_bytes(folder
 
 @pytest.mark.parametrize("batch", [3, 9])
 def test_a_fixed_batch_becomes_ir_too(folder: Path, tmp_path: Path, batch: int) -> None:
-    options = ExportOptions(format="openvino", batch=batch)
+    options = ExportOptions(format="openvino", batch_size=batch)
     export_onnx(folder / "c.safetensors", out=tmp_path / "m.xml", options=options)
     assert open_ir(tmp_path / "m.xml").manifest.batch == batch
 

@@ -65,7 +65,7 @@ def test_every_family_exports_and_quantizes(tmp_path: Path, family: str) -> None
     [
         {"batch": 2},
         {"input": "float32-nchw"},
-        {"deploy_form": False},
+        {"fuse": False},
         {"min_onnxruntime": "1.16.3"},
         {"input": "float32-nchw", "batch": 3, "outputs": ("top5", "features", "attention")},
     ],
@@ -141,13 +141,13 @@ def test_options_that_are_not_possible_are_refused(options: dict[str, Any], sent
 
 
 def test_features_of_the_plain_network_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    options = ExportOptions(outputs=("features",), deploy_form=False)
-    with pytest.raises(UsageError, match="deploy form"):
+    options = ExportOptions(outputs=("features",), fuse=False)
+    with pytest.raises(UsageError, match="fused inference graph"):
         export_onnx(checkpoint, out=tmp_path / "m.onnx", options=options)
 
 
 def test_a_plain_network_is_admitted_only_where_the_manifest_says_so(checkpoint: Path, tmp_path: Path) -> None:
-    export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(deploy_form=False))
+    export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(fuse=False))
     model = open_model(tmp_path / "m.onnx")
     assert model.manifest.provenance["form"] == "plain"
     claimed = replace(model.manifest, provenance={**model.manifest.provenance, "form": "deploy"})
@@ -191,7 +191,7 @@ def test_a_failure_names_the_first_tensor_that_parts_and_writes_nothing(
 
 
 def test_a_fixed_batch_that_contradicts_the_manifest_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(batch=2))
+    export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(batch_size=2))
     model = open_model(tmp_path / "m.onnx")
     claimed = replace(model.manifest, input={**model.manifest.input, "batch": 3})
     with pytest.raises(ModelRejected, match="the batch is 2; the manifest says 3"):

@@ -1,4 +1,4 @@
-"""The deploy form is the same function as the network, for every configuration there is, and does less."""
+"""The fused inference graph is the same function as the network, for every configuration there is, and does less."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_edge.vit import VisionTransformer, ViTConfig
 
 @st.composite
 def configurations(draw: st.DrawFn) -> ViTConfig:
-    """Draw any valid configuration of a small network: every field that the deploy form reads."""
+    """Draw any valid configuration of a small network: every field that the fused inference graph reads."""
     class_token = draw(st.booleans())
     pooling = draw(st.sampled_from(["class", "mean", "class_mean"])) if class_token else "mean"
     distilled = draw(st.booleans()) if pooling == "class" else False
@@ -66,12 +66,12 @@ def _is_the_same_function(model: VisionTransformer, *, batch: int) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(config=configurations(), batch=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_the_deploy_form_is_the_same_function(config: ViTConfig, batch: int, seed: int) -> None:
+def test_the_fused_graph_is_the_same_function(config: ViTConfig, batch: int, seed: int) -> None:
     _is_the_same_function(random_network(config, seed=seed), batch=batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_its_deploy_form(family: str) -> None:
+def test_every_family_has_its_fused_graph(family: str) -> None:
     _is_the_same_function(random_network(small_config(**FAMILIES[family]), seed=0), batch=3)
 
 

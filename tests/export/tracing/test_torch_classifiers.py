@@ -100,10 +100,10 @@ def test_an_unusual_network_exports_with_every_name_once(tmp_path: Path) -> None
         assert classifier.manifest.provenance["weights_sha256"]
 
 
-def test_a_vision_transformer_as_a_module_gets_its_deploy_form(tmp_path: Path) -> None:
+def test_a_vision_transformer_as_a_module_gets_its_fused_graph(tmp_path: Path) -> None:
     export_onnx(random_network(small_config()), out=tmp_path / "m.onnx", preprocessing=PREPROCESSING)
     manifest = open_model(tmp_path / "m.onnx").manifest
-    assert manifest.provenance["form"] == "deploy"
+    assert manifest.provenance["form"] == "fused"
     assert manifest.labels == tuple("0123456")
     assert manifest.assumed == ("labels",)
 
@@ -182,7 +182,7 @@ def make_network_in(folder: Path, weights: Path) -> nn.Module:
         ("shapes:small --like timm:resnet18", 2, "--like is for weights from elsewhere"),
         ("weights.pt --weights weights.pt", 2, "--weights is for package.module:factory"),
         ("shapes:small --image-size wide", 2, "write pixels as 224 or 192x256"),
-        ("shapes:small --batch some", 2, "neither a number"),
+        ("shapes:small --batch-size some", 2, "neither a number"),
     ],
 )
 def test_what_cannot_be_made_gets_one_sentence(folder: Path, line: str, code: int, sentence: str) -> None:

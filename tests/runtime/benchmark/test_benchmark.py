@@ -286,7 +286,7 @@ def test_what_an_engine_cannot_do_is_left_out_and_said(workspace: Workspace) -> 
 def test_openvinos_own_format_and_a_fixed_batch_are_measured_too(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "c.safetensors")
     export_onnx(checkpoint, out=tmp_path / "m.xml", options=ExportOptions(format="openvino"))
-    export_onnx(checkpoint, out=tmp_path / "four.onnx", options=ExportOptions(batch=4))
+    export_onnx(checkpoint, out=tmp_path / "four.onnx", options=ExportOptions(batch_size=4))
     done = vit_edge("benchmark", "m.xml", "four.onnx", "--json", *BRIEF, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.onnx_import.test_importer import CONV, HEAD, LABELS, PREPROCESSING, WEIGHTS, network, node, save
-from vit_edge.errors import ModelRejected
+from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.runtime import Classifier, installed_engines, load
 from vit_edge.runtime.checks.golden import golden_images
 
@@ -91,7 +91,7 @@ def test_what_the_shape_does_not_show_the_graph_does(
 def test_axes_that_nothing_shows_are_asked_for(tmp_path: Path) -> None:
     flat = [node("Flatten", ["x"], ["f"]), node("Gemm", ["f", "w"], ["y"], transB=1)]
     model = network(*flat, shape=["n", "a", "b", "c"], w=np.ones((5, 360), np.float32))
-    with pytest.raises(ModelRejected, match=r"(?s)does not show where its 3 channels are.*--layout NCHW"):
+    with pytest.raises(UsageError, match=r"(?s)does not show whether the 3 channels come first or last.*--layout NCHW"):
         loaded(save(tmp_path / "theirs.onnx", model))
 
 
@@ -119,7 +119,7 @@ def test_weights_beside_the_file_are_read_with_it(
         with loaded(path, engine) as classifier:
             np.testing.assert_allclose(classifier.logits(IMAGES), expected(), atol=1e-4)
             assert len(classifier.manifest.provenance["source_weights_sha256"]) == (1 if one_file else 3)
-    with pytest.raises(ModelRejected, match="which bytes cannot have beside them"):
+    with pytest.raises(ModelRejected, match="which bytes cannot name"):
         loaded(path.read_bytes())
 
 
@@ -151,10 +151,10 @@ def linked(path: Path, make: Callable[[Path, Path], None]) -> None:
 
 
 DANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "fault 16, above": (lambda path: told(path, location="../theirs.onnx.data"), "not in a file beside it"),
-    "fault 16, absolute": (lambda path: told(path, location="/etc/passwd"), "not in a file beside it"),
-    "fault 16, below and above": (lambda path: told(path, location="sub/../../x"), "not in a file beside it"),
-    "fault 16, hidden": (lambda path: told(path, location=".hidden"), "not in a file beside it"),
+    "fault 16, above": (lambda path: told(path, location="../theirs.onnx.data"), "not in a file next to the model"),
+    "fault 16, absolute": (lambda path: told(path, location="/etc/passwd"), "not in a file next to the model"),
+    "fault 16, below and above": (lambda path: told(path, location="sub/../../x"), "not in a file next to the model"),
+    "fault 16, hidden": (lambda path: told(path, location=".hidden"), "not in a file next to the model"),
     "fault 16, a folder": (
         lambda path: (told(path, location="sub"), (path.parent / "sub").mkdir()),
         "the path is a folder",
@@ -172,12 +172,12 @@ DANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "a link to another folder",
     ),
     "fault 16, missing": (lambda path: path.with_name("theirs.onnx.data").unlink(), "no such file"),
-    "fault 16, short": (lambda path: os.truncate(path.with_name("theirs.onnx.data"), 100), "does not hold its tensor"),
-    "fault 16, a negative offset": (lambda path: told(path, offset="-4"), "does not hold its tensor"),
-    "fault 16, a huge offset": (lambda path: told(path, offset=str(2**62)), "does not hold its tensor"),
-    "fault 16, another length": (lambda path: told(path, length="8"), "does not hold its tensor"),
+    "fault 16, short": (lambda path: os.truncate(path.with_name("theirs.onnx.data"), 100), "does not hold the tensor"),
+    "fault 16, a negative offset": (lambda path: told(path, offset="-4"), "does not hold the tensor"),
+    "fault 16, a huge offset": (lambda path: told(path, offset=str(2**62)), "does not hold the tensor"),
+    "fault 16, another length": (lambda path: told(path, length="8"), "does not hold the tensor"),
     "fault 17, a hard link": (lambda path: linked(path, os.link), "a hard link"),
-    "fault 18": (lambda path: told(path, location="*/_ORT_MEM_ADDR_/*"), "not in a file beside it"),
+    "fault 18": (lambda path: told(path, location="*/_ORT_MEM_ADDR_/*"), "not in a file next to the model"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vit_edge.cli.options import option_group
 from vit_edge.cli.output import Result, command, image_size_option, make_table, megabytes, progress_bar
 from vit_edge.errors import UsageError, require
 from vit_edge.files import is_file
@@ -21,7 +23,7 @@ _PATH = click.Path(path_type=Path)
 _OUTPUTS = ("logits", "probabilities", "top5", "features", "attention")
 
 
-def _batch(_context: click.Context, _parameter: click.Parameter, value: str) -> int | None:
+def _batch_size(_context: click.Context, _parameter: click.Parameter, value: str) -> int | None:
     if value == "dynamic":
         return None
     if not value.isdecimal():
@@ -35,59 +37,98 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
 
 @command("export")
 @click.argument("source")
-@click.option("-o", "--out", type=_PATH, help="What to write  [default: model.onnx].")
-@click.option("--batch", default="dynamic", callback=_batch, metavar="dynamic|N", help="[default: dynamic]")
-@click.option("--input", "input_", type=click.Choice(["uint8-nhwc", "float32-nchw"]), default="uint8-nhwc",
-              show_default=True, help="Pixels, or pixels normalised by the application.")  # fmt: skip
-@click.option("--outputs", default="logits", show_default=True, callback=_outputs, metavar="NAME,...",
-              help=f"Of {', '.join(_OUTPUTS)}; the logits are always there.")  # fmt: skip
-@click.option("--min-onnxruntime", default="1.17", show_default=True, help="Oldest release that has to run it.")
-@click.option("--format", "format_", type=click.Choice(["onnx", "openvino", "huggingface"]), default="onnx",
-              show_default=True, help="One file, IR, or a folder for Optimum and transformers.js.")  # fmt: skip
-@click.option("--no-deploy-form", is_flag=True, help="Trace the network as it is, for comparison.")
-@click.option("--data", type=_PATH, help="Images to prove parity on too.")
+@click.option("-o", "--out", type=_PATH, help="File to write  [default: model.onnx].")
 @click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names: a line each, JSON, or class folders.")
-@click.option("--preprocessing", type=_PATH, metavar="FILE",
-              help="JSON or TOML: resize, crop, interpolation, mean, std.")  # fmt: skip
-@image_size_option("Size of the input, where it is to be another.")
-@click.option("--like", metavar="timm:NAME", help="Network of timm to ask for what weights from elsewhere do not tell.")
-@click.option("--weights", type=_PATH, help="Weights for package.module:factory.")
 @click.option(
-    "--layout", type=click.Choice(["NCHW", "NHWC"]), help="Of the input of an ONNX file, where it is unclear."
+    "--preprocessing", type=_PATH, metavar="FILE", help="JSON or TOML: resize, crop, interpolation, mean, std."
 )
-@click.option(
-    "--logits", metavar="NAME", help="Output of an ONNX file that has several [default: the first that fits]."
+@click.option("--data", type=_PATH, metavar="DIR", help="Images on which to check parity, in addition to noise.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@option_group(
+    "Form of the file",
+    click.option(
+        "--format",
+        "format_",
+        type=click.Choice(["onnx", "openvino", "huggingface"]),
+        default="onnx",
+        show_default=True,
+        help="One ONNX file, OpenVINO's IR, or a folder for Optimum and transformers.js.",
+    ),
+    click.option(
+        "--input",
+        "input_",
+        type=click.Choice(["uint8-nhwc", "float32-nchw"]),
+        default="uint8-nhwc",
+        show_default=True,
+        help="Take pixels, or pixels that the application normalised.",
+    ),
+    click.option(
+        "--outputs",
+        default="logits",
+        show_default=True,
+        callback=_outputs,
+        metavar="NAME,...",
+        help=f"Outputs of the graph: {', '.join(_OUTPUTS)}. The logits are always included.",
+    ),
+    click.option(
+        "--batch-size",
+        default="dynamic",
+        callback=_batch_size,
+        metavar="dynamic|N",
+        help="Fix the batch size of the graph  [default: dynamic].",
+    ),
+    click.option(
+        "--min-onnxruntime", default="1.17", show_default=True, help="Oldest ONNX Runtime that must run the file."
+    ),
+    click.option("--no-fuse", is_flag=True, help="Trace the network as it is, without the fused inference graph."),
 )
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@option_group(
+    "Checkpoints and torch networks",
+    image_size_option("Input size, if not that of the checkpoint."),
+    click.option("--like", metavar="timm:NAME", help="timm network that has the missing settings of the weights."),
+    click.option("--weights", type=_PATH, help="Weights for package.module:factory."),
+)
+@option_group(
+    "Third-party ONNX models and torch networks",
+    click.option(
+        "--activation",
+        type=click.Choice(["softmax", "sigmoid", "none"]),
+        help="Meaning of the logits: one class, several classes, or plain values  [default: found, else softmax].",
+    ),
+    click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Input layout, if the model does not show it."),
+    click.option("--logits", metavar="NAME", help="Output that holds the logits  [default: the first that fits]."),
+)
 def export(source: str, out: Path | None, data: Path | None, force: bool, **values: Any) -> Result:
-    """Export SOURCE to one ONNX file that needs nothing beside it.
+    """Export SOURCE to one ONNX file that is complete in itself.
 
-    SOURCE is a checkpoint, or whatever `vit-edge convert` takes, or package.module:factory for any torch image
-    classifier, whose code is run. The file takes uint8 RGB pixels of any batch size and holds its preprocessing, labels
-    and golden vectors. It appears under its name only after ONNX Runtime and OpenVINO gave PyTorch's answers at batches
-    1, 2, 3, 7 and 16. An ONNX classifier made elsewhere, with --labels and --preprocessing, keeps the input that it has
-    and is held against itself.
+    SOURCE is a checkpoint, anything that `vit-edge convert` takes, package.module:factory for any torch image
+    classifier (its code is run), or a third-party ONNX classifier with --labels and --preprocessing. The file takes
+    uint8 RGB pixels at any batch size and holds its preprocessing, labels and golden vectors. It is written only after
+    ONNX Runtime and OpenVINO gave PyTorch's logits at batch sizes 1, 2, 3, 7 and 16.
 
     \b
     Examples:
       vit-edge export run/best.safetensors -o model.onnx
       vit-edge export torchvision.models:swin_t --weights swin.safetensors --labels names.txt
-      vit-edge export theirs.onnx --labels names.txt --preprocessing preprocessing.json -o model.onnx
+      vit-edge export other.onnx --labels names.txt --preprocessing preprocessing.json -o model.onnx
     """
     for module in ("torch", "onnx", "onnxscript", "safetensors"):
         require(module, extra="export,onnxruntime", what="export")
     if is_file(source) and Path(source).suffix.lower() == ".onnx":
-        return _adopt(Path(source), out or Path("model.onnx"), data, force, values)
+        return _import(Path(source), out or Path("model.onnx"), data, force, values)
+    if not click.get_current_context().meta.get("quiet", False):
+        click.echo("loading PyTorch", err=True)
     from vit_edge.export import ExportOptions, export_onnx
     from vit_edge.export.tracing.formats import may_write_format
 
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     options = ExportOptions(
-        batch=values["batch"],
+        batch_size=values["batch_size"],
         input=values["input_"],
         outputs=values["outputs"],
         min_onnxruntime=values["min_onnxruntime"],
         format=values["format_"],
-        deploy_form=not values["no_deploy_form"],
+        fuse=not values["no_fuse"],
     )
     target = out or Path(_DEFAULT_OUT[options.format])
     may_write_format(target, options, force=force, made_from=source if is_file(source) else None)
@@ -101,85 +142,87 @@ _DEFAULT_OUT = {"onnx": "model.onnx", "openvino": "model.xml", "huggingface": "m
 
 
 def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return what is exported, with what the options say of it: a checkpoint, or the network of a factory."""
+    """Return the network to export and its settings: a checkpoint, or what a factory makes."""
     from vit_edge.conversion.label_names import read_labels
     from vit_edge.convert import open_source
     from vit_edge.export.tracing.factory import factory_preprocessing, is_factory, make_network
 
     for name in ("layout", "logits"):
-        _refuse(source, name, values, "is for an ONNX file made elsewhere")
-    told = {name: values[name] for name in ("preprocessing", "labels", "image_size", "like")}
+        _refuse(source, name, values, "is for third-party ONNX models")
     if not is_factory(source):
-        _refuse(source, "weights", values, "is for package.module:factory; any other source has its own")
-        return {"source": open_source(source, **told)}
-    _refuse(source, "like", values, "is for weights from elsewhere, not for a network with code of its own")
-    preprocessing, assumed = factory_preprocessing(told["preprocessing"], image_size=told["image_size"])
+        _refuse(source, "weights", values, "is for package.module:factory; any other source has its weights")
+        _refuse(source, "activation", values, "is for package.module:factory and third-party ONNX models")
+        names = ("preprocessing", "labels", "image_size", "like")
+        return {"source": open_source(source, **{name: values[name] for name in names})}
+    _refuse(source, "like", values, "is for weights, not for a network with its own code")
+    preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
     return {
         "source": make_network(source, weights=values["weights"]),
         "name": source.partition(":")[2],
         "preprocessing": preprocessing,
-        "labels": read_labels(told["labels"]) if told["labels"] else None,
+        "labels": read_labels(values["labels"]) if values["labels"] else None,
+        "activation": values["activation"],
         "assumed": assumed,
     }
 
 
-# What a network that is a graph already can no longer be told, and what says that nobody did.
+# Options of the tracer, which an ONNX graph does not need, and their defaults.
 _NOT_FOR_ONNX = {
-    "batch": None,
+    "batch_size": None,
     "input_": "uint8-nhwc",
     "outputs": ("logits",),
     "min_onnxruntime": "1.17",
     "format_": "onnx",
-    "no_deploy_form": False,
+    "no_fuse": False,
     "like": None,
     "weights": None,
 }
 
 
-def _adopt(source: Path, out: Path, data: Path | None, force: bool, values: dict[str, Any]) -> Result:
-    """Make a model file of an ONNX classifier made elsewhere."""
+def _import(source: Path, out: Path, data: Path | None, force: bool, values: dict[str, Any]) -> Result:
+    """Make a model file of a third-party ONNX classifier."""
     require("onnxruntime", extra="export,onnxruntime", what="export")
     from vit_edge.conversion.label_names import read_labels
     from vit_edge.data import find_images, stream_pixels
-    from vit_edge.export.onnx_import.importer import adopt
+    from vit_edge.export import import_onnx
     from vit_edge.export.tracing.factory import factory_preprocessing
-    from vit_edge.files import may_write, write_atomic
 
-    _check_told(source, values)
-    target = may_write(out, force=force, made_from=source)
+    _check_options(source, values)
     preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
     real_images = [] if data is None else find_images(data)
     with progress_bar() as progress:
-        adopted = adopt(
+        result = import_onnx(
             source,
+            out=out,
+            force=force,
             preprocessing=preprocessing,
             labels=read_labels(values["labels"]),
             layout=values["layout"],
             output=values["logits"],
+            activation=values["activation"],
             assumed=assumed,
             real_images=(pixels for _, pixels in stream_pixels(real_images, preprocessing)) if real_images else (),
             progress=progress,
         )
-    write_atomic(target, adopted.model.data)
-    size_bytes, sha256 = len(adopted.model.data), adopted.model.sha256
-    fields = {"model": str(target), "sha256": sha256, "size_bytes": size_bytes, "changes": list(adopted.notes)}
+    size_bytes, sha256 = len(result.model.data), result.model.sha256
+    fields = {"model": str(out), "sha256": sha256, "size_bytes": size_bytes, "changes": list(result.notes)}
     shown = [
-        _parity_table("Against the file it was made from", adopted.parity),
-        f"model: {target} ({megabytes(size_bytes)}, sha256 {sha256})",
+        _parity_table("Compared with the file it was made from", result.parity),
+        f"model: {out} ({megabytes(size_bytes)}, sha256 {sha256})",
     ]
-    return Result(data={**fields, "parity": [asdict(entry) for entry in adopted.parity]}, shown=shown)
+    return Result(data={**fields, "parity": [asdict(entry) for entry in result.parity]}, shown=shown)
 
 
-def _check_told(source: Path, values: dict[str, Any]) -> None:
-    """Raise UsageError where an option cannot be followed, or one that is needed is not there."""
+def _check_options(source: Path, values: dict[str, Any]) -> None:
+    """Raise UsageError if an option is not for an ONNX model, or a required one is missing."""
     for name, default in _NOT_FOR_ONNX.items():
         if values[name] != default:
             option = name.strip("_").replace("_", "-")
-            reason = f"--{option} is for a network that is traced; an ONNX file is taken as it is"
+            reason = f"--{option} is for a network that is traced; an ONNX graph stays as it is"
             raise UsageError("cannot export", file=source, reason=reason, remedy=f"leave --{option} out")
     for name in ("labels", "preprocessing"):
         if values[name] is None:
-            reason = f"an ONNX file made elsewhere does not say its {name}"
+            reason = f"the file is a third-party ONNX model; the {name} must be specified"
             raise UsageError("cannot export", file=source, reason=reason, remedy=f"give --{name}")
 
 
@@ -190,13 +233,13 @@ def _refuse(source: str, name: str, values: dict[str, Any], why: str) -> None:
 
 def _shown(result: ExportResult) -> Sequence[Any]:
     return [
-        _parity_table("Against PyTorch in float32", result.parity),
+        _parity_table("Compared with PyTorch in float32", result.parity),
         f"model: {result.model} ({megabytes(result.size_bytes)}, sha256 {result.sha256})",
     ]
 
 
 def _parity_table(title: str, parity: Sequence[Parity]) -> Any:
-    columns = ("engine", "on", "batch", "max difference", "mean", "SQNR dB", "same answer")
+    columns = ("engine", "on", "batch", "max difference", "mean", "SQNR dB", "same top-1")
     rows = [
         (p.engine, p.inputs, p.batch_size, f"{p.max_difference:.1e}", f"{p.mean_difference:.1e}", f"{p.sqnr_db:.0f}",
          f"{p.top1_equal} of {p.num_images}")

@@ -196,7 +196,7 @@ def _resumable(*, kept: bool) -> Iterator[None]:
 
 def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
     """Return the float32 model file: MODEL itself, or imported from a third-party ONNX model with the options."""
-    from vit_edge.export.onnx_import.importer import adopt, is_third_party_onnx
+    from vit_edge.export.onnx_import.importer import import_onnx, is_third_party_onnx
     from vit_edge.model_file.artifact import open_model
 
     given = [name for name in ("labels", "preprocessing", "image_size", "layout", "logits") if values[name] is not None]
@@ -215,7 +215,7 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
     from vit_edge.export.tracing.factory import factory_preprocessing  # torch, which nothing else here needs
 
     preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
-    adopted = adopt(
+    imported = import_onnx(
         model,
         preprocessing=preprocessing,
         labels=read_labels(values["labels"]),
@@ -224,7 +224,7 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
         assumed=assumed,
         progress=progress,
     )
-    return adopted.model
+    return imported.model
 
 
 def _say_certifiable(data: Path | None, source: ModelFile, options: QuantizationOptions) -> None:
