@@ -87,7 +87,7 @@ def _called(factory: Any, source: str) -> object:
     try:
         made: object = factory()
     except (Exception, SystemExit) as error:  # whatever a factory raises
-        reason = f"it fails: {type(error).__name__}: {error}"
+        reason = f"the factory fails: {type(error).__name__}: {error}"
         raise _unusable(source, reason, "give a factory that needs no arguments") from error
     return made
 
@@ -103,7 +103,7 @@ def _load(network: nn.Module, path: str | os.PathLike[str]) -> None:
         if name in tensors and tensors[name].shape != tensor.shape
     ][:_NUM_NAMED]
     if problems:
-        reason = f"its weights do not fit the network: {'; '.join(problems)}"
+        reason = f"the weights do not fit the network: {'; '.join(problems)}"
         raise _rejected(path, reason, "take the weights of this very architecture")
     network.load_state_dict(tensors)
 

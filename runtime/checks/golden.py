@@ -119,7 +119,7 @@ def check_golden(engine: Engine, manifest: Manifest) -> None:
     if problems:
         reason = f"on {len(images)} golden inputs, {'; '.join(problems)}"
         remedy = f"do not use it here: the file was edited, or this machine computes differently{_recorded_on(entry)}"
-        what = f"the model gives other answers in {engine.name} than where it was made"
+        what = f"the model gives other logits in {engine.name} than on the machine that made the file"
         raise GoldenMismatch(what, reason=reason, remedy=remedy)
 
 
@@ -218,7 +218,7 @@ def _recorded_on(entry: Mapping[str, Any]) -> str:
 
 
 def _unreadable(error: Exception) -> ModelRejected:
-    reason = f"its golden vectors cannot be read ({type(error).__name__}: {error})"
+    reason = f"the golden vectors cannot be read ({type(error).__name__}: {error})"
     return ModelRejected("cannot check the model", reason=reason, remedy="export it again")
 
 
@@ -246,6 +246,6 @@ def _decode_logits(text: str, rows: int) -> Logits:
 
 
 def _not_accepted(engine: str, engines: Sequence[str]) -> GoldenMismatch:
-    reason = f"the file promises answers for {', '.join(engines) or 'no engine'} only"
+    reason = f"the file has golden vectors for {', '.join(engines) or 'no engine'} only"
     remedy = "make it again where this engine is installed, or choose one of those engines"
     return GoldenMismatch(f"the model was never checked in {engine}", reason=reason, remedy=remedy)
