@@ -54,7 +54,7 @@ class Parity:
 
 
 def float32_tolerance(logits_BK: Logits, exact_BK: npt.NDArray[np.float64] | None = None) -> Tolerance:
-    """Return the tolerance of a float32 file whose logits PyTorch gives, and gives in float64 where `exact_BK` is told.
+    """Return the tolerance of a float32 file from PyTorch's logits, and those in float64 if `exact_BK` is given.
 
     It is a share of an image's spread, the largest logit less the smallest, and of no less than the mean spread: the
     two logits of two classes may lie close on one image, and are rounded no less. One logit alone spreads from zero.
@@ -79,7 +79,7 @@ def check_parity(
     tolerance: Tolerance | None = None,
     first_apart: Callable[[ModelFile, str, Pixels], str] = lambda _model, _engine, _image: "",
 ) -> list[Parity]:
-    """Return the figures of every engine, each in a process of its own: at every batch size, and over `images`.
+    """Return the parity of every engine, each in a subprocess: at every batch size, and over `images`.
 
     Raises VerificationFailed where one is beyond the tolerance; `first_apart` then says which tensor parts first, given
     the model, the engine and the image with the largest difference. Without `tolerance` it is that of float32.
