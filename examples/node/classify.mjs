@@ -31,7 +31,7 @@ const ModelProto = schema.lookupType('ModelProto');
 /** What failed, in which file, why, what to do, and the exit code: 2 usage, 3 bad input, 4 not trusted, 6 mismatch. */
 class Failure extends Error {
   constructor(exitCode, what, { file, reason, remedy }) {
-    super([what, file, reason, remedy].filter(Boolean).join(' - '));
+    super(`${[what, file].filter(Boolean).join(' ')}: ${reason}\ntry: ${remedy}`);
     this.exitCode = exitCode;
   }
 }
@@ -172,7 +172,7 @@ async function checkGolden(session, manifest, file) {
   if (!found.every((row) => row.every(Number.isFinite))) problems.push('not every logit is finite');
   if (excess > 0) problems.push(`a logit is ${excess} beyond its bound`);
   if (leastDb != null && !(level >= leastDb)) problems.push(`SQNR is ${level.toFixed(1)} dB, below ${leastDb} dB`);
-  if (changed) problems.push(`${changed} clear answers changed`);
+  if (changed) problems.push(`${changed} clear predictions changed`);
   return { inputs: seeds.length, largest_difference: largest, sqnr_db: noise ? level : null, problems };
 }
 
@@ -184,20 +184,20 @@ function allowedOf(logits, { absolute, relative, spread, least_spread: leastSpre
   return logits.map((value) => Math.min(most, isEach ? (absolute ?? 0) + (relative ?? 0) * Math.abs(value) : Infinity));
 }
 
-/** Return the seeds, and the logits and tolerance that the file promises for ONNX Runtime. */
+/** Return the seeds, and the golden logits and tolerance for ONNX Runtime. */
 function promised({ golden, labels }, file) {
   const reject = (reason) =>
     new Failure(3, 'cannot check the model', { file, reason, remedy: 'export it again with ONNX Runtime installed' });
   const entry = golden?.expected?.find(({ engines }) => engines.includes('onnxruntime'));
-  if (!entry) throw reject('it promises no answers for onnxruntime');
-  if (golden.generator !== GENERATOR) throw reject(`its inputs come from ${golden.generator}, which is not known here`);
+  if (!entry) throw reject('the file has no golden logits for onnxruntime');
+  if (golden.generator !== GENERATOR) throw reject(`the golden inputs come from ${golden.generator}, which this example does not know`);
   const { seeds } = golden;
-  if (!(seeds.length >= 1 && seeds.length <= MOST_GOLDEN_INPUTS)) throw reject(`it has ${seeds.length} golden inputs`);
+  if (!(seeds.length >= 1 && seeds.length <= MOST_GOLDEN_INPUTS)) throw reject(`the file has ${seeds.length} golden inputs`);
   const bytes = Buffer.from(entry.logits, 'base64');
   const values = Float32Array.from({ length: bytes.length / 4 }, (_, position) => bytes.readFloatLE(4 * position));
-  if (values.length !== seeds.length * labels.length) throw reject(`it has ${values.length} golden logits`);
+  if (values.length !== seeds.length * labels.length) throw reject(`the file has ${values.length} golden logits`);
   const { absolute, relative, spread, sqnr_db: leastDb } = entry.tolerance;
-  if ((absolute ?? relative ?? spread ?? leastDb) == null) throw reject('its tolerance has no bound');
+  if ((absolute ?? relative ?? spread ?? leastDb) == null) throw reject('the tolerance has no bound');
   return { seeds, expected: rows(values, labels.length), tolerance: entry.tolerance };
 }
 
@@ -206,22 +206,30 @@ function best(values) {
   return Array.from(values.keys()).sort((a, b) => values[b] - values[a] || a - b);
 }
 
+/** Return what the manifest's activation makes of logits: softmax if it names none. */
+function activated(logits, activation = 'softmax') {
+  if (activation === 'none') return logits;
+  if (activation === 'sigmoid') return logits.map((value) => 1 / (1 + Math.exp(-value)));
+  const largest = Math.max(...logits);
+  const powers = logits.map((value) => Math.exp(value - largest));
+  const sum = powers.reduce((total, power) => total + power, 0);
+  return powers.map((power) => power / sum);
+}
+
 /** Return the `top` likeliest labels with their probabilities, and the logits. */
 async function classify(session, manifest, { file, size, top }) {
   const [height, width] = manifest.preprocessing.crop;
   const pixels = readBytes(file);
   if (size !== `${width}x${height}` || pixels.length !== width * height * 3) {
-    const reason = `it has ${pixels.length} bytes, said to be ${size}; the network takes ${width}x${height} of 3 bytes`;
+    const reason = `the file has ${pixels.length} bytes for ${size}; the network takes ${width}x${height} of 3 bytes`;
     const remedy = 'make them with Pillow, as README.md shows';
     throw new Failure(3, 'cannot use the pixels', { file, reason, remedy });
   }
   const [logits] = await run(session, manifest, pixels);
-  const largest = Math.max(...logits);
-  const powers = Array.from(logits, (value) => Math.exp(value - largest));
-  const sum = powers.reduce((total, power) => total + power, 0);
+  const probabilities = activated(Array.from(logits), manifest.activation);
   const answers = best(logits)
     .slice(0, top)
-    .map((index) => ({ label: manifest.labels[index], index, probability: powers[index] / sum }));
+    .map((index) => ({ label: manifest.labels[index], index, probability: probabilities[index] }));
   return { file, label: answers[0].label, probability: answers[0].probability, answers, logits: Array.from(logits) };
 }
 
@@ -264,9 +272,9 @@ async function main() {
     const distance = `largest difference ${largest.toPrecision(3)}, SQNR ${level?.toFixed(1) ?? 'infinite'} dB`;
     console.log(options.json ? JSON.stringify({ model: described, golden }) : `${inputs} golden inputs: ${distance}`);
     if (problems.length) {
-      const remedy = 'do not use it here: the file was edited, or this machine computes differently';
+      const remedy = 'do not use the file here: it was edited, or this machine computes differently';
       const reason = problems.join('; ');
-      throw new Failure(6, 'the model gives other answers here', { file: options.model, reason, remedy });
+      throw new Failure(6, 'the model gives other logits here', { file: options.model, reason, remedy });
     }
     return;
   }

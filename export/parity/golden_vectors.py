@@ -1,4 +1,4 @@
-"""Choose the golden vectors of a model: inputs with clear and different answers, and two small images."""
+"""Choose the golden vectors of a model: inputs with clear and different predictions, and two small images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def choose_seeds(
     width: int,
     macs_per_image: int | None = None,
 ) -> list[int]:
-    """Return the seeds of 8 inputs whose logits lie as far apart as the network gives, answers clear.
+    """Return the seeds of 8 inputs whose logits lie as far apart as the network gives, with clear predictions.
 
     Among the first 256 seeds, fewer of a large network: first the one farthest from the mean, then in turn the one
     farthest from those chosen (Gonzalez, Theoretical Computer Science 38, 1985). On a digits network a weight 1 % off

@@ -1,4 +1,4 @@
-"""Run as a process of its own: load a model file in one engine, and write what it answers.
+"""Run as a subprocess: load a model file in one engine, and write its outputs.
 
 An engine's memory does not add to that of the process that traced the network, and a crash ends only this one.
 """
@@ -32,7 +32,7 @@ _TIMEOUT_S = 3600
 def answer_elsewhere(
     model: ModelFile, *, engine: str, batches: Sequence[Pixels], outputs: Sequence[str] = ("logits",)
 ) -> list[dict[str, Array]]:
-    """Return what `engine`, in a process of its own, gives for each batch of uint8 images.
+    """Return the outputs of `engine`, run in a subprocess, for each batch of uint8 images.
 
     Raises VerificationFailed, with the batch at which it failed.
     """
@@ -47,7 +47,7 @@ def answer_elsewhere(
 
 
 def load_elsewhere(model: ModelFile, *, engine: str) -> None:
-    """Load the model file in a process of its own as a user's application would, golden check and all.
+    """Load the model file in a subprocess as a user's application would, with the golden check.
 
     Raises VerificationFailed.
     """
@@ -73,7 +73,7 @@ def _failed(reason: str) -> VerificationFailed:
 
 
 def main(folder: str, text: str) -> int:
-    """Answer the job in `folder`; without batches, load the file with every check."""
+    """Run the job in `folder`; without batches, load the file with every check."""
     job = json.loads(text)
     try:
         model = open_model(Path(folder) / _MODEL)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.parity.isolated_run import answer_elsewhere
 from vit_edge.image import Pixels
-from vit_edge.metrics import softmax, sqnr_db
-from vit_edge.model_file.artifact import ModelFile
+from vit_edge.metrics import activated, sqnr_db
+from vit_edge.model_file.artifact import Activation, ModelFile
 from vit_edge.runtime.checks.golden import Tolerance, differences
 from vit_edge.runtime.engines.protocol import Array, Logits
 
@@ -54,7 +54,7 @@ class Parity:
 
 
 def float32_tolerance(logits_BK: Logits, exact_BK: npt.NDArray[np.float64] | None = None) -> Tolerance:
-    """Return the tolerance of a float32 file whose logits PyTorch gives, and gives in float64 where `exact_BK` is told.
+    """Return the tolerance of a float32 file from PyTorch's logits, and those in float64 if `exact_BK` is given.
 
     It is a share of an image's spread, the largest logit less the smallest, and of no less than the mean spread: the
     two logits of two classes may lie close on one image, and are rounded no less. One logit alone spreads from zero.
@@ -79,7 +79,7 @@ def check_parity(
     tolerance: Tolerance | None = None,
     first_apart: Callable[[ModelFile, str, Pixels], str] = lambda _model, _engine, _image: "",
 ) -> list[Parity]:
-    """Return the figures of every engine, each in a process of its own: at every batch size, and over `images`.
+    """Return the parity of every engine, each in a subprocess: at every batch size, and over `images`.
 
     Raises VerificationFailed where one is beyond the tolerance; `first_apart` then says which tensor parts first, given
     the model, the engine and the image with the largest difference. Without `tolerance` it is that of float32.
@@ -116,7 +116,7 @@ def _compared(
     for engine in engines:
         found = answer_elsewhere(model, engine=engine, batches=batches, outputs=model.manifest.outputs)
         for batch, right, got in zip(batches, expected, found, strict=True):
-            problems = [*_problems(right, got, tolerance)]
+            problems = [*_problems(right, got, tolerance, model.manifest.activation)]
             if problems:
                 part = first_apart(model, engine, batch[[_worst(right["logits"], got["logits"])]])
                 raise _not_the_network(f"{engine} at batch {len(batch)}: {'; '.join(problems)}{part}")
@@ -144,22 +144,24 @@ def _figures(engine: str, inputs: Literal["golden", "images"], expected_BK: Logi
     )
 
 
-def _problems(expected: Mapping[str, Array], found: Mapping[str, Array], tolerance: Tolerance) -> Iterator[str]:
-    """Yield what is beyond the tolerance: tensors that PyTorch gives too, and answers that contradict the logits."""
+def _problems(
+    expected: Mapping[str, Array], found: Mapping[str, Array], tolerance: Tolerance, activation: Activation
+) -> Iterator[str]:
+    """Yield what is beyond the tolerance: tensors that PyTorch gives too, and outputs that contradict the logits."""
     yield from differences(expected["logits"], found["logits"], tolerance)
     for name in sorted(expected.keys() & found.keys() - {"logits"}):
         flat = [np.asarray(side[name], np.float32).reshape(len(side[name]), -1) for side in (expected, found)]
         size = float(np.abs(flat[0]).max())
         inner = replace(tolerance, least_spread=size, top1_gap=None)
         yield from (f"{name}: {problem}" for problem in differences(flat[0], flat[1], inner))
-    probabilities_BK = softmax(found["logits"])
+    probabilities_BK = activated(found["logits"], activation)
     if "probabilities" in found and np.abs(found["probabilities"] - probabilities_BK).max() > 1e-5:
-        yield "the probabilities are not those of its logits"
+        yield "the probabilities are not those of the logits"
     if "top5" in found:
         largest_BK = -np.sort(-probabilities_BK, axis=1)[:, : found["top5"].shape[1]]
         chosen_BK = np.take_along_axis(probabilities_BK, found["top5"], axis=1)
         if max(np.abs(largest_BK - side).max() for side in (chosen_BK, found["top5_probabilities"])) > 1e-5:
-            yield "the five likeliest are not those of its logits"
+            yield "the five likeliest are not those of the logits"
 
 
 def _worst(expected_BK: Logits, found_BK: Logits) -> int:

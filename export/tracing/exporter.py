@@ -192,7 +192,7 @@ def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Gold
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Traced:
-    """The finished graph, serialized, without a manifest; of one over 2 GiB the weights beside it, and their entry."""
+    """The finished graph, serialized, without a manifest; for one over 2 GiB also the weights and their entry."""
 
     graph: bytes
     macs: int | None

@@ -1,4 +1,4 @@
-"""Weights in one file beside the model file: one protobuf message holds at most 2 GiB."""
+"""Weights in one file next to the model file: one protobuf message holds at most 2 GiB."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def is_factory(source: str) -> bool:
 def make_network(source: str, *, weights: str | os.PathLike[str] | None = None) -> nn.Module:
     """Return what the factory gives without arguments, with `weights` loaded from any file that `convert` reads.
 
-    This runs the code of the module named, found as Python finds it from the current folder. Raises UsageError where
-    there is no such factory, CheckpointRejected where the weights do not fit exactly.
+    This runs the code of the module named, found as Python finds it from the current folder. Raises UsageError if
+    there is no such factory, CheckpointRejected if the weights do not fit exactly.
     """
     module_name, _, attribute = source.partition(":")
     if os.getcwd() not in sys.path:  # noqa: PTH109 - as Python itself puts it there
@@ -50,7 +50,7 @@ def make_network(source: str, *, weights: str | os.PathLike[str] | None = None) 
         raise _unusable(source, reason, "give package.module:factory as Python would import it") from error
     network = found if isinstance(found, nn.Module) else _called(found, source)
     if not isinstance(network, nn.Module):
-        raise _unusable(source, f"it gives {type(network).__name__}", "name something that gives a torch.nn.Module")
+        raise _unusable(source, f"the factory gives {type(network).__name__}", "name something that gives a torch.nn.Module")
     if weights is not None:
         _load(network, weights)
     return network
@@ -104,7 +104,7 @@ def _load(network: nn.Module, path: str | os.PathLike[str]) -> None:
     ][:_NUM_NAMED]
     if problems:
         reason = f"the weights do not fit the network: {'; '.join(problems)}"
-        raise _rejected(path, reason, "take the weights of this very architecture")
+        raise _rejected(path, reason, "give weights of exactly this architecture")
     network.load_state_dict(tensors)
 
 

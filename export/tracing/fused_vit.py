@@ -39,7 +39,7 @@ class QuantizableOp(nn.Module):
 
 
 class Normalisation(nn.Module):
-    """LayerNorm whose scale and shift moved into the product after it; ONNX Runtime 1.17 still needs both inputs."""
+    """LayerNorm whose scale and shift moved into the linear layer after it; ONNX Runtime 1.17 still needs both inputs."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Normalisation(nn.Module):
 
 
 class PatchMatMul(nn.Module):
-    """Map images to tokens with their positions: one product, one addition.
+    """Map images to tokens with their positions: one MatMul, one Add.
 
     Images are uint8 pixels [batch, height, width, 3], or, without `pixels`, normalised float32 [batch, 3, height,
     width].
@@ -87,7 +87,7 @@ class PatchMatMul(nn.Module):
 
 
 class DeployedAttention(nn.Module):
-    """Self-attention from the tokens `asking` to all tokens; queries, keys and values from one product.
+    """Self-attention from the tokens `asking` to all tokens; queries, keys and values from one MatMul.
 
     Where fewer than half of the tokens ask, queries have a product of their own: else one product for all is cheaper
     than a second one and a copy of the tokens.

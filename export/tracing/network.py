@@ -1,4 +1,4 @@
-"""An image classifier to export, whatever it came from, and the form of it that is traced."""
+"""An image classifier to export, from a checkpoint or a module, and the form of it that is traced."""
 
 from __future__ import annotations
 

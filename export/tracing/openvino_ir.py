@@ -1,4 +1,4 @@
-"""Run as a process of its own: convert a model file to OpenVINO's IR, read it back, and write what it answers.
+"""Run as a subprocess: convert a model file to OpenVINO's IR, read it back, and write its logits.
 
 OpenVINO names tensors after a counter of the process: only a fresh one gives the same bytes every time.
 """

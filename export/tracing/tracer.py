@@ -93,7 +93,7 @@ class _PoolingAsMean(TorchFunctionMode):
 
 
 def _fold_constants(model: onnxscript.ir.Model) -> None:
-    """Compute whatever depends on no input, such as the masks of shifted windows: the exporter leaves some of it in."""
+    """Compute what depends on no input, such as the masks of shifted windows: the exporter leaves some of it in."""
     optimizer.fold_constants(
         model,
         onnx_shape_inference=True,

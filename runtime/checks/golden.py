@@ -1,4 +1,4 @@
-"""Golden vectors: inputs that anyone can make again, and the logits that a model file promises for them.
+"""Golden vectors: inputs that anyone can generate again, and the logits that a model file records for them.
 
 The inputs come from SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) in integers only, so every machine makes the same
 ones from their seeds. The logits are kept for each precision and engine: INT8 is not the same function in two engines.
@@ -98,7 +98,7 @@ def _encode_logits(logits_BK: Logits) -> str:
 
 
 def check_golden(engine: Engine, manifest: Manifest) -> None:
-    """Raise GoldenMismatch where `engine` does not give the logits that the manifest promises for it."""
+    """Raise GoldenMismatch if `engine` does not give the logits that the manifest records for it."""
     golden = manifest.golden or {}
     try:
         if golden["generator"] != GENERATOR:
@@ -118,13 +118,13 @@ def check_golden(engine: Engine, manifest: Manifest) -> None:
     problems = differences(expected, found, tolerance)
     if problems:
         reason = f"on {len(images)} golden inputs, {'; '.join(problems)}"
-        remedy = f"do not use it here: the file was edited, or this machine computes differently{_recorded_on(entry)}"
-        what = f"the model gives other logits in {engine.name} than on the machine that made the file"
+        remedy = f"do not use the file here: it was edited, or this machine computes differently{_recorded_on(entry)}"
+        what = f"the model gives other logits in {engine.name} than where it was exported"
         raise GoldenMismatch(what, reason=reason, remedy=remedy)
 
 
 def promised(manifest: Manifest) -> frozenset[str]:
-    """Return the names of the engines that the file promises answers for."""
+    """Return the names of the engines that the file has golden logits for."""
     expected = (manifest.golden or {}).get("expected", ())
     return frozenset(str(name) for entry in expected if isinstance(entry, Mapping) for name in entry.get("engines", ()))
 
@@ -139,7 +139,7 @@ def recorded_version(engine: Engine, manifest: Manifest) -> str | None:
 
 
 def check_images(golden: Mapping[str, Any], preprocessing: Preprocessing) -> None:
-    """Raise GoldenMismatch where an image in the file decodes, turns or resizes to other pixels than promised."""
+    """Raise GoldenMismatch if an image in the file decodes, turns or resizes to other pixels than recorded."""
     try:
         entries = [(e["format"], base64.b64decode(e["data"]), e["pixels_sha256"]) for e in golden["images"]]
     except _MALFORMED as error:
@@ -189,12 +189,12 @@ def expectation(logits_BK: Logits, *, engines: Sequence[str], tolerance: Toleran
 
 
 def made_here(engine: Engine) -> dict[str, str]:
-    """Return what decides the last bit of an INT8 answer: the engine's version, the CPU and its instructions."""
+    """Return what decides the last bit of INT8 logits: the engine's version, the CPU and its instructions."""
     return {"engine_version": engine.version, "cpu": cpu_name(), "instruction_set": instruction_set()}
 
 
 def _tolerance(entry: Mapping[str, Any], engine: Engine, manifest: Manifest) -> Tolerance:
-    """Return the entry's tolerance; where it was recorded on this very CPU and version, answers must nearly repeat.
+    """Return the entry's tolerance; logits must nearly repeat on the same CPU and version.
 
     That does not hold with a batch that was fixed only when it was loaded: OpenVINO then takes other kernels. Where the
     float parts run in fewer bits than those of the record, it is that of integers.
@@ -246,6 +246,6 @@ def _decode_logits(text: str, rows: int) -> Logits:
 
 
 def _not_accepted(engine: str, engines: Sequence[str]) -> GoldenMismatch:
-    reason = f"the file has golden vectors for {', '.join(engines) or 'no engine'} only"
-    remedy = "make it again where this engine is installed, or choose one of those engines"
+    reason = f"the file has golden logits for {', '.join(engines) or 'no engine'} only"
+    remedy = "export the model again where this engine is installed, or choose one of those engines"
     return GoldenMismatch(f"the model was never checked in {engine}", reason=reason, remedy=remedy)

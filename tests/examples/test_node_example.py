@@ -116,14 +116,14 @@ def test_one_changed_bit_is_refused(example: Path, workspace: Workspace, tmp_pat
         assert sentence in done.stderr
 
 
-def test_other_logits_than_promised_are_told(example: Path, workspace: Workspace, tmp_path: Path) -> None:
+def test_logits_other_than_the_golden_ones_are_reported(example: Path, workspace: Workspace, tmp_path: Path) -> None:
     model = open_model(workspace.float_model)
     golden = dict(model.manifest.golden or {})
     golden["seeds"] = [seed + 1 for seed in golden["seeds"]]
     (tmp_path / "edited.onnx").write_bytes(model.with_manifest(replace(model.manifest, golden=golden)))
     done = node(example, tmp_path / "edited.onnx", "--golden")
     assert done.returncode == 6
-    assert "the model gives other answers here" in done.stderr
+    assert "the model gives other logits here" in done.stderr
 
 
 def test_what_cannot_be_used_gets_one_sentence_and_its_exit_code(
@@ -134,7 +134,7 @@ def test_what_cannot_be_used_gets_one_sentence_and_its_exit_code(
         ((others / "two.onnx", "--golden"), 3, "its weights lie in two.onnx.data beside it"),
         ((tmp_path / "gone.onnx", "--golden"), 3, "gone.onnx"),
         ((workspace.int8_model, "--raw", "16x16", tmp_path / "small.rgb"), 3, "the network takes 32x32"),
-        ((workspace.int8_model, "--raw", "32x32", tmp_path / "small.rgb"), 3, "it has 768 bytes"),
+        ((workspace.int8_model, "--raw", "32x32", tmp_path / "small.rgb"), 3, "the file has 768 bytes"),
         ((workspace.int8_model,), 2, "either --golden or --raw"),
         ((workspace.int8_model, "--golden", "--top", "0"), 2, "whole numbers"),
     ):

@@ -234,7 +234,7 @@ def test_a_file_without_or_with_broken_golden_vectors_is_not_loaded_as_checked(w
             load(data, engine="onnxruntime")
         load(data, engine="onnxruntime", verify="hash").close()
     only_openvino = {**golden, "expected": [{**golden["expected"][0], "engines": ["openvino"]}]}
-    with pytest.raises(GoldenMismatch, match="has golden vectors for openvino only"):
+    with pytest.raises(GoldenMismatch, match="has golden logits for openvino only"):
         load(model.with_manifest(replace(model.manifest, golden=only_openvino)), engine="onnxruntime")
 
 

@@ -32,8 +32,8 @@ def ending(*nodes: onnx.NodeProto) -> onnx.ModelProto:
 # The nodes behind the logits, and the activation of the file.
 ENDINGS: dict[str, tuple[tuple[onnx.NodeProto, ...], Activation]] = {
     "softmax": ((node("Softmax", ["z"], ["y"], axis=1),), "softmax"),
-    "softmax, then a copy": ((node("Softmax", ["z"], ["p"]), node("Identity", ["p"], ["y"])), "softmax"),
-    "log of softmax": ((node("Softmax", ["z"], ["p"], axis=-1), node("Log", ["p"], ["y"])), "softmax"),
+    "softmax, then a copy": ((node("Softmax", ["z"], ["q"]), node("Identity", ["q"], ["y"])), "softmax"),
+    "log of softmax": ((node("Softmax", ["z"], ["q"], axis=-1), node("Log", ["q"], ["y"])), "softmax"),
     "log-softmax": ((node("LogSoftmax", ["z"], ["y"], axis=-1),), "softmax"),
     "sigmoid": ((node("Sigmoid", ["z"], ["y"]),), "sigmoid"),
     "softmax in parts": (

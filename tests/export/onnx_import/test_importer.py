@@ -257,7 +257,9 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         "quantized already",
     ),
     "damaged weights": (_short, "a part of the file cannot be read"),
-    "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "grayscale images"),
+    "one channel": (lambda: network(*CONV, *HEAD, shape=["n", 1, 12, 10], **WEIGHTS), "has grayscale images"),
+    "four channels": (lambda: network(*CONV, *HEAD, shape=["n", 4, 12, 10], **WEIGHTS), "4 channels"),
+    "float64": (lambda: network(*CONV, *HEAD, dtype=TensorProto.DOUBLE, **WEIGHTS), "is float64 with 4 axes"),
     "no images": (lambda: network(*HEAD[1:], node("Relu", ["x"], ["f"]), shape=["n", 4], **WEIGHTS), "2 axes"),
     "it does not run": (lambda: network(*CONV, *HEAD, **{**WEIGHTS, "w": WEIGHTS["w"][:, :3]}), "cannot run"),
 }  # fmt: skip

@@ -225,7 +225,7 @@ def _not_finite() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
-        (_NotLogits, UsageError, r"it gives \[2, 3, 24, 16\]"),
+        (_NotLogits, UsageError, r"the network gives \[2, 3, 24, 16\]"),
         (lambda: nn.Linear(3, 3), UsageError, "does not run on 2 images"),
         (_not_finite, CheckpointRejected, "not every weight is finite: 1.bias"),
     ],
