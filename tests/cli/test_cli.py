@@ -77,7 +77,7 @@ FAULTS = [
     ("classify model.onnx", 2, "Missing argument"),
     ("quantize model.onnx --calibration empty", 3, "empty: the folder holds no image"),
     ("quantize model.onnx --calibration gone", 3, "gone: there is no such folder"),
-    ("quantize model.onnx --calibration model.onnx", 3, "it is not a folder"),
+    ("quantize model.onnx --calibration model.onnx", 3, "this is not a folder"),
     ("quantize damaged.onnx --calibration empty", 4, "damaged.onnx"),
     ("quantize int8.onnx --calibration empty", 2, "float32"),
     ("quantize model.onnx --calibration empty --target abacus", 2, "abacus"),

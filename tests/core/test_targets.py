@@ -193,7 +193,7 @@ def test_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'{"command": "doctor"}', "the report's schema is None"),
         (b'{"command": "doctor", "schema": "1"}', "the report's schema is '1'"),
         (b'{"command": "doctor", "schema": 2, "cpu": {}}', "install a newer vit-edge"),
-        (b'{"command": "doctor", "schema": 1, "error": {}}', "does not tell of a CPU"),
+        (b'{"command": "doctor", "schema": 1, "error": {}}', "the report has no CPU"),
         (b'{"command": "doctor", "schema": 1, "cpu": {}}', "cpu.machine"),
         (b'{"command": "doctor", "schema": 1, "cpu": {"machine": "x86_64"}}', "cpu.instructions"),
         (b'{"command": "doctor", "schema": 1, "cpu": {"machine": "x86_64", "instructions": [1]}}', "cpu.instructions"),
@@ -228,7 +228,7 @@ def test_eight_bit_weights_are_warned_of_once_on_x86_without_vnni(
     assert warned(tiny, name, caplog, warn=False) == []
     pretend(monkeypatch, "AMD64", "avx2", complete=False)
     (message,) = warned(tiny, name, caplog)
-    assert "does not tell whether" in message
+    assert "does not report" in message
 
 
 def test_a_file_made_for_this_cpu_is_not_warned_of_and_others_are(
