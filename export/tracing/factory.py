@@ -50,7 +50,7 @@ def make_network(source: str, *, weights: str | os.PathLike[str] | None = None) 
         raise _unusable(source, reason, "give package.module:factory as Python would import it") from error
     network = found if isinstance(found, nn.Module) else _called(found, source)
     if not isinstance(network, nn.Module):
-        raise _unusable(source, f"the factory gives {type(network).__name__}", "name something that gives a torch.nn.Module")
+        raise _unusable(source, f"the factory gives {type(network).__name__}", "name a factory of a torch.nn.Module")
     if weights is not None:
         _load(network, weights)
     return network
