@@ -120,7 +120,7 @@ def open_any(
         return open_model(source, check=verify != "none")
     if preprocessing is None or labels is None:
         missing = "labels" if labels is None else "preprocessing"
-        reason = f"a classifier made elsewhere needs both preprocessing and labels; {missing} is not given"
+        reason = f"a third-party model needs both preprocessing and labels; {missing} is not given"
         raise UsageError("cannot load", reason=reason, remedy=f"give {missing} too")
     if not is_third_party(source):
         raise _told_twice(source)
@@ -227,12 +227,12 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
                      model.source, engine.name, escaped(str(recorded)), engine.version)  # fmt: skip
     if verify == "hash" and not is_other_release:
         if engine.name not in promised(manifest):
-            _log.warning("%s: nothing is promised of its answers in %s", model.source, engine.name)
+            _log.warning("%s: the file has no golden vectors for %s", model.source, engine.name)
         return "hash"
     if manifest.golden is None:
         remedy = "export it again, or load it with verify='hash'"
         raise ModelRejected(
-            "cannot check the model", file=model.source, reason="it has no golden vectors", remedy=remedy
+            "cannot check the model", file=model.source, reason="the file has no golden vectors", remedy=remedy
         )
     check_images(manifest.golden, manifest.preprocessing)
     check_golden(engine, manifest)
@@ -251,5 +251,5 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def _told_twice(source: str | os.PathLike[str] | bytes) -> UsageError:
     file = None if isinstance(source, bytes) else source
-    reason = "it is a model file of vit-edge, which says its preprocessing and labels itself"
+    reason = "the file is a model file of vit-edge, which holds preprocessing and labels"
     return UsageError("cannot load", file=file, reason=reason, remedy="leave preprocessing and labels out")

@@ -2,8 +2,13 @@
 
 import logging
 
+from vit_edge.machine.openmp import rest_idle_threads
+
 __version__ = "0.1.0"
 __all__ = ["__version__"]
 
 # An application that set up no logging sees nothing of ours on its stderr.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+# Before anything imports torch: OpenMP reads its settings once.
+rest_idle_threads()

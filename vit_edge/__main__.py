@@ -25,13 +25,9 @@ def run() -> None:
 
 
 def _cannot_start(error: Exception) -> int:
-    """Print which packages are there, and return the exit code: they do not fit each other, or one is missing."""
-    from vit_edge.errors import MissingExtra, version_of
+    from vit_edge.errors import misfit
 
-    installed = {name: version_of(name) for name in ("protobuf", "numpy", "Pillow", "click", "rich")}
-    found = ", ".join(f"{name} {version or 'missing'}" for name, version in installed.items())
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (installed: {found})"
-    problem = MissingExtra("cannot start vit-edge", reason=reason, remedy="pip install --upgrade vit-edge")
+    problem = misfit(error)
     sys.stderr.write(f"error: {problem}\n")
     return problem.exit_code
 

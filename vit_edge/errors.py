@@ -48,6 +48,7 @@ __all__ = [
     "VerificationFailed",
     "VitEdgeError",
     "escaped",
+    "misfit",
     "printable",
     "require",
     "version_of",
@@ -180,6 +181,14 @@ def require(module: str, *, extra: str, what: str) -> ModuleType:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             reason = f"{package} {version_of(package)} cannot be imported with {beside} ({why})"
         raise MissingExtra(f"cannot {what}", reason=reason, remedy=remedy) from error
+
+
+def misfit(error: Exception) -> MissingExtra:
+    """Return the error for an import that failed: packages that are missing, or do not fit each other."""
+    installed = {name: version_of(name) for name in ("protobuf", "numpy", "Pillow", "click", "rich", "onnx")}
+    found = ", ".join(f"{name} {version or 'missing'}" for name, version in installed.items())
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (installed: {found})"
+    return MissingExtra("cannot import a package", reason=reason, remedy="pip install --upgrade vit-edge")
 
 
 def version_of(package: str) -> str | None:

@@ -183,7 +183,7 @@ def _check_source(source: ModelFile, precision: Precision) -> None:
         remedy = "give the file that `vit-edge export` wrote"
         raise UsageError("cannot quantize", file=source.source, reason=reason, remedy=remedy)
     if source.weights is not None and precision != "float16":
-        reason = "its weights are in a second file, as they exceed 2 GiB; int8 supports one file only"
+        reason = "the weights are in a second file, as they exceed 2 GiB; int8 supports one file only"
         raise UsageError("cannot quantize", file=source.source, reason=reason, remedy="use a smaller network")
 
 

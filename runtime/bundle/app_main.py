@@ -59,7 +59,7 @@ def main(app: Path, arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left cannot be written either
         if error.errno == errno.EPIPE:  # the reader went away (`| head`): nothing is wrong
             return 0
-        full = ResourceExhausted("cannot write the answers", reason=str(error), remedy="free some space")
+        full = ResourceExhausted("cannot write the predictions", reason=str(error), remedy="free some space")
         return _fail(full, as_json=False)
     return code
 
@@ -89,9 +89,9 @@ def _run(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> in
     from vit_edge.errors import UsageError
 
     if options.top < 1:
-        raise UsageError("cannot answer", reason=f"--top is {options.top}", remedy="give 1 or more")
+        raise UsageError("cannot classify", reason=f"--top is {options.top}", remedy="give 1 or more")
     if not options.images and not options.describe:
-        raise UsageError("cannot answer", reason="no image is given", remedy="give images, or --describe")
+        raise UsageError("cannot classify", reason="no image is given", remedy="give images, or --describe")
     from vit_edge.errors import escaped
 
     _require_packages(app, about, options.engine)

@@ -99,7 +99,7 @@ def _promised(model: Model) -> tuple[str, ...]:
     engines = tuple(name for name in readers if name in promised(model.manifest))
     if not engines:
         remedy = "export it again: an application checks itself with them when it starts"
-        reason = f"it has no golden vectors for {' or '.join(readers)}"
+        reason = f"the file has no golden vectors for {' or '.join(readers)}"
         raise ModelRejected("cannot bundle", file=model.source, reason=reason, remedy=remedy)
     return engines
 
@@ -195,7 +195,7 @@ def _protobuf() -> tuple[str | None, dict[str, bytes]]:
     """
     licences = _licences("protobuf", FALLBACK)
     if not licences:
-        _log.warning("the licence of protobuf is not installed beside it: it is left out, and devices need their own")
+        _log.warning("the licence of protobuf is not installed: protobuf is left out, and devices need their own")
         return None, {}
     protobuf: Any = importlib.import_module("google.protobuf")
     root = Path(protobuf.__file__).parent
@@ -225,7 +225,7 @@ def _archive(members: Mapping[str, bytes]) -> bytes:
     """Return a zip application, its model stored as it is: that of the digits would shrink by 16 % (float: 8 %)."""
     total = sum(map(len, members.values()))
     if total > _MOST_BYTES:
-        reason = f"it would have {total:,} bytes; Python before 3.13 starts no zip over {_MOST_BYTES:,}"
+        reason = f"the application would have {total:,} bytes; Python before 3.13 starts no zip over {_MOST_BYTES:,}"
         remedy = "install vit-edge on the device and copy the model file"
         raise ModelRejected("cannot bundle", reason=reason, remedy=remedy)
     buffer = io.BytesIO(_SHEBANG)

@@ -15,7 +15,6 @@ from vit_edge.errors import ModelRejected
 from vit_edge.model_file.artifact import OUTPUTS, ModelFile
 from vit_edge.model_file.onnx_schema import FLOAT, FLOAT16, UINT8
 from vit_edge.model_file.openvino_ir import IrModel
-from vit_edge.runtime.checks.tensor_sizes import size_problems
 from vit_edge.runtime.engines.protocol import Model
 
 __all__ = ["check_graph", "check_ir", "check_sizes"]
@@ -85,6 +84,8 @@ def check_graph(model: ModelFile, *, allow_ops: Collection[str] = ()) -> None:
 def check_sizes(model: Model) -> None:
     """Raise ModelRejected if a tensor of the graph would be too large for one image, before an engine allocates it."""
     if isinstance(model, ModelFile):
+        from vit_edge.runtime.checks.tensor_sizes import size_problems  # a known file does not pay for it
+
         for problem in size_problems(model.proto.graph):
             raise _rejected(model, problem)
 

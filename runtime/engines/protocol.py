@@ -223,7 +223,7 @@ def refuse_null(name: str) -> None:
     """Raise EngineUnavailable for the null engine where an answer is wanted: it computes nothing."""
     if name == "null":
         remedy = "choose onnxruntime or openvino"
-        raise EngineUnavailable("cannot answer", reason="the null engine computes nothing", remedy=remedy)
+        raise EngineUnavailable("cannot classify", reason="the null engine computes nothing", remedy=remedy)
 
 
 def make_engine(name: str, model: Model, options: EngineOptions) -> Engine:

@@ -188,4 +188,4 @@ def _tell_late(request: Request) -> None:
     waited_ms = (time.monotonic() - request.taken) * 1000
     reason = f"no worker took it in {waited_ms:.0f} ms, later than its deadline"
     remedy = "give it more time, or send fewer"
-    finish(request.future, error=DeadlineExceeded("the request was not answered", reason=reason, remedy=remedy))
+    finish(request.future, error=DeadlineExceeded("the request timed out", reason=reason, remedy=remedy))

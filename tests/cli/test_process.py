@@ -72,12 +72,13 @@ def test_packages_that_do_not_fit_are_named_with_their_versions(tmp_path: Path) 
 
 
 def test_a_package_that_the_command_line_itself_needs_is_named(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['google.protobuf.message_factory'] = None"
-    done = run("doctor", cwd=tmp_path, code=code)
-    assert done.returncode == 7
-    assert b"Traceback" not in done.stderr
-    assert b"cannot start vit-edge" in done.stderr
-    assert b"protobuf " in done.stderr
+    for module, arguments in (("rich.console", ["-h"]), ("google.protobuf.message_factory", ["inspect", "x.onnx"])):
+        (tmp_path / "x.onnx").write_bytes(b"x")
+        done = run(*arguments, cwd=tmp_path, code=f"import sys; sys.modules['{module}'] = None")
+        assert done.returncode == 7, done.stderr
+        assert b"Traceback" not in done.stderr
+        assert b"cannot import a package" in done.stderr
+        assert b"protobuf " in done.stderr
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a surprise"), PermissionError(13, "no"), AssertionError()])
@@ -133,13 +134,13 @@ def test_help_shows_every_value_of_a_closed_set(name: str, capsys: pytest.Captur
     assert all(len(line) <= 80 for line in printed.partition("ptions:\n")[2].splitlines())
 
 
-@pytest.mark.parametrize("width", [200, 80, 40])
+@pytest.mark.parametrize("width", [200, 60, 40])
 def test_a_table_never_breaks_a_word(width: int) -> None:
-    rows = [("a/rather/long/path/to/model.int8.onnx", "onnxruntime", "int8", "1,234.5", "inconclusive") for _ in "ab"]
+    rows = [("a/path/model.int8.onnx", "onnxruntime", "int8", "1,234.5", "inconclusive") for _ in "ab"]
     table = make_table("Title", ("model", "engine", "precision", "images/s", "verdict"), rows)
     with open(os.devnull, "w", encoding="utf-8") as nothing:  # noqa: PTH123
         console = Console(width=width, file=nothing, record=True)
         console.print(table)
     text = console.export_text()
     assert all(word in text for row in rows for word in row)
-    assert ("precision: int8" in text) == (width < 100)
+    assert (text.count("precision") == 2) == (width < 100)

@@ -59,11 +59,11 @@ def test_bare_weights_are_assumed_to_be_usual_and_every_load_warns(
         report = convert(source, out=tmp_path / "out")
     assert set(report.assumed) == EVERYTHING
     assert report.known == {}
-    assert "assumed, not known: num_heads" in caplog.text
+    assert "assumed, not specified: num_heads" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="vit_edge"):
         checkpoint = load_checkpoint(tmp_path / "out")
-    assert "assumed, not known: num_heads" in caplog.text
+    assert "assumed, not specified: num_heads" in caplog.text
     assert checkpoint.labels == ("0", "1", "2")
     assert checkpoint.model.config.num_heads == 3
 

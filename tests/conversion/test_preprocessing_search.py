@@ -193,7 +193,7 @@ def test_candidates_that_images_cannot_tell_apart_stay_assumed(tmp_path: Path, n
         (data / name).mkdir(exist_ok=True)
     made = read_source(source, data=data) if len(set(names)) == len(NAMES) else read_labelled_by(source, data, tmp_path)
     assert {"preprocessing.resize", "preprocessing.interpolation"} <= set(made.report.assumed)
-    assert "cannot tell geometry" in " ".join(made.report.notes)
+    assert "cannot distinguish geometry" in " ".join(made.report.notes)
 
 
 def read_labelled_by(source: Path, data: Path, folder: Path) -> Conversion:
@@ -217,7 +217,7 @@ def test_nothing_is_found_where_no_way_beats_chance(
 def test_classes_that_cannot_be_matched_are_refused(tmp_path: Path, network: VisionTransformer) -> None:
     source, _ = case(tmp_path, network, Preprocessing(resize=SIZE, crop=(SIZE, SIZE)))
     data = labelled_images(tmp_path / "other", images(4), ["a", "b", "a", "b"])
-    with pytest.raises(DataRejected, match=r"(?s)its 2 classes cannot be matched.*--labels"):
+    with pytest.raises(DataRejected, match=r"(?s)2 classes do not match the 4.*--labels"):
         read_source(source, data=data)
 
 

@@ -5,6 +5,7 @@ Arguments go to pytest, for example `-k golden`.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def main(arguments: list[str]) -> int:
     """Print the table; return pytest's exit code."""
     table = _Table()
     folder = str(Path(__file__).parent)
-    code = pytest.main([folder, "-n", "0", "-q", "--no-header", "-p", "no:terminal", *arguments], plugins=[table])
+    with contextlib.redirect_stdout(sys.stderr):  # progress and failures; the table alone goes to stdout
+        code = pytest.main([folder, "-n", "0", "-q", "--no-header", *arguments], plugins=[table])
     rows = [(name, result, f"{seconds:.1f}") for name, (result, seconds) in table.rows.items()]
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(make_table("", ("fault", "result", "seconds"), rows))

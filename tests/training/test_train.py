@@ -401,7 +401,7 @@ def test_weights_from_elsewhere_are_trained_without_a_step_between(few: Path, tm
         "train", few, "--from", tmp_path / "theirs.pth", "--out", tmp_path / "run", "--epochs", "1", "--threads", "1"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "assumed, not known" in done.stderr
+    assert "assumed, not specified" in done.stderr
     assert "num_heads" in load_checkpoint(tmp_path / "run" / "best.safetensors").assumed
 
 

@@ -29,7 +29,7 @@ from vit_edge.cli.workstation.quantize import quantize
 from vit_edge.cli.workstation.report import report
 from vit_edge.cli.workstation.train import train
 from vit_edge.cli.workstation.verify import verify
-from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError
+from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError, misfit
 
 __all__ = ["cli", "main"]
 
@@ -123,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drop_stdout()
         reason = (error.strerror or str(error)).lower()
         return _fail(ResourceExhausted("cannot write the result", reason=reason, remedy="free some space"))
+    except ImportError as error:
+        return _fail(misfit(error), as_json=as_json)
     except Exception as error:
         return _fail(crash(error, given), as_json=as_json)
     return 0

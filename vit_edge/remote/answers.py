@@ -58,7 +58,7 @@ class RemoteModel:
                 raise self._session.lost("the connection was lost") from None
             found = self._answer()[1]
         if found is None or len(found) != len(images_NHWC) or not np.isfinite(found).all():
-            reason = "its answer is not one for each image"
+            reason = "the device did not return finite logits for each image"
             raise EngineUnavailable(f"{self._session.device.name}: cannot use it", reason=reason, remedy="run it again")
         return np.asarray(found, dtype=np.float32)
 
@@ -70,7 +70,7 @@ class RemoteModel:
         try:
             message = read_message(self._output)
         except ValueError as error:
-            raise self._session.lost(f"it answered nonsense ({error})") from error
+            raise self._session.lost(f"the device sent an invalid message ({error})") from error
         if message is None:
             raise self._session.lost("the connection was lost")
         if "error" in message[0]:

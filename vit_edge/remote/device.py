@@ -277,7 +277,7 @@ class Session:
             try:
                 line = self._lines.get(timeout=seconds)
             except queue.Empty:
-                reason = f"{self.device.address} has not answered for {seconds:g} seconds"
+                reason = f"{self.device.address} has not responded for {seconds:g} seconds"
                 remedy = "look after it, and run it again"
                 raise EngineUnavailable(f"{self.device.name}: the device hangs", reason=reason, remedy=remedy) from None
             if line is None:
@@ -350,7 +350,7 @@ class Session:
             with contextlib.suppress(ValueError):
                 name = signal.Signals(-finished.returncode).name
                 built = ": the engine was built for other CPUs" if name == "SIGILL" else ""
-                reason = f"it was ended by {name}{built}"
+                reason = f"the process was ended by {name}{built}"
         what = f"{self.device.name}: the command crashed there"
         return EngineUnavailable(what, reason=printable(reason), remedy="run `vit-edge doctor` on it")
 

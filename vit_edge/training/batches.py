@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
@@ -112,7 +113,7 @@ class Augmentation:
         self._transform = v2.Compose([*_transforms(recipe, preprocessing), v2.Identity()])
 
     def __call__(self, pixels_CYX: Tensor, *, seed: int) -> Tensor:
-        torch.manual_seed(seed)
+        _seed(seed)
         changed_CYX: Tensor = self._transform(pixels_CYX)
         return changed_CYX
 
@@ -128,14 +129,40 @@ def _transforms(recipe: Recipe, preprocessing: Preprocessing) -> Iterator[Any]:
     if recipe.rand_augment_operations:
         yield v2.RandAugment(recipe.rand_augment_operations, recipe.rand_augment_magnitude, fill=grey)
     if recipe.rotate_degrees or recipe.shift_fraction or recipe.scale_fraction:
-        yield v2.RandomAffine(
-            degrees=recipe.rotate_degrees,
-            translate=(recipe.shift_fraction, recipe.shift_fraction),
-            scale=(1 - recipe.scale_fraction, 1 + recipe.scale_fraction),
-            interpolation=InterpolationMode.BILINEAR,
-        )
+        yield _Affine(recipe)
     if recipe.random_erasing_probability:
         yield v2.RandomErasing(recipe.random_erasing_probability, value=grey)
+
+
+class _Affine:
+    """Rotate, scale and shift an image within the recipe's bounds; the corners become black.
+
+    As v2.RandomAffine, which takes 0.5 ms of CPU for an image of 32x32 pixels; this takes a fifth of that.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._radians = math.radians(recipe.rotate_degrees)
+        self._scale, self._shift = recipe.scale_fraction, recipe.shift_fraction
+
+    def __call__(self, pixels_CYX: Tensor) -> Tensor:
+        turn, zoom, right, down = (2 * torch.rand(4) - 1).tolist()
+        _, height, width = pixels_CYX.shape
+        across, along = (f(turn * self._radians) / (1 + zoom * self._scale) for f in (math.sin, math.cos))
+        # From a place in the result to one in the image, both from -1 to 1, whatever the sides.
+        from_result = torch.tensor(
+            [
+                [along, -across * height / width, 2 * right * self._shift],
+                [across * width / height, along, 2 * down * self._shift],
+            ]
+        )
+        grid = functional.affine_grid(from_result[None], [1, *pixels_CYX.shape], align_corners=False)
+        moved_CYX = functional.grid_sample(pixels_CYX[None].float(), grid, align_corners=False)[0]
+        return moved_CYX.round().to(pixels_CYX.dtype)
+
+
+def _seed(seed: int) -> None:
+    """Seed what draws on the CPU; torch.manual_seed takes 0.2 ms, to note who called it for devices not in use."""
+    torch.default_generator.manual_seed(seed)
 
 
 class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -189,10 +216,10 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         return self._ordered[1]
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, places: range) -> tuple[Tensor, Tensor]:
-        targets = torch.nn.functional.one_hot(labels, max(2, self.num_classes)).float()
+        targets = functional.one_hot(labels, max(2, self.num_classes)).float()
         images = images.float()
         for i in range(0, len(labels) - 1, 2):
-            torch.manual_seed(seed_of(self.recipe.seed, _PAIR, epoch, places[i]))
+            _seed(seed_of(self.recipe.seed, _PAIR, epoch, places[i]))
             mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
             images[i : i + 2], targets[i : i + 2] = mixer(images[i : i + 2], labels[i : i + 2])
         return images, targets[:, : self.num_classes]

@@ -51,13 +51,13 @@ def load_state(
     differences = sorted(_differences(header["identity"], json.loads(json.dumps(identity))))  # JSON has no tuples
     if differences and not allow_drift:
         named = "; ".join(differences[:_NUM_NAMED])
-        reason = f"it is not the run that was stopped: {named}"
+        reason = f"the run is not the one that was stopped: {named}"
         remedy = "give what it was started with, or --allow-drift to go on all the same"
         raise UsageError("cannot resume", file=path, reason=reason, remedy=remedy)
     try:
         _restore(loop, header, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = f"its weights are of another network ({str(error)[:200]})"
+        reason = f"the weights are of another network ({str(error)[:200]})"
         raise rejected(path, reason, "start again in another folder") from error
     memory: dict[str, Any] = header["memory"]
     return memory

@@ -90,7 +90,7 @@ def make_teacher(
         return None
     teacher = open_source(path)
     if set(teacher.labels) != set(class_names):
-        reason = f"it knows {len(teacher.labels)} classes, and not the same ones as the images ({len(class_names)})"
+        reason = f"the teacher has {len(teacher.labels)} classes, and not the same as the images ({len(class_names)})"
         raise UsageError("cannot learn from the teacher", file=path, reason=reason, remedy="fine-tune it first")
     mean, std = (
         torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.preprocessing.mean, teacher.preprocessing.std)

@@ -63,12 +63,12 @@ from vit_edge.errors import DataRejected, ImageRejected, printable
 def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
     """Classify IMAGES (files or folders) with MODEL, an .onnx file or OpenVINO's .xml with its .bin.
 
-    Images that cannot be read are listed, and the others are classified; the exit code is then 3.
+    Unreadable images are listed and skipped; the exit code is then 3.
 
     \b
     Examples:
       vit-edge classify model.int8.onnx photo.jpg folder/
-      vit-edge classify theirs.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
+      vit-edge classify third_party.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
     from vit_edge.runtime.loading import load

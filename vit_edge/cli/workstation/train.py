@@ -48,9 +48,9 @@ def train(
 ) -> Result:
     """Train a Vision Transformer on the images in DATA, from scratch or from a checkpoint.
 
-    DATA holds <class>/<image>, or train/<class>/<image> and test and validation beside it, or labels.csv
+    DATA holds <class>/<image>, or train/<class>/<image> with test and validation, or labels.csv
     (file,label), or metadata.csv (file_name,label). Where no validation split is given, a tenth of the training
-    images is held out; it chooses the best epoch. Test images judge once, at the end.
+    images is held out; it chooses the best epoch. Test images are evaluated once, at the end.
 
     Writes best and last checkpoint, the state to resume from, config.toml, metrics.jsonl, TensorBoard events and
     images to OUT. Ctrl-C finishes the step, saves, and exits with 130. `torchrun -m vit_edge train ...` trains in
@@ -125,7 +125,7 @@ def _shown(result: Any) -> list[str]:
     if result.head_replaced:
         lines.insert(0, "the head was replaced: the images have other classes than the checkpoint")
     judged = f"{result.top1:.2f} % of {result.num_images} {result.split} images are right" if result.split else ""
-    return [f"{judged or 'no images were left to judge by'} ({trained})", *lines]
+    return [f"{judged or 'no evaluation images were left'} ({trained})", *lines]
 
 
 def _recipe(name: str, changes: tuple[str, ...], given: dict[str, Any]) -> Recipe:
