@@ -39,7 +39,7 @@ class QuantizableOp(nn.Module):
 
 
 class Normalisation(nn.Module):
-    """LayerNorm whose scale and shift moved into the next linear layer; ONNX Runtime 1.17 needs both inputs."""
+    """LayerNorm whose scale and shift moved into the next linear layer; ONNX Runtime 1.17 still needs both inputs."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

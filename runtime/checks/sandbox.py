@@ -14,27 +14,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from vit_edge import errors
-from vit_edge.errors import EngineUnavailable, ModelRejected, VitEdgeError
-from vit_edge.model_file.artifact import ModelFile, open_model
-from vit_edge.model_file.openvino_ir import IrModel, open_ir
+from vit_edge.errors import EngineUnavailable, ModelRejected
+from vit_edge.model_file.artifact import ModelFile
+from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.checks.acceptance import Trial, refusal, refuse
-from vit_edge.runtime.engines.protocol import EngineOptions, Model
 
-__all__ = ["limit_memory", "main", "run_apart", "start_of", "try_in_sandbox"]
+__all__ = ["JOB_NAME", "REMEDY", "WHAT", "limit_memory", "run_apart", "start_of", "try_in_sandbox"]
 
 # A slow device needs about a minute for the golden images of a network of 100 MB.
 _TIMEOUT_S, _BYTES_A_SECOND = 120, 2_000_000
-# Of address space: what an engine maps by itself, and so much for each byte of the file.
-_BASE_BYTES, _TIMES_FILE = 2**33, 16
 # Not SIGKILL, which the system sends where memory is short, or a person.
 _CRASHES = [getattr(signal, name, None) for name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE", "SIGBUS")]
-_JOB = "job.json"
-_WHAT, _REMEDY = "the engine cannot run the network", "export it again"
+JOB_NAME = "job.json"
+WHAT, REMEDY = "the engine cannot run the network", "export it again"
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +93,7 @@ def try_in_sandbox(trial: Trial) -> None:
         num_bytes = _write_job(Path(name), trial)
         timeout_s = int(_TIMEOUT_S + num_bytes / _BYTES_A_SECOND)
         try:
-            printed = run_apart("vit_edge.runtime.checks.sandbox", [name], timeout_s=timeout_s)
+            printed = run_apart("vit_edge.runtime.sandbox_child", [name], timeout_s=timeout_s)
         except _Refused as error:
             refuse(trial, error.reason)
             raise
@@ -127,43 +123,8 @@ def _write_job(folder: Path, trial: Trial) -> int:
         "bytes": num_bytes,
         "third_party": isinstance(model, ModelFile) and model.is_third_party,
     }
-    (folder / _JOB).write_text(json.dumps(job), encoding="utf-8")
+    (folder / JOB_NAME).write_text(json.dumps(job), encoding="utf-8")
     return num_bytes
-
-
-def main(folder: str) -> int:
-    """Load the file that the job in `folder` names, classify one golden image, and print the error or null."""
-    job = json.loads((Path(folder) / _JOB).read_text(encoding="utf-8"))
-    if job["options"]["device"] == "cpu":  # drivers of other devices map far more than they use
-        limit_memory(_BASE_BYTES + _TIMES_FILE * job["bytes"])
-    error = None
-    try:
-        _load(Path(folder) / job["file"], job)
-    except VitEdgeError as problem:
-        fields = {"what": problem.what, "reason": problem.reason, "remedy": problem.remedy}
-        error = {"type": type(problem).__name__, **fields}
-    except MemoryError:
-        reason = "loading the file needs more memory than the sandbox grants"
-        error = {"type": "ModelRejected", "what": _WHAT, "reason": reason, "remedy": _REMEDY}
-    sys.stdout.write(f"\n{json.dumps({'error': error})}\n")
-    sys.stdout.flush()
-    os._exit(0)  # an engine that crashes while it is unloaded has nothing to do with the file's fitness to run
-
-
-def _load(path: Path, job: dict[str, Any]) -> None:
-    # Imported here: `loading` imports this module.
-    from vit_edge.runtime.checks.golden import golden_images
-    from vit_edge.runtime.loading import run_checked
-
-    model: Model = open_ir(path) if path.suffix == ".xml" else open_model(path, warn=False)
-    if isinstance(model, ModelFile):
-        model = replace(model, is_third_party=job["third_party"])
-    loaded, _ = run_checked(model, engine=job["engine"], options=EngineOptions(**job["options"]), verify=job["verify"])
-    height, width = model.manifest.preprocessing.crop
-    logits = loaded.run(golden_images([1], height=height, width=width))
-    if logits.shape != (1, len(model.manifest.labels)):
-        reason = f"the logits have the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]"
-        raise ModelRejected(_WHAT, reason=reason, remedy=_REMEDY)
 
 
 class _Refused(ModelRejected):
@@ -172,8 +133,4 @@ class _Refused(ModelRejected):
 
 def _rejected(reason: str, *, is_final: bool = False) -> ModelRejected:
     kind = _Refused if is_final else ModelRejected
-    return kind(_WHAT, reason=reason, remedy=_REMEDY)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return kind(WHAT, reason=reason, remedy=REMEDY)

@@ -69,6 +69,7 @@ _CLI = (
 # Lowest first. A name stands for the modules directly in that package, and for a single module if it is one; a module
 # imports its own room and lower ones. A folder that is not named here is a fault: a new room needs a rank.
 ORDER = (
+    "vit_edge.machine.openmp",
     "vit_edge.__init__",
     "vit_edge",
     "vit_edge.data",

@@ -63,6 +63,8 @@ SURFACE = {
         "UsageError",
         "VerificationFailed",
         "VitEdgeError",
+        "escaped",
+        "misfit",
         "printable",
         "require",
         "version_of",
