@@ -43,7 +43,7 @@ def main(folder: str) -> int:
 
 
 def _load(path: Path, job: dict[str, Any]) -> None:
-    model: Model = open_ir(path) if path.suffix == ".xml" else open_model(path, warn=False)
+    model: Model = open_ir(path) if path.suffix == ".xml" else open_model(path, warn=False, check=False)
     if isinstance(model, ModelFile):
         model = replace(model, is_third_party=job["third_party"])
     loaded, _ = run_checked(model, engine=job["engine"], options=EngineOptions(**job["options"]), verify=job["verify"])

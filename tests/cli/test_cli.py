@@ -21,6 +21,7 @@ COMMANDS = (
     "export",
     "quantize",
     "verify",
+    "explain",
     "classify",
     "benchmark",
     "tune",
@@ -35,7 +36,7 @@ COMMANDS = (
 # These print text only.
 TEXT_ONLY = {"help", "completion"}
 # The README shows these outside of its console block.
-ELSEWHERE = {"convert", "bundle", "tune", "deploy", "report", "doctor", "seal", "help", "completion"}
+ELSEWHERE = {"convert", "explain", "bundle", "tune", "deploy", "report", "doctor", "seal", "help", "completion"}
 
 
 @pytest.fixture
@@ -280,4 +281,4 @@ def test_the_readme_names_every_command(workspace: Workspace) -> None:
 
 
 def test_nothing_is_left_beside_the_results(workspace: Workspace) -> None:
-    assert sorted(os.listdir(workspace.folder)) == ["model.int8.onnx", "model.onnx", "image.png", "images", "run"]
+    assert sorted(os.listdir(workspace.folder)) == ["image.png", "images", "model.int8.onnx", "model.onnx", "run"]

@@ -177,7 +177,10 @@ except EngineUnavailable as error:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         found[kind] = done.stdout
     assert found["empty"].startswith("False\n7 cannot load: the engine onnxruntime is not installed")
-    assert "True\n7 cannot load: onnxruntime is installed, but cannot be imported: numpy.core failed" in found["broken"]
+    assert (
+        "True\n7 cannot load the engine: onnxruntime is installed, but cannot be imported (ImportError: numpy"
+        in (found["broken"])
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -188,7 +191,7 @@ def test_fault_51_a_child_after_a_fork_is_told_what_to_do(classifier: Classifier
         try:
             classifier(IMAGES[0])
         except Closed as error:
-            os._exit(0 if "load it in the child, or start with spawn" in str(error) else 2)
+            os._exit(0 if "load the model in the child process, or start it with spawn" in str(error) else 2)
         finally:
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -169,7 +169,7 @@ def test_faults_22_to_24_of_files_made_elsewhere_end_a_process_apart(tmp_path: P
     }  # fmt: skip
     for name, model in models.items():
         (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
-        with pytest.raises(ModelRejected, match="cannot run the network") as caught:
+        with pytest.raises(ModelRejected, match=r"cannot (run|load) the (network|model)") as caught:
             load(tmp_path / f"{name}.onnx", preprocessing=PREPROCESSING, labels=LABELS, engine=engine)  # type: ignore[arg-type]
         assert f"{name}.onnx" in str(caught.value)
 

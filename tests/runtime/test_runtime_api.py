@@ -181,7 +181,7 @@ def test_a_fallback_is_in_the_result_of_the_command(workspace: Workspace) -> Non
     done = vit_edge(*arguments, "--allow-fallback", "--json")
     assert done.returncode == 0
     assert "'cuda' is not here" in json.loads(done.stdout)["model"]["fallback"]
-    assert "warning: it runs on the CPU" in vit_edge(*arguments, "--allow-fallback").stdout
+    assert "Warning: it runs on the CPU" in vit_edge(*arguments, "--allow-fallback").stdout
 
 
 def test_features_are_given_where_the_file_has_them(workspace: Workspace, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_what_is_told_of_a_file_made_elsewhere_has_to_fit(workspace: Workspace, 
         load(path, preprocessing=PREPROCESSING, labels=NAMES)
     with pytest.raises(UsageError, match="cannot use the preprocessing"):
         load(path, preprocessing={"crop": [16, 16]}, labels=NAMES)
-    with pytest.raises(UsageError, match="says its preprocessing and labels itself"):
+    with pytest.raises(UsageError, match="which holds preprocessing and labels"):
         load(workspace.int8_model, preprocessing=THEIRS, labels=NAMES)
     photo = workspace.folder / "image.png"
     (tmp_path / "names.txt").write_text("\n".join(NAMES))

@@ -244,8 +244,8 @@ def test_inspect_counts_what_the_fused_graph_saves(workspace: Workspace, tmp_pat
 def test_nothing_is_written_when_parity_fails(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def off(model: nn.Module, preprocessing: Preprocessing) -> object:
-        run = reference_logits(model, preprocessing)
+    def off(model: nn.Module, preprocessing: Preprocessing, *, ends_in_activation: bool = False) -> object:
+        run = reference_logits(model, preprocessing, ends_in_activation=ends_in_activation)
         return lambda images: run(images) + np.float32(0.01)
 
     monkeypatch.setattr("vit_edge.export.tracing.exporter.reference_logits", off)

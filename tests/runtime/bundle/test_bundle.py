@@ -217,8 +217,8 @@ def test_the_same_model_gives_the_same_bytes_and_no_path_of_this_machine(
 
 # interpreter, arguments, exit code, what the sentence says
 FAULTS = [
-    ("none", "--describe", 7, "not installed: onnxruntime or openvino - pip install onnxruntime"),
-    ("none", "--describe --engine openvino", 7, "not installed: openvino - pip install openvino"),
+    ("none", "--describe", 7, "not installed: onnxruntime or openvino\ntry: pip install onnxruntime"),
+    ("none", "--describe --engine openvino", 7, "not installed: openvino\ntry: pip install openvino"),
     ("bare", "--describe", 7, "pip install numpy Pillow onnxruntime"),
     ("onnxruntime", "--describe --engine tensorrt9", 7, "no engine is named 'tensorrt9'"),
     ("onnxruntime", "--describe --engine null", 7, "computes nothing"),
@@ -260,7 +260,7 @@ def test_a_reader_that_goes_away_is_no_error_and_a_full_disk_is(
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 5
-    assert done.stderr.startswith("error: cannot write the answers")
+    assert done.stderr.startswith("error: cannot write the predictions")
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
