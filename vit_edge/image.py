@@ -231,7 +231,7 @@ def _open(source: ImageSource, color: Color) -> tuple[str, Image.Image]:
     elif hasattr(source, "read"):
         name = "the file given"
         try:
-            if source.seekable():  # a BytesIO that was just written stands at its end
+            if getattr(source, "seekable", bool)():  # a BytesIO that was just written stands at its end
                 source.seek(0)
             data = source.read(_MAX_FILE_BYTES)
         except (OSError, ValueError) as error:  # it is closed, or its disk fails

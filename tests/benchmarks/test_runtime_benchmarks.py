@@ -30,7 +30,7 @@ def measured(folder: Path, script: str, *arguments: str | Path) -> Any:
 
 def test_overload_refuses_and_answers(workspace: Workspace, tmp_path: Path) -> None:
     options = ("--images", workspace.test_images / "3", "--seconds", "1", "--queue-size", "4")
-    for row in measured(tmp_path, "serving.py", workspace.int8_model, *options):
+    for row in measured(tmp_path, "runtime/serving.py", workspace.int8_model, *options):
         assert row["refused"] > 0
         assert row["accepted"] > 0
         assert 0 < row["service_p50_ms"] <= row["bound_ms"]
@@ -39,7 +39,7 @@ def test_overload_refuses_and_answers(workspace: Workspace, tmp_path: Path) -> N
 
 def test_models_that_change_under_load_leave_no_answer_out(workspace: Workspace, tmp_path: Path) -> None:
     options = ("--images", workspace.test_images / "3", "--seconds", "2", "--interval-ms", "50")
-    for row in measured(tmp_path, "swapping.py", workspace.float_model, workspace.int8_model, *options):
+    for row in measured(tmp_path, "runtime/swapping.py", workspace.float_model, workspace.int8_model, *options):
         assert (row["failed"], row["mixed"]) == (0, 0)
         assert row["of_one"] > 0
         assert row["of_other"] > 0
@@ -48,7 +48,7 @@ def test_models_that_change_under_load_leave_no_answer_out(workspace: Workspace,
 
 
 def test_answers_and_loads_leave_nothing(workspace: Workspace, tmp_path: Path) -> None:
-    for row in measured(tmp_path, "soak.py", workspace.int8_model, "--runs", "2000", "--cycles", "20"):
+    for row in measured(tmp_path, "runtime/soak.py", workspace.int8_model, "--runs", "2000", "--cycles", "20"):
         assert (row["runs"], row["wrong"], row["cycles"]) == (2000, 0, 20)
         assert (row["threads_left"], row["files_left"]) == (0, 0)
 
@@ -61,7 +61,7 @@ def test_every_contestant_answers_from_a_file(small_model: Path, tmp_path: Path)
     Image.fromarray(pixels).save(tmp_path / "images" / "p.jpg", quality=95)
     brief = ("--rounds", "1", "--queries", "1", "--enlarged-side", "400")
     options = ("--models", tmp_path / "m.onnx", "--images", tmp_path / "images", *brief)
-    found = measured(tmp_path, "end_to_end.py", small_model / "c.safetensors", *options)
+    found = measured(tmp_path, "runtime/end_to_end.py", small_model / "c.safetensors", *options)
     for rows in found["timed"].values():
         assert len(rows) == 4
         assert rows["ours, m.onnx"]["said"] in "abcdefg"

@@ -278,7 +278,7 @@ EMULATOR = shutil.which("qemu-x86_64-static")
 @pytest.mark.skipif(EMULATOR is None or not cpu.is_x86(), reason="apt-get install qemu-user-static")
 def test_an_emulated_cpu_is_not_taken_for_its_host() -> None:
     """Under an emulator /proc/cpuinfo is the host's."""
-    script = "from vit_edge import cpu, targets; print(cpu.instruction_set(), targets.mismatch('x86-vnni'))"
+    script = "from vit_edge.machine import cpu, targets; print(cpu.instruction_set(), targets.mismatch('x86-vnni'))"
     command = [EMULATOR, "-cpu", "Haswell", sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.startswith("x86_64 avx2 ")
@@ -287,7 +287,7 @@ def test_an_emulated_cpu_is_not_taken_for_its_host() -> None:
 
 
 def test_emulation_without_an_emulator_says_what_to_install(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "emulated_cpu.py"
+    script = ROOT / "benchmarks" / "emulation" / "emulated_cpu.py"
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1

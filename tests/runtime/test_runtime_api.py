@@ -282,7 +282,7 @@ def test_what_is_told_of_a_file_made_elsewhere_has_to_fit(workspace: Workspace, 
         load(path, preprocessing=THEIRS)
     with pytest.raises(UsageError, match="3 labels for 4 classes"):
         load(path, preprocessing=THEIRS, labels=NAMES[:3])
-    with pytest.raises(UsageError, match="it takes 16 x 16 pixels"):
+    with pytest.raises(UsageError, match="takes 16 x 16 pixels"):
         load(path, preprocessing=PREPROCESSING, labels=NAMES)
     with pytest.raises(UsageError, match="cannot use the preprocessing"):
         load(path, preprocessing={"crop": [16, 16]}, labels=NAMES)

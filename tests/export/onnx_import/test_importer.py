@@ -197,7 +197,7 @@ def test_of_several_outputs_one_is_told_or_the_first_that_fits() -> None:
     assert [value.name for value in graph.graph.output] == ["y"]
     assert notes == ["of the outputs r, y, z, y is used as the logits"]
     assert [value.name for value in settled(model, output="z")[0].graph.output] == ["z"]
-    with pytest.raises(UsageError, match="no output 'q'; it has r, y, z"):
+    with pytest.raises(UsageError, match="no output 'q'; its outputs are r, y, z"):
         settled(model, output="q")
     with pytest.raises(ModelRejected, match="no output is float32"):
         settled(model, output="r")

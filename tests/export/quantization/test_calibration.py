@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_refused(graph: onnx.ModelProto, tensors: list[st
             observe_ranges(graph, tensors, IMAGES, **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="moving-average"):
         range_of(Histogram(), "moving-average")
-    with pytest.raises(DataRejected, match="no image"):
+    with pytest.raises(DataRejected, match="no calibration images"):
         observe_ranges(graph, tensors, [])
     with pytest.raises(ModelRejected, match="cannot load"):
         observe_ranges(graph, ["nothing"], IMAGES)

@@ -135,7 +135,7 @@ _STRANGE: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "text": (lambda path: path.write_text("hello"), 3, "the file is not an ONNX model"),
     "nothing": (lambda path: None, 3, "there is no such file"),
     "quantized already": (_quantized_already, 3, "quantization starts from float32"),
-    "one of ours": (lambda path: path.write_bytes(Path("m.onnx").read_bytes()), 2, "this one says it itself"),
+    "one of ours": (lambda path: path.write_bytes(Path("m.onnx").read_bytes()), 2, "this file has a manifest"),
 }
 
 
@@ -173,7 +173,7 @@ _REFUSED = {
     "unknown ranges": (["--ranges", "nonsense"], 2, "choose min-max, moving-average"),
     "a budget without images": (["--max-drop", "1"], 2, "give --data"),
     "a drop that is no number": (["--max-drop", "nan", "--data", "judge"], 2, "max drop is nan"),
-    "a time limit without a search": (["--time-limit", "1"], 2, "give --max-drop or --min-agreement too"),
+    "a time limit without a search": (["--time-limit", "1"], 2, "add --max-drop or --min-agreement"),
     "an agreement over all": (["--min-agreement", "101", "--data", "judge"], 2, "min agreement is 101"),
     "images that calibrate to judge": (["--data", "cal"], 3, "used for calibration"),
     "a file that is there": (["-o", "labels.txt"], 2, "will not overwrite"),
@@ -214,10 +214,10 @@ def test_agreement_alone_does_not_look_at_labels_and_says_which_bound_fell_short
 def test_a_budget_keeps_float_what_the_recipe_leaves_float(tmp_path: Path) -> None:
     options = QuantizationOptions(recipe="accurate", min_agreement=50, **_QUICK)
     result = quantize("m.onnx", calibration="cal", data="judge", out=tmp_path / "q.onnx", options=options)
-    assert result.ladder is not None
-    assert [rung.verdict for rung in result.ladder.rungs] == ["pass"] * len(result.ladder.rungs)
+    assert result.search is not None
+    assert [step.verdict for step in result.search.steps] == ["pass"] * len(result.search.steps)
     assert result.float32_ops  # though even all in integers would have passed
-    assert not result.ladder.float32_ops
+    assert not result.search.float32_ops
 
 
 @pytest.mark.parametrize("name", ["x86-vnni", "tensorrt", "qnn"])

@@ -63,11 +63,11 @@ def test_every_family_exports_and_quantizes(tmp_path: Path, family: str) -> None
 @pytest.mark.parametrize(
     "options",
     [
-        {"batch": 2},
+        {"batch_size": 2},
         {"input": "float32-nchw"},
         {"fuse": False},
         {"min_onnxruntime": "1.16.3"},
-        {"input": "float32-nchw", "batch": 3, "outputs": ("top5", "features", "attention")},
+        {"input": "float32-nchw", "batch_size": 3, "outputs": ("top5", "features", "attention")},
     ],
     ids=str,
 )
@@ -129,9 +129,8 @@ def test_opset_and_ir_version_are_the_lowest_that_the_graph_needs(
     [
         ({"min_onnxruntime": "1.9"}, "older than 1.15"),
         ({"min_onnxruntime": "new"}, "'new' is not a release"),
-        ({"batch": 0}, "batch is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"outputs": ("logit",)}, "no output is named 'logit'"),
-        ({"precision": "int4"}, "int4"),
         ({"format": "huggingface", "outputs": ("features",)}, "logits only"),
     ],
 )
@@ -146,13 +145,12 @@ def test_features_of_the_plain_network_are_refused(checkpoint: Path, tmp_path: P
         export_onnx(checkpoint, out=tmp_path / "m.onnx", options=options)
 
 
-def test_a_plain_network_is_admitted_only_where_the_manifest_says_so(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_plain_network_is_admitted_by_its_operators(checkpoint: Path, tmp_path: Path) -> None:
     export_onnx(checkpoint, out=tmp_path / "m.onnx", options=ExportOptions(fuse=False))
     model = open_model(tmp_path / "m.onnx")
     assert model.manifest.provenance["form"] == "plain"
-    claimed = replace(model.manifest, provenance={**model.manifest.provenance, "form": "deploy"})
-    with pytest.raises(ModelRejected, match=r"ai\.onnx\.(Shape|Expand), which is not allowed"):
-        load(model.with_manifest(claimed))
+    claimed = replace(model.manifest, provenance={**model.manifest.provenance, "form": "fused"})
+    load(model.with_manifest(claimed)).close()  # the operators decide, not what the file says of itself
 
 
 def test_labels_are_replaced_and_their_number_is_checked(checkpoint: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def make_network_in(folder: Path, weights: Path) -> nn.Module:
         ("shapes:small --preprocessing names.txt", 3, "neither JSON nor TOML"),
         ("shapes:small --labels weights.pt", 3, "cannot use the labels"),
         ("shapes:small --labels short.txt", 2, "2 labels for 3 classes"),
-        ("shapes:small --like timm:resnet18", 2, "--like is for weights from elsewhere"),
+        ("shapes:small --like timm:resnet18", 2, "--like is for weights"),
         ("weights.pt --weights weights.pt", 2, "--weights is for package.module:factory"),
         ("shapes:small --image-size wide", 2, "write pixels as 224 or 192x256"),
         ("shapes:small --batch-size some", 2, "neither a number"),

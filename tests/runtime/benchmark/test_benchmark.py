@@ -234,7 +234,7 @@ def test_files_that_could_not_be_written_are_refused_before_anything_is_measured
     workspace: Workspace, tmp_path: Path
 ) -> None:
     for files, sentence in (
-        (("--save", "a", "--csv", "a"), "one file"),
+        (("--save", "a", "--csv", "a"), "the same file"),
         (("--save", "no/such/folder"), "does not exist"),
     ):
         done = vit_edge("benchmark", workspace.int8_model, *files, "--min-seconds", "3600", cwd=tmp_path)
