@@ -134,7 +134,7 @@ _STRANGE: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "a folder": (Path.mkdir, 3, "the path is a folder"),
     "text": (lambda path: path.write_text("hello"), 3, "the file is not an ONNX model"),
     "nothing": (lambda path: None, 3, "there is no such file"),
-    "quantized already": (_quantized_already, 3, "quantization starts from float32"),
+    "quantized already": (_quantized_already, 3, "the model is quantized already"),
     "one of ours": (lambda path: path.write_bytes(Path("m.onnx").read_bytes()), 2, "this file has a manifest"),
 }
 
