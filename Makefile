@@ -13,7 +13,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py
 
 check: $(VENV)/.dev-installed lint
-	$(BIN)/python -m pytest tests/core tests/policy --quick --numprocesses 2
+	$(BIN)/python -m pytest tests/core tests/data tests/machine tests/policy --quick --numprocesses 2
 
 test: $(VENV)/.dev-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

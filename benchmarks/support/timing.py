@@ -10,9 +10,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vit_edge.runtime.benchmark import machine_noise
+from vit_edge.machine import noise as machine_noise
+from vit_edge.machine.noise import Noise
 from vit_edge.runtime.benchmark.candidate import UNMEASURED
-from vit_edge.runtime.benchmark.machine_noise import Noise
 from vit_edge.runtime.benchmark.statistics import Ratio, ratio
 from vit_edge.runtime.benchmark.timing import time_calls, turns
 

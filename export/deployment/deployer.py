@@ -42,9 +42,9 @@ from vit_edge.export.verification.results import Verification
 from vit_edge.export.verification.verdict import Verdict
 from vit_edge.export.verification.verifier import verify
 from vit_edge.files import read_file, sha256_hex
+from vit_edge.machine.noise import Watch
 from vit_edge.model_file.artifact import MODEL_BYTES, open_model
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.benchmark.machine_noise import Watch
 
 __all__ = ["Deployment", "DeploymentOptions", "check_record", "deploy", "with_devices"]
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.data import EVALUATION_SPLITS, lies_loose, read_labelled, read_unlabelled, stream_pixels
+from vit_edge.data.near_duplicates import fingerprint
 from vit_edge.errors import DataRejected
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
 from vit_edge.metrics import UNKNOWN, Logits, PairedAnswers, join_answers, pair_answers
@@ -21,7 +22,6 @@ from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, refuse_null
 from vit_edge.runtime.loading import load_model
-from vit_edge.similarity import fingerprint
 
 __all__ = [
     "EvaluationImages",

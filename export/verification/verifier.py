@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.data import refuse_overlap, set_hash
+from vit_edge.data.near_duplicates import near_duplicates
 from vit_edge.errors import DataRejected, printable, require
 from vit_edge.export.verification.flips import changes, class_titles, flips_csv, may_write_flips
 from vit_edge.export.verification.paired_run import PairedRun, run_both
@@ -21,7 +22,6 @@ from vit_edge.files import write_atomic
 from vit_edge.metrics import compare_answers
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
-from vit_edge.similarity import near_duplicates
 
 __all__ = ["run_verification", "verify", "write_flips"]
 

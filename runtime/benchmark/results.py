@@ -11,10 +11,10 @@ from typing import Any
 
 from vit_edge.errors import UsageError
 from vit_edge.image import Preprocessing
+from vit_edge.machine.noise import Noise
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.benchmark.candidate import WarmUp
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd
-from vit_edge.runtime.benchmark.machine_noise import Noise
 from vit_edge.runtime.benchmark.peak_rate import Peak
 from vit_edge.runtime.benchmark.scenarios import Scenario
 from vit_edge.runtime.benchmark.server_scenario import Trial

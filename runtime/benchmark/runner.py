@@ -16,13 +16,13 @@ import numpy as np
 from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError
 from vit_edge.image import Preprocessing
 from vit_edge.machine.cpu import cpu_name, instruction_set
+from vit_edge.machine.noise import Noise, Watch
 from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.candidate import Candidate, WarmUp, sample_in_turns
 from vit_edge.runtime.benchmark.cold_start import cold_start
 from vit_edge.runtime.benchmark.end_to_end import EndToEnd, measure_stages
 from vit_edge.runtime.benchmark.energy import Meter, open_meter
-from vit_edge.runtime.benchmark.machine_noise import Noise, Watch
 from vit_edge.runtime.benchmark.peak_rate import Peak, measure_peak, share_of_peak
 from vit_edge.runtime.benchmark.results import Benchmark, BenchmarkOptions, Harness, Measurement
 from vit_edge.runtime.benchmark.scenarios import OfflineCandidate, Scenario, workers_for

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vit_edge.data import Rejections, refuse_overlap, stream_pixels
+from vit_edge.data.near_duplicates import fingerprint
 from vit_edge.image import pixel_hash
 from vit_edge.model_file.artifact import Manifest
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engines.protocol import Array
-from vit_edge.similarity import fingerprint
 
 __all__ = ["CalibrationImages"]
 

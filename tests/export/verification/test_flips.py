@@ -19,6 +19,7 @@ from PIL import Image
 from tests.support.networks import PREPROCESSING, random_network, small_config
 from vit_edge.checkpoint import Checkpoint, save_checkpoint
 from vit_edge.cli import main
+from vit_edge.data.near_duplicates import fingerprint
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export import export_onnx, verify
 from vit_edge.export.verification.flips import COLUMNS, class_titles, read_flips
@@ -28,7 +29,6 @@ from vit_edge.image import Pixels
 from vit_edge.metrics import Comparison
 from vit_edge.model_file.artifact import open_model
 from vit_edge.runtime import load
-from vit_edge.similarity import fingerprint
 
 NAMES = ("pizza, cheese", "=steak", "crane", "crane", "café", "sushi", "none of it")
 ODD = ("=a.png", "käse.png", "a, b;c.png", "new\nline.png", os.fsdecode(b"\xff.png"), "-1.png")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.test_data import image
+from tests.data.test_data import image
 from vit_edge.conversion.label_names import read_labels
 from vit_edge.data import (
     EVALUATION_SPLITS,

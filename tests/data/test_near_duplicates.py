@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from vit_edge.data import find_images
+from vit_edge.data.near_duplicates import fingerprint, near_duplicates
 from vit_edge.image import Pixels, Preprocessing
-from vit_edge.similarity import fingerprint, near_duplicates
 
 PREPROCESSING = Preprocessing(resize=256, crop=(224, 224))
 
