@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("images"), help="folder for the images [images]")
     arguments = parser.parse_args()
     try:
-        for path in make_images(arguments.checkpoint, arguments.drawing, out=arguments.out):
+        for path in make_images(arguments.checkpoint, arguments.image, out=arguments.out):
             print(path)
     except VitEdgeError as error:
         print(error, file=sys.stderr)

@@ -21,13 +21,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_person_reads_every_tensor_and_what_was_told_and_assumed(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # no cell is folded
     out = str(tmp_path / "out")
     assert main(["convert", str(folder / "bare.safetensors"), "-o", out, "--num-classes", "5"]) == 0
     printed = capsys.readouterr().out
     for text in (
-        "32 tensors", "0 missing, 0 unexpected", "model.blocks.*.attn.qkv.weight", "2 times", "new: zeros",
+        "32 tensors", "0 missing, 0 unexpected", "model.blocks.*.attn.qkv.weight", "x2", "new: zeros",
         "assumed (not specified)", "prefix 'model.' stripped", "the head of 3 classes was replaced", "checkpoint: ",
     ):  # fmt: skip
         assert text in printed, text

@@ -141,4 +141,7 @@ def test_what_cannot_be_used_gets_one_sentence_and_its_exit_code(
         done = node(example, *arguments)
         assert done.returncode == code, done.stderr
         assert sentence in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        problem, *remedy = done.stderr.splitlines()
+        assert problem.startswith("error: ")
+        assert [line[:5] for line in remedy] == ["try: "] * len(remedy)
+        assert len(remedy) <= 1

@@ -228,11 +228,15 @@ def test_a_file_without_or_with_broken_golden_vectors_is_not_loaded_as_checked(w
     model = open_model(workspace.float_model)
     golden = model.manifest.golden
     assert golden is not None
-    for broken in (None, {}, {**golden, "generator": "dice"}, {**golden, "expected": [{"engines": ["onnxruntime"]}]}):
-        data = model.with_manifest(replace(model.manifest, golden=broken))
+    for unusable in (None, {**golden, "generator": "dice"}):
+        data = model.with_manifest(replace(model.manifest, golden=unusable))
         with pytest.raises(VitEdgeError):
             load(data, engine="onnxruntime")
         load(data, engine="onnxruntime", verify="hash").close()
+    for malformed in ({}, {**golden, "expected": [{"engines": ["onnxruntime"]}]}):
+        data = model.with_manifest(replace(model.manifest, golden=malformed))
+        with pytest.raises(ModelRejected, match="golden"):
+            load(data, engine="onnxruntime", verify="hash")
     only_openvino = {**golden, "expected": [{**golden["expected"][0], "engines": ["openvino"]}]}
     with pytest.raises(GoldenMismatch, match="has golden logits for openvino only"):
         load(model.with_manifest(replace(model.manifest, golden=only_openvino)), engine="onnxruntime")

@@ -81,13 +81,15 @@ def test_without_a_budget_the_same_network_is_ruined(folder: Path, tmp_path: Pat
     assert done.returncode == 6
 
 
-def test_too_few_images_are_said_first_and_the_file_holds_its_verdict(folder: Path, tmp_path: Path) -> None:
+def test_too_few_images_are_said_first_and_the_file_holds_its_verdict(
+    folder: Path, workspace: Workspace, tmp_path: Path
+) -> None:
     for path in sorted((folder / "judging").resolve().rglob("*.png"))[::9]:
         target = tmp_path / "few" / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     done = vit_edge(
-        "quantize", folder / "m.onnx", "--calibration", folder / "calibration", "--data", tmp_path / "few",
+        "quantize", workspace.float_model, "--calibration", folder / "calibration", "--data", tmp_path / "few",
         "--max-drop", "0.5", "--effort", "fast", "--no-speed", "--no-cache", "-o", tmp_path / "q.onnx", "--json",
     )  # fmt: skip
     assert done.returncode == 6

@@ -226,7 +226,7 @@ def _not_finite() -> nn.Module:
     ("make", "error", "sentence"),
     [
         (_NotLogits, UsageError, r"the network gives \[2, 3, 24, 16\]"),
-        (lambda: nn.Linear(3, 3), UsageError, "does not run on 2 images"),
+        (lambda: nn.Linear(3, 3), UsageError, "does not run on RGB images of 24 x 16: mat1 and mat2"),
         (_not_finite, CheckpointRejected, "not every weight is finite: 1.bias"),
     ],
 )

@@ -89,7 +89,7 @@ def _mapping_rows(report: ConversionReport) -> list[tuple[str, str, str, str]]:
         size = "x".join(map(str, mapping.shape))
         row = (sources, number.sub("*", mapping.target, count=1), size, mapping.change)
         rows[row] = rows.get(row, 0) + 1
-    return [(*row[:3], "; ".join(filter(None, (f"{n} times" if n > 1 else "", row[3])))) for row, n in rows.items()]
+    return [(*row[:3], "; ".join(filter(None, (f"x{n}" if n > 1 else "", row[3])))) for row, n in rows.items()]
 
 
 def _ranking(finding: Finding) -> Any:
