@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from vit_edge.errors import VitEdgeError
 from vit_edge.files import read_file, write_atomic
-from vit_edge.machine.user_key import signature
+from vit_edge.machine.user_key import signature, user_folder
 
 __all__ = ["Kind", "cache_folder", "recall", "remember"]
 
@@ -24,12 +23,7 @@ _MAX_BYTES = 100_000
 
 def cache_folder() -> Path:
     """Return the folder: $VIT_EDGE_CACHE, else $XDG_CACHE_HOME/vit-edge, else ~/.cache/vit-edge."""
-    chosen = os.environ.get("VIT_EDGE_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return home / "vit-edge"
+    return user_folder("CACHE", ".cache")
 
 
 def recall(kind: Kind, key: str) -> dict[str, Any] | None:

@@ -115,7 +115,7 @@ def our_file(path: Path, reference: Contestant, *, made: Made | None = None, opt
     """Return an INT8 file of ours; raises UsageError where it was not made from `reference`."""
     model = _opened(path)
     origin = model.manifest.provenance.get("float_model_sha256")
-    if model.manifest.precision != "int8" or origin != reference.model.sha256:
+    if not model.manifest.precision.startswith("int8") or origin != reference.model.sha256:
         reason = f"it is {model.manifest.precision} and made from {str(origin)[:12]}, not from {reference.path.name}"
         remedy = f"make it from {reference.path.name} with `vit-edge quantize`"
         raise UsageError("cannot compare", file=path, reason=reason, remedy=remedy)

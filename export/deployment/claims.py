@@ -71,7 +71,7 @@ def device_claim(device: Mapping[str, Any]) -> Claim:
     subject = f"speed on {device['device']}{' (emulated)' if device.get('emulated') else ''}"
     by_engine: dict[str, dict[str, Any]] = {}
     for entry in device["results"]:
-        by_engine.setdefault(entry["engine"], {})[entry["precision"]] = entry
+        by_engine.setdefault(entry["engine"], {})[entry["precision"].removesuffix("-dynamic")] = entry
     pairs = [both for both in by_engine.values() if both.keys() >= {"float32", "int8"}]
     if not pairs:
         against = device.get("error_exit_code") in _AGAINST_THE_FILES

@@ -304,7 +304,7 @@ def _pixels(prepared: Preparation, progress: Progress) -> Pixels:
 def _left_out(prepared: Preparation) -> Iterator[str]:
     if prepared.network is None:
         yield "without --checkpoint, the stages before the reference file are left out"
-    if prepared.calibration is None and prepared.model.manifest.precision == "int8":
+    if prepared.calibration is None and prepared.model.manifest.precision.startswith("int8"):
         yield "without --calibration, the stages of the algorithms and the share of the noise are left out"
 
 

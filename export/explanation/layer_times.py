@@ -78,7 +78,7 @@ def layer_times(
         reason = f"{engine!r} has no profiler"
         raise EngineUnavailable("cannot time layers", reason=reason, remedy=f"choose {' or '.join(PROFILERS)}")
     in_float32 = set(nodes)
-    if model.manifest.precision == "int8":
+    if model.manifest.precision.startswith("int8"):
         in_float32 = {op.node for op in coverage(model, engine).float32_ops}
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
         timed = [_Timed(file, engine, Path(folder) / str(number)) for number, file in enumerate((reference, model))]

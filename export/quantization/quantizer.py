@@ -285,7 +285,7 @@ def _unproven(job: _Job, found: CalibratedGraph, left: frozenset[str]) -> ModelF
     skips = only_for_onnxruntime(quantized)
     manifest = replace(
         source.manifest,
-        precision="int8",
+        precision="int8-dynamic" if found.dynamic else "int8",
         input=entry,
         evaluation=None,
         golden=None,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vit_edge.errors import printable
 
-__all__ = ["config_folder", "signature"]
+__all__ = ["config_folder", "signature", "user_folder"]
 
 _KEY_BYTES = 32
 _log = logging.getLogger(__name__)
@@ -21,11 +21,17 @@ _log = logging.getLogger(__name__)
 
 def config_folder() -> Path:
     """Return the folder: $VIT_EDGE_CONFIG, else $XDG_CONFIG_HOME/vit-edge, else ~/.config/vit-edge."""
-    chosen = os.environ.get("VIT_EDGE_CONFIG")
+    return user_folder("CONFIG", ".config")
+
+
+def user_folder(kind: str, in_home: str) -> Path:
+    """Return vit-edge's folder of this user (XDG base directories); raises RuntimeError if no home folder is known."""
+    # Not by platformdirs: a bundled application and a device that `--on` measures have numpy and Pillow only.
+    chosen = os.environ.get(f"VIT_EDGE_{kind}")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CONFIG_HOME")
-    home = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"
+    base = os.environ.get(f"XDG_{kind}_HOME")
+    home = Path(base) if base and Path(base).is_absolute() else Path.home() / in_home
     return home / "vit-edge"
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "SCHEMA",
     "SEAL_KEY",
     "Activation",
+    "FilePrecision",
     "Manifest",
     "ModelFile",
     "is_plain_name",
@@ -65,6 +66,8 @@ OUTPUTS = ("logits", "probabilities", "top5", "top5_probabilities", "features", 
 MOST_BATCH = 1024
 # What turns logits into probabilities: one class of several, several classes at once, or nothing (regression).
 Activation: TypeAlias = Literal["softmax", "sigmoid", "none"]
+# "int8" has constant ranges; "int8-dynamic" computes the ranges of activations at run time.
+FilePrecision: TypeAlias = Literal["float32", "float16", "int8", "int8-dynamic"]
 
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
@@ -102,7 +105,7 @@ class Manifest:
     architecture: Mapping[str, Any]
     preprocessing: Preprocessing
     labels: tuple[str, ...]
-    precision: Literal["float32", "float16", "int8"]
+    precision: FilePrecision
     provenance: Mapping[str, Any]
     input: Mapping[str, Any] = field(default_factory=lambda: dict(PIXELS_INPUT))
     outputs: tuple[str, ...] = ("logits",)
@@ -121,7 +124,7 @@ class Manifest:
         for name, kinds in _KINDS.items():
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"the manifest's {name} is {type(getattr(self, name)).__name__}")
-        if self.precision not in ("float32", "float16", "int8"):
+        if self.precision not in get_args(FilePrecision):
             raise ValueError(f"the manifest's precision is {self.precision!r}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"the manifest's activation is {self.activation!r}")
@@ -190,6 +193,8 @@ class Manifest:
                 if not isinstance(known[name], list):
                     raise ValueError(f"the manifest's {name} are not a list")
                 known[name] = tuple(known[name])
+            if known["precision"] == "int8" and (known.get("quantization") or {}).get("scheme") == "dynamic":
+                known["precision"] = "int8-dynamic"  # as files were written before the two had names of their own
             manifest = cls(**known, unknown=values)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"the manifest is incomplete ({error})") from error

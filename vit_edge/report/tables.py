@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 # What a precision is called in a sentence.
-PRECISIONS = {"float32": "float32", "float16": "float16", "int8": "INT8"}
+PRECISIONS = {"float32": "float32", "float16": "float16", "int8": "INT8", "int8-dynamic": "dynamic INT8"}
 _NUMBER = re.compile(r"-|[-+]?[\d.,]+( ?%| dB| ms| MB)?( \(.*\))?")
 
 

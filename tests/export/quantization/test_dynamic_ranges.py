@@ -22,7 +22,7 @@ from vit_edge.export.graph.matmuls import find_quantizable_ops
 from vit_edge.export.quantization.coverage import coverage
 from vit_edge.export.tracing.outputs import fix_batch
 from vit_edge.metrics import sqnr_db
-from vit_edge.model_file.artifact import open_model, pack
+from vit_edge.model_file.artifact import Manifest, open_model, pack
 from vit_edge.runtime import load
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.engines.ort import make_session
@@ -93,7 +93,11 @@ def test_the_manifest_says_what_was_done_and_the_bytes_repeat(folder: Path) -> N
     assert (folder / "again.onnx").read_bytes() == first
     assert result.algorithms == ("repq", "cross-layer-equalization", "gptq-rounding")
     manifest = open_model(folder / "near.onnx").manifest
-    assert manifest.precision == "int8"
+    assert manifest.precision == "int8-dynamic"
+    # Files from before the precision had a name of its own say int8 and scheme dynamic.
+    earlier = manifest.to_json().replace('"precision": "int8-dynamic"', '"precision": "int8"')
+    assert '"precision": "int8"' in earlier
+    assert Manifest.from_json(earlier).precision == "int8-dynamic"
     assert manifest.quantization is not None
     assert (manifest.quantization["scheme"], manifest.quantization["batch"]) == ("dynamic", 1)
     assert len(manifest.quantization["images"]) == 32
