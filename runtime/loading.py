@@ -19,8 +19,8 @@ from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
+from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_with
 from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
-from vit_edge.runtime.checks.policy import LoadPolicy, Sandbox, current_policy, policy_with
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (

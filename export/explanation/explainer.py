@@ -25,7 +25,7 @@ from vit_edge.image import Pixels
 from vit_edge.metrics import Logits, decibels, sqnr_db
 from vit_edge.model_file.artifact import PIXELS_INPUT, ModelFile, open_model
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.checks.policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import NO_SANDBOX
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
 

@@ -10,11 +10,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from vit_edge.errors import ModelRejected
+from vit_edge.runtime.checks.operators import MAX_NODES
 from vit_edge.runtime.onnx_import.editing import prune
 
 __all__ = ["dangers", "free_batch", "tidy"]
 
-_MOST_NODES = 5_000
 # Per-channel DequantizeLinear begins at 13. IR 8 is read by ONNX Runtime 1.17; opsets above 20 belong to a later one.
 _LOWEST_OPSET, _IR_VERSION, _LAST_OPSET_OF_IR = 13, 8, 20
 _MOST_ELEMENTS = 2**29
@@ -25,8 +25,8 @@ def dangers(proto: Any) -> Iterator[str]:
     graph = proto.graph
     if not graph.node:
         yield "the file holds no graph"
-    if len(graph.node) > _MOST_NODES:
-        yield f"the model has {len(graph.node):,} nodes; at most {_MOST_NODES:,} are read"
+    if len(graph.node) > MAX_NODES:
+        yield f"the model has {len(graph.node):,} nodes; at most {MAX_NODES:,} are read"
     if proto.functions or proto.training_info or graph.sparse_initializer:
         yield "the model holds functions, training steps or sparse weights"
     for node in graph.node:

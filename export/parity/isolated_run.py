@@ -18,7 +18,7 @@ from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.writing import write_model
 from vit_edge.runtime.checks.acceptance import accept_own
-from vit_edge.runtime.checks.policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import NO_SANDBOX
 from vit_edge.runtime.checks.sandbox import run_apart
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, answers, make_engine
 from vit_edge.runtime.loading import load_model

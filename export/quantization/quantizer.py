@@ -40,7 +40,7 @@ from vit_edge.machine.targets import Resolved, Target, resolve_target
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.acceptance import accept_own
-from vit_edge.runtime.checks.policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import NO_SANDBOX
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
 from vit_edge.runtime.loading import load_model
 

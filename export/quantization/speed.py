@@ -17,7 +17,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.statistics import Ratio, ratio
 from vit_edge.runtime.benchmark.timing import time_calls
 from vit_edge.runtime.checks.golden import golden_images
-from vit_edge.runtime.checks.policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import NO_SANDBOX
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model

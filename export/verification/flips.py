@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from vit_edge.data.label_files import DELIMITERS
 from vit_edge.errors import DataRejected, UsageError, printable
 from vit_edge.export.verification.paired_run import PairedRun
 from vit_edge.files import may_write, read_file
@@ -240,10 +241,10 @@ class _Labels:
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
-    """Return the rows that are not empty, with our columns; commas, semicolons or tabs, UTF-8, UTF-16 or Windows."""
+    """Return the rows that are not empty, with our columns; any of DELIMITERS between, UTF-8, UTF-16 or Windows."""
     text = _decoded(read_file(file, what="flips file", max_bytes=_MAX_BYTES, error=DataRejected), file)
     first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(DELIMITERS, key=first.count)
     try:
         lines = [
             [cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)

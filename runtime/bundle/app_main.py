@@ -140,7 +140,7 @@ def _load(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> C
     from vit_edge.errors import VitEdgeError, printable
     from vit_edge.model_file.artifact import open_model
     from vit_edge.model_file.openvino_ir import open_ir
-    from vit_edge.runtime.checks.policy import NO_SANDBOX
+    from vit_edge.runtime.checks.load_policy import NO_SANDBOX
     from vit_edge.runtime.engines.protocol import EngineOptions, refuse_null
     from vit_edge.runtime.loading import load_model
 

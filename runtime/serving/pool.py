@@ -26,7 +26,7 @@ from vit_edge.errors import Closed, UsageError, VitEdgeError
 from vit_edge.image import Color, Decoding, ImageSource, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
-from vit_edge.runtime.checks.policy import Sandbox, policy_with
+from vit_edge.runtime.checks.load_policy import Sandbox, policy_with
 from vit_edge.runtime.classifier import Prediction, Prepared, check_top
 from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
 from vit_edge.runtime.loading import check_decode, load_model, open_any

@@ -38,7 +38,7 @@ def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*arguments: Any, sandbox: Any, allow_op: tuple[str, ...], **values: Any) -> Any:
-        from vit_edge.runtime.checks.policy import LoadPolicy, load_policy
+        from vit_edge.runtime.checks.load_policy import LoadPolicy, load_policy
 
         if allow_op:
             _log.warning("allowed besides the operator allow-list: %s", ", ".join(allow_op))

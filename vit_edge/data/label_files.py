@@ -13,13 +13,13 @@ from vit_edge.data.folders import rejected
 from vit_edge.errors import DataRejected, printable
 from vit_edge.files import read_file
 
-__all__ = ["find_label_file", "read_label_file"]
+__all__ = ["DELIMITERS", "find_label_file", "read_label_file"]
 
 _NAMES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv")
 # The first of these columns that is there counts; headers are compared in lower case, spaces as underscores.
 _FILE_COLUMNS = ("file", "filename", "file_name", "path", "filepath", "file_path", "image", "image_path", "image_name")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category")
-_DELIMITERS = ",;\t|"
+DELIMITERS = ",;\t|"
 _MAX_BYTES = 100_000_000
 _NUM_NAMED = 5
 
@@ -85,7 +85,7 @@ def _table(file: Path) -> tuple[list[str], list[list[str]]]:
 def _rows(text: str) -> Iterator[list[str]]:
     """Yield the rows that are not empty; the delimiter is the one that the header holds most of."""
     header = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(_DELIMITERS, key=header.count)
+    delimiter = max(DELIMITERS, key=header.count)
     for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True):
         if any(field.strip() for field in row):
             yield [unicodedata.normalize("NFC", field.strip()) for field in row]
