@@ -35,7 +35,7 @@ from vit_edge.vit import VisionTransformer, ViTConfig
 IMAGE = Path(__file__).resolve().parent.parent / "docs" / "images" / "attention_vs_convolution.png"
 SMALL = Preprocessing(resize=32, crop=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 # For all alike. The rates below did best of 3e-4, 1e-3 and 3e-3 (pretrained: 1e-4, 2e-4, 5e-4) in a fifth of the
-# minutes, judged on a tenth of the training images (`--try-rates`).
+# minutes, evaluated on a tenth of the training images (`--try-rates`).
 COMMON = Recipe(
     epochs=10_000, batch_size=64, weight_decay=0.05, warmup_fraction=0.05, crop_area=0.4, flip_probability=0.5,
     rand_augment_operations=1, rand_augment_magnitude=9, label_smoothing=0.1, validation_fraction=0.1,

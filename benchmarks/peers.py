@@ -1,4 +1,4 @@
-"""Measure our INT8 files beside those of other tools: the same float file and images for all, in one run.
+"""Measure our INT8 files against those of other tools: the same float file and images for all, in one run.
 
     python benchmarks/peers.py FLOAT.onnx --calibration DIR --data LABELLED
         [--make "--target x86-vnni"]... [--ours INT8.onnx]... [--plain PLAIN.onnx] [--limit N] [--json FILE]

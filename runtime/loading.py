@@ -61,7 +61,7 @@ def load(
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
 ) -> Classifier:
-    """Return a classifier from a model file: ours (`.onnx`, or OpenVINO's `.xml` beside its `.bin`), or any ONNX one.
+    """Return a classifier from a model file: ours (`.onnx`, or OpenVINO's `.xml` next to its `.bin`), or any ONNX one.
 
     - `engine` "auto" is what `vit-edge tune` found fastest for this file on this machine, else the first installed of
       ONNX Runtime and OpenVINO that has the device and that the file is promised for. Nothing is measured here.

@@ -167,7 +167,7 @@ def escaped(text: str, *, keep: str = "\n") -> str:
 def require(module: str, *, extra: str, what: str) -> ModuleType:
     """Import and return `module`; raises MissingExtra, which says what to install, if it cannot be imported.
 
-    A package that is installed may fail beside an older protobuf or another NumPy: then the versions are named.
+    A package that is installed may fail with an older protobuf or another NumPy: then the versions are named.
     """
     package = module.split(".", maxsplit=1)[0]
     try:

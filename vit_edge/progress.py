@@ -14,4 +14,4 @@ class Progress(Protocol):
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Report to nobody."""
+    """Report nothing."""

@@ -32,7 +32,7 @@ def train(
 ) -> TrainResult:
     """Train on `data` and leave best and last checkpoint, state, log and images in the folder `out`.
 
-    The validation images choose the best epoch; the test images, where there are any, judge it once at the end.
+    The validation images choose the best epoch; if there are test images, it is evaluated on them once at the end.
     Raises DataRejected, UsageError, EngineUnavailable, and Interrupted after SIGINT or SIGTERM, when the step was
     finished and everything saved. Under torchrun each process calls this, and one of them writes.
     """

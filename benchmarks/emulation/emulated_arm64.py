@@ -106,7 +106,7 @@ def mirror() -> str:
 
 
 def build_root(root: Path) -> None:
-    """Build an arm64 Debian with Python and an SSH server, and the wheels of the runtime beside it."""
+    """Build an arm64 Debian with Python and an SSH server, and the wheels of the runtime next to it."""
     print("building an arm64 Debian: about three minutes", flush=True)
     wanted = "--include=python3,openssh-server,openssh-sftp-server"
     run(["debootstrap", "--arch=arm64", "--variant=minbase", wanted, RELEASE, str(root), mirror()])
@@ -150,7 +150,7 @@ def ssh_server(root: Path, folder: Path) -> Iterator[str]:
 
 
 def ask(model: Path, images: Path, count: int, address: str, folder: Path) -> list[str]:
-    """Print what the device answers beside what this machine does; returns what is wrong."""
+    """Print what the device answers and what this machine does; returns what is wrong."""
     images_NHWC = read_pixels(model, images, count)
     with load(model, engine="onnxruntime") as classifier:
         here_BK = np.concatenate([classifier.logits(image[None]) for image in images_NHWC])

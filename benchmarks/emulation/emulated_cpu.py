@@ -7,7 +7,7 @@
 What `--target portable` promises is checked: top-1 equal wherever the native top-2 gap exceeds 0.5, SQNR of the logits
 at least 28 dB, on 32 images; the exit code is 1 where it is broken (DeiT-tiny in OpenVINO: 25.9 dB with the recipe
 `fast`, 29.7 dB with `accurate`; docs/quantization.md has the reason). Files of other targets promise nothing there:
-their figures are printed, and loading has to warn. With the project's data beside the clone the network is DeiT-tiny on
+their figures are printed, and loading has to warn. Where the data folder is present the network is DeiT-tiny on
 photographs (the evaluation ones, without labels: nothing is tuned by them), else a small ViT on handwritten digits.
 Emulation is 200 times slower: some 2 s an image.
 """

@@ -1,4 +1,4 @@
-"""From a file to an answer: our runtime beside torchvision with PyTorch eager and beside Hugging Face's pipeline.
+"""From a file to an answer: our runtime against torchvision with PyTorch eager and against Hugging Face's pipeline.
 
     python benchmarks/runtime/end_to_end.py CHECKPOINT --models FLOAT.onnx INT8.onnx --images EVALUATION
 

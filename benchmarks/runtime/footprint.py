@@ -4,7 +4,7 @@
 
 For each engine a fresh virtual environment gets `vit-edge[ENGINE]` built from this clone. Sizes are those of the files
 that the packages list, without what pip and setuptools bring. Times and memory are medians of fresh processes, each
-with more in it: numpy, Pillow and the engine; a graph of one node, which shows what the engine holds for itself; beside
+with more in it: numpy, Pillow and the engine; a graph of one node, which shows what the engine holds for itself, and
 the first, `vit_edge.runtime`; the model loaded, checked and run. Writes a section of docs/results.md.
 """
 

@@ -1,4 +1,4 @@
-"""Is our harness right? Beside LoadGen, beside a bare loop of `session.run`, beside OpenVINO's benchmark_app.
+"""Is our harness right? Against LoadGen, a bare loop of `session.run`, and OpenVINO's benchmark_app.
 
     python benchmarks/runtime/harness.py MODEL.onnx... [--rounds 30] [--queries 64]
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def against_loadgen_and_bare(
     name: str, path: Path, model: ModelFile, engine: str, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Return our medians beside LoadGen's, of the same loaded model, and beside a bare loop over the same graph."""
+    """Return our medians and LoadGen's, of the same loaded model, and those of a bare loop over the same graph."""
     candidate = Candidate(str(path), model, engine, ONE, 1)
     bare = bare_loop(model, engine, candidate)
     candidate.warm_up()
@@ -141,7 +141,7 @@ def bare_loop(model: ModelFile, engine: str, candidate: Candidate) -> Callable[[
 def against_app(
     name: str, path: Path, model: ModelFile, app: tuple[str, Path], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return our median beside that of benchmark_app's synchronous mode; both with a static batch of one.
+    """Return our median and that of benchmark_app's synchronous mode; both with a static batch of one.
 
     It gets the graph as our runtime gives it to OpenVINO: what the manifest leaves out for OpenVINO is left out.
     """

@@ -5,7 +5,7 @@
     curl --data-binary @image.jpg -H "Content-Type: image/jpeg" localhost:8000/classify
     curl localhost:8000/healthz
 
-The settings are environment variables; README.md beside this file lists them, and every answer but 200.
+The settings are environment variables; README.md next to this file lists them, and every answer but 200.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def check_record(
     measure_speed: bool = True,
     progress: Progress = silent,
 ) -> Deployment:
-    """Check the files beside a record, verify them again, measure them here, and bring the record up to date.
+    """Check the files next to a record, verify them again, measure them here, and bring the record up to date.
 
     `data` is the folder of the evaluation images if they moved; the record's paths are relative to the record. Speed is
     measured unless the deployment left it out. Raises NotTrusted if a file or image is not the one of the record, and

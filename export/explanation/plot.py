@@ -71,10 +71,10 @@ def _draw_noise(panel: Any, layers: Sequence[Layer]) -> None:
         return
     panel.bar(positions, [share or 0.0 for share in shares], color=_NOISE, label="share of the noise")
     panel.set_ylabel("share of the noise\nin the logits, %")
-    beside = panel.twinx()
-    beside.plot(positions, levels, color="black", marker=".", linewidth=0.6, label="SQNR of the output")
-    beside.set_ylabel("SQNR of the output, dB")
-    marks = [mark for axis in (panel, beside) for mark in axis.get_legend_handles_labels()[0]]
+    right_axis = panel.twinx()
+    right_axis.plot(positions, levels, color="black", marker=".", linewidth=0.6, label="SQNR of the output")
+    right_axis.set_ylabel("SQNR of the output, dB")
+    marks = [mark for axis in (panel, right_axis) for mark in axis.get_legend_handles_labels()[0]]
     panel.legend(handles=marks, fontsize=8, loc="upper center", ncols=2)
 
 

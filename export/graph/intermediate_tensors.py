@@ -44,7 +44,7 @@ class Activations:
         self._input = self._session.get_inputs()[0].name
         self.num_copies = 1  # of an image, where the graph takes no other number
         self._axes: list[int | None] | None = None  # of the images in each tensor
-        self.num_at_once: int | None = None  # told by the first batch
+        self.num_at_once: int | None = None  # set by the first batch
 
     def of(self, images: Sequence[Array]) -> Iterator[list[Array]]:
         """Yield the tensors of each image in order; raises ModelRejected where the graph does not run."""

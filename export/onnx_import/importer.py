@@ -94,7 +94,7 @@ def import_onnx(
       pixels. `layout` is needed only if neither the shape nor the graph shows it.
     - `output` names the logits if they are not the first output [batch, classes].
     - `activation` is what turns the logits into probabilities; a Softmax or Sigmoid that ends the graph is found.
-    - `assumed` names settings that nobody specified; the file keeps the list.
+    - `assumed` names settings that were not specified; the file keeps the list.
 
     An engine that gives other logits is left out with a warning; ONNX Runtime must give the same. Raises ModelRejected,
     UsageError if an argument does not fit the graph, VerificationFailed.

@@ -27,11 +27,11 @@ _BATCH = "vit_edge.batch"
 
 def shape_tensors(graph: onnx.GraphProto) -> list[str]:
     """Return the tensors that depend on the images by their shape alone, in graph order."""
-    told = {tensor.name for tensor in graph.initializer}
+    known = {tensor.name for tensor in graph.initializer}
     found = []
     for node in graph.node:
-        if node.op_type in ("Shape", "Size") or (node.input and {name for name in node.input if name} <= told):
-            told |= set(node.output)
+        if node.op_type in ("Shape", "Size") or (node.input and {name for name in node.input if name} <= known):
+            known |= set(node.output)
             found += [name for name in node.output if name]
     return found
 

@@ -165,7 +165,7 @@ def _peaks(
 ) -> dict[str, float]:
     """Return the averaged largest value of each tensor that is not always zero.
 
-    In a pass of its own: tensors that are looked at beside others change how ONNX Runtime fuses, and so their last bit.
+    In a pass of its own: observed with others, tensors change how ONNX Runtime fuses, and so their last bit.
     """
     if not tensors:
         return {}

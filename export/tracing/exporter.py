@@ -88,7 +88,7 @@ def export_onnx(
     """Write the model file `out`, proven before it appears, from what `convert` reads or any torch image classifier.
 
     `labels` take the place of those in a checkpoint; a module has no labels, preprocessing or name of its own, and
-    `assumed` names what of these nobody knew. Parity also runs on the images in `data`. Raises CheckpointRejected,
+    `assumed` names what of these was not known. Parity also runs on the images in `data`. Raises CheckpointRejected,
     UsageError (also where `out` exists, unless `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other
     logits than PyTorch, MissingExtra where either is not installed.
     """

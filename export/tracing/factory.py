@@ -22,7 +22,7 @@ __all__ = ["factory_preprocessing", "is_factory", "make_network"]
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 _NUM_NAMED = 5
-# What most classifiers are trained and judged with, where nobody says otherwise.
+# What most classifiers are trained and evaluated with, unless specified otherwise.
 _SIDE, _CROP_FRACTION = 224, 0.875
 
 

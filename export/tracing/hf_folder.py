@@ -31,9 +31,9 @@ def folder_of(model: ModelFile) -> dict[str, bytes]:
     `config.json` says "vit" for every relative: the class that reads it decides how images come in and logits out, and
     the network itself is in the ONNX file.
     """
-    beside = {} if model.weights is None else {"onnx/model.onnx.data": model.weights}
+    weights_file = {} if model.weights is None else {"onnx/model.onnx.data": model.weights}
     return {
-        **beside,
+        **weights_file,
         "config.json": _json(_config(model.manifest)),
         "preprocessor_config.json": _json(_preprocessor(model.manifest.preprocessing)),
         "onnx/model.onnx": model.data,

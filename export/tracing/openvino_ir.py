@@ -64,7 +64,7 @@ def main(name: str) -> int:
     folder = Path(name)
     model = open_model(folder / _MODEL, warn=False)
     graph = model.graph()
-    # By path: weights that lie beside the file are found from there.
+    # By path: weights that lie next to the file are found from there.
     (folder / _BARE).write_bytes(graph.SerializeToString(deterministic=True))
     core = openvino.Core()
     converted = core.read_model(folder / _BARE)

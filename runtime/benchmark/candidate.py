@@ -61,7 +61,7 @@ class Candidate:
 
     @property
     def size_bytes(self) -> int:
-        """Return the size of the file, and of the weights beside it."""
+        """Return the size of the file, and of the weights next to it."""
         own = self.model.data if isinstance(self.model, ModelFile) else self.model.xml
         return len(own) + len(self.model.weights or b"")
 

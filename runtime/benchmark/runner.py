@@ -105,7 +105,7 @@ def _candidates(opened: dict[str, Model], options: BenchmarkOptions, stack: Exit
     mixes = itertools.product(opened.items(), *(dict.fromkeys(values) for values in each))
     for (path, model), engine, device, precision, batch_size, threads in mixes:
         if isinstance(model, IrModel) and engine == "onnxruntime" and not options.engines:
-            continue  # it cannot read it, and nobody asked for it
+            continue  # it cannot read it, and it was not asked for
         mix = EngineOptions(device=device, float_precision=precision, threads=threads)
         try:
             candidate = _candidate(path, model, engine, mix, batch_size, options)
@@ -164,7 +164,7 @@ def _warn_unsettled(candidate: Candidate) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Extras:
-    """What is measured beside the latency: by file, by engine with its options, and by candidate."""
+    """What is measured next to the latency: by file, by engine with its options, and by candidate."""
 
     macs: dict[str, Mapping[str, int] | None] = field(default_factory=dict)
     peaks: dict[tuple[str, EngineOptions], Peak] = field(default_factory=dict)

@@ -203,7 +203,7 @@ def _find_protobuf(app: Path) -> None:
         factory = importlib.import_module("google.protobuf.message_factory")
     except ImportError as error:
         raise MissingExtra("cannot run", file=app, reason=str(error), remedy=remedy) from error
-    if not hasattr(factory, "GetMessageClass"):  # since 4.22; another one beside it would break what else imports it
+    if not hasattr(factory, "GetMessageClass"):  # since 4.22; a second one would break what else imports it
         version = importlib.import_module("google.protobuf").__version__
         reason = f"the protobuf installed here, {version}, is too old"
         raise MissingExtra("cannot run", file=app, reason=reason, remedy=remedy)

@@ -191,7 +191,7 @@ def _imported(source: bytes) -> Iterator[str]:
 def _protobuf() -> tuple[str | None, dict[str, bytes]]:
     """Return the version and members of the installed protobuf's pure-Python part, with its licence.
 
-    Without its licence beside it, it is left out, and the log says so.
+    Without its licence next to it, it is left out, and the log says so.
     """
     licences = _licences("protobuf", FALLBACK)
     if not licences:

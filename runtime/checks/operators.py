@@ -135,8 +135,8 @@ def _problems(proto: Any, model: ModelFile, allowed: Collection[str]) -> Iterato
             if attribute.HasField("t"):
                 yield from _tensor_problems(attribute.t, f"a constant of node {node.name!r}")
     for tensor in graph.initializer:
-        beside = model.weights is not None and _lies_beside(tensor, model)
-        yield from _tensor_problems(tensor, f"tensor {tensor.name!r}", beside=beside)
+        external = model.weights is not None and _lies_beside(tensor, model)
+        yield from _tensor_problems(tensor, f"tensor {tensor.name!r}", external=external)
     yield from _interface_problems(graph, model)
 
 
@@ -172,7 +172,7 @@ def _input_problems(node: Any) -> Iterator[str]:
 
 
 def _lies_beside(tensor: Any, model: ModelFile) -> bool:
-    """Return whether the tensor is a part of the verified weights beside the file, as long as its shape says."""
+    """Return whether the tensor is a part of the verified weights next to the file, as long as its shape says."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if entries.keys() != {"location", "offset", "length"} or not model.weights or not model.manifest.weights:
         return False
@@ -183,8 +183,8 @@ def _lies_beside(tensor: Any, model: ModelFile) -> bool:
     return fits and entries["location"] == model.manifest.weights["file"] and first + length <= len(model.weights)
 
 
-def _tensor_problems(tensor: Any, name: str, *, beside: bool = False) -> Iterator[str]:
-    if not beside and (tensor.data_location or tensor.external_data):
+def _tensor_problems(tensor: Any, name: str, *, external: bool = False) -> Iterator[str]:
+    if not external and (tensor.data_location or tensor.external_data):
         yield f"{name} lies in another file"
     if len(tensor.dims) > _MAX_RANK or any(not 0 <= size < 2**31 for size in tensor.dims):
         yield f"{name} has the shape {list(tensor.dims)}"

@@ -150,7 +150,7 @@ def _open_session(model: ModelFile, options: EngineOptions) -> tuple[Any, str | 
 
 
 def _precision(provider: str, options: EngineOptions) -> tuple[str | None, dict[str, str]]:
-    """Return what the float parts are computed in, None where nobody says, and the provider's options for it."""
+    """Return what the float parts are computed in, None if unspecified, and the provider's options for it."""
     possible = _PRECISIONS.get(provider, {})
     chosen: str | None = options.float_precision or next(iter(possible), None)
     if chosen is not None and chosen not in possible:
@@ -201,7 +201,7 @@ def _name_of_batch(model: ModelFile) -> str:
 
 
 def _load(model: ModelFile, settings: Any, providers: Sequence[Any]) -> Any:
-    """Return a session over the verified bytes; weights that lie beside the file are given as bytes too.
+    """Return a session over the verified bytes; weights that lie next to the file are given as bytes too.
 
     Releases before 1.24 take such weights from a path only.
     """

@@ -141,7 +141,7 @@ class Engine(Protocol):
         ...
 
     def twin(self) -> Engine:
-        """Return another engine over the same loaded model, that runs beside this one and is closed apart."""
+        """Return another engine over the same loaded model, that runs next to this one and is closed apart."""
         ...
 
     def close(self) -> None:
@@ -281,9 +281,9 @@ def log_fallback(fallback: str) -> str:
 
 @contextmanager
 def private_copy(model: ModelFile) -> Iterator[Path]:
-    """Yield the path of a copy of the verified bytes, weights beside it, in a folder that only this user can read.
+    """Yield the path of a copy of the verified bytes, weights next to it, in a folder that only this user can read.
 
-    For engines that take weights beside a file from a path only: given bytes they look in the current folder.
+    For engines that take weights next to a file from a path only: given bytes they look in the current folder.
     """
     with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
         (Path(name) / "model.onnx").write_bytes(model.data)

@@ -12,7 +12,7 @@ Signature: TypeAlias = tuple[tuple[int, int, int, int] | None, ...]
 
 
 def signature_of(path: str | os.PathLike[str]) -> Signature | None:
-    """Return device, inode, size and time of change of the file that `path` leads to, and of what may lie beside it.
+    """Return device, inode, size and time of change of the file that `path` leads to, and of what may lie next to it.
 
     That is the `.bin` of an IR, and the `.data` of a network over 2 GiB. None where there is no such file.
     """

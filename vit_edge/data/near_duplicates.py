@@ -1,6 +1,6 @@
 """Find re-encoded copies: images that differ in every pixel's last bits and still show the very same thing.
 
-An image that calibrated a model and judges it too is found by its pixel hash, but one more JPEG encoding changes that
+An image that calibrates a model and evaluates it too is found by its pixel hash, but one more encoding changes that
 hash. Such copies are common where data sets meet (3 and 10 % of CIFAR's test images: Barz and Denzler, "Do we train
 on test data?", 2020). Compared here are grey thumbnails, as "80 million tiny images" did (Torralba, Fergus and Freeman,
 IEEE PAMI 30, 2008): the means over a grid of 8 x 8 hardly move when a file is encoded again or scaled.

@@ -198,8 +198,8 @@ def _cgroup_folders() -> Iterator[Path]:
     """Yield the folder of each control group that this process is in, and of those above."""
     mounts = _ROOT / "sys" / "fs" / "cgroup"
     lines = [line.split(":", 2) for line in _text(_ROOT / "proc" / "self" / "cgroup").splitlines()]
-    told = {controllers: path for _, controllers, path in (line for line in lines if len(line) == 3)}
-    own = {name: path for controllers, path in told.items() for name in controllers.split(",")}
+    by_controllers = {controllers: path for _, controllers, path in (line for line in lines if len(line) == 3)}
+    own = {name: path for controllers, path in by_controllers.items() for name in controllers.split(",")}
     for name, tops in (("", (mounts, mounts / "unified")), ("cpu", (mounts / "cpu", mounts / "cpu,cpuacct"))):
         path = Path(own.get(name, "/"))
         inner = path.relative_to("/") if path.is_absolute() and ".." not in path.parts else Path()

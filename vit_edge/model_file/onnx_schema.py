@@ -1,7 +1,7 @@
 """The part of ONNX's protobuf schema that vit-edge reads, for devices that have no onnx package.
 
 Field numbers are those of onnx.proto (the ONNX IR specification, version 13); fields that are not listed here survive
-as unknown fields. The messages live in a pool of their own, so the onnx package may be loaded beside them.
+as unknown fields. The messages live in a pool of their own, so the onnx package may be loaded as well.
 """
 
 from __future__ import annotations

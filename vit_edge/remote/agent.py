@@ -51,7 +51,7 @@ class Agent:
         (self.folder / _MARKER).write_text(json.dumps(owner), encoding="utf-8")
 
     def say(self, **message: Any) -> None:
-        """Write one answer; nobody may be there to read it any more."""
+        """Write one answer; the reader may be gone."""
         with self._speaking, contextlib.suppress(OSError, ValueError):
             sys.stdout.write(f"{MARK}{json.dumps(message)}\n")
             sys.stdout.flush()

@@ -134,7 +134,7 @@ class Ssh:
 
 
 class Adb:
-    """An Android device over adb, with a Python in its shell's PATH; unverified: nobody ran it on one."""
+    """An Android device over adb, with a Python in its shell's PATH; unverified: never run on one."""
 
     def __init__(self, address: str, serial: str) -> None:
         self.address, self._serial, self._adb = address, serial, _program("adb", address)

@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def num_images(self) -> int:
-        """Return how many images were judged."""
+        """Return how many images were evaluated."""
         return int(self.confusion.sum())
 
     @property

@@ -148,7 +148,7 @@ RECIPES: dict[str, Recipe] = {
         epochs=36, learning_rate=6e-4, adam_beta2=0.98, rotate_degrees=10.0, shift_fraction=0.08, scale_fraction=0.1
     ),
     # For pretrained weights on a set of hundreds or thousands of images. DeiT-tiny on 301 images of pizza, steak
-    # and sushi, judged on 149 others: 91 % at this rate, as at half of it; 5e-4 forgets more than it learns.
+    # and sushi, evaluated on 149 others: 91 % at this rate, as at half of it; 5e-4 forgets more than it learns.
     "finetune": Recipe(
         epochs=8, batch_size=16, learning_rate=2e-4, layer_decay=0.75, crop_area=0.35, flip_probability=0.5
     ),

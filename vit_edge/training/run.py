@@ -170,24 +170,24 @@ class Run:
         return True
 
     def finish(self) -> TrainResult:
-        """Judge the best checkpoint once, on the test split where there is one, and write what remains."""
+        """Evaluate the best checkpoint once, on the test split where there is one, and write what remains."""
         best = load_checkpoint(self.folder.best)
         split, split_images = ("test", self.test) if self.test else ("validation", self.validation)
-        judged = self.loop.evaluate(split_images, model=best.model.to(self.device)) if split_images else None
+        evaluated = self.loop.evaluate(split_images, model=best.model.to(self.device)) if split_images else None
         self.processes.wait()
-        if judged and split_images and self.processes.is_writer:
-            evaluation = self._evaluation(split, split_images, judged)
+        if evaluated and split_images and self.processes.is_writer:
+            evaluation = self._evaluation(split, split_images, evaluated)
             save_checkpoint(self.folder.best, replace(best, evaluation=evaluation))
-            title = f"{split}: {judged.top1:.1f} % of {judged.num_images}"
-            draw_confusion(self.folder.confusion, judged.confusion, self.class_names, title=title)
+            title = f"{split}: {evaluated.top1:.1f} % of {evaluated.num_images}"
+            draw_confusion(self.folder.confusion, evaluated.confusion, self.class_names, title=title)
         if self.processes.is_writer:
             draw_curves(self.folder.curves, self.folder.events("step"), self.folder.events("epoch"))
         return TrainResult(
             checkpoint=self.folder.best,
             last_checkpoint=self.folder.last,
-            split=split if judged else None,
-            top1=judged.top1 if judged else None,
-            num_images=judged.num_images if judged else 0,
+            split=split if evaluated else None,
+            top1=evaluated.top1 if evaluated else None,
+            num_images=evaluated.num_images if evaluated else 0,
             validation_top1=self.memory["best_top1"],
             best_epoch=self.memory["best_epoch"],
             num_training_images=self.training.images.num_images,
@@ -246,22 +246,22 @@ class Run:
         return loss
 
     def _end_epoch(self, board: Any) -> None:
-        judged = self.loop.evaluate(self.validation) if self.validation else None
+        evaluated = self.loop.evaluate(self.validation) if self.validation else None
         epoch = self.loop.step // self.loop.batches.steps_per_epoch
-        top1, loss = (judged.top1, judged.loss) if judged else (None, None)
+        top1, loss = (evaluated.top1, evaluated.loss) if evaluated else (None, None)
         values = {"step": self.loop.step, "epoch": epoch, "top1": top1, "validation_loss": loss}
         self.folder.note("epoch", values)
-        if judged:
+        if evaluated:
             board.add_scalar("validation/top1", top1, self.loop.step)
             board.add_scalar("validation/loss", loss, self.loop.step)
         _log.info("epoch %d of %d: %s", epoch, self.recipe.epochs, values)
         self.memory["top1"] = top1
         best = self.memory["best_top1"]
-        if judged and best is not None and (best, -self.memory["best_loss"]) >= (judged.top1, -judged.loss):
+        if evaluated and best is not None and (best, -self.memory["best_loss"]) >= (evaluated.top1, -evaluated.loss):
             return
         self.memory |= {"best_top1": top1, "best_loss": loss, "best_epoch": epoch}
         if self.processes.is_writer:
-            save_checkpoint(self.folder.best, self._checkpoint(judged))
+            save_checkpoint(self.folder.best, self._checkpoint(evaluated))
 
     def _save(self) -> None:
         """Write state, last checkpoint and log; the state last, so that what it knows of is there."""
@@ -272,7 +272,7 @@ class Run:
         self.folder.keep_previous_state()
         save_state(self.folder.state, self.loop, identity=self._identity(), memory=self.memory)
 
-    def _checkpoint(self, judged: Evaluation | None) -> Checkpoint:
+    def _checkpoint(self, evaluated: Evaluation | None) -> Checkpoint:
         model = self.loop.averaged()
         assert isinstance(model, VisionTransformer)
         source = self.start.source
@@ -285,7 +285,9 @@ class Run:
             "processes": self.processes.world_size,
             "torch": torch.__version__,
         }
-        evaluation = self._evaluation("validation", self.validation, judged) if self.validation and judged else None
+        evaluation = (
+            self._evaluation("validation", self.validation, evaluated) if self.validation and evaluated else None
+        )
         return Checkpoint(
             name=self.start.name,
             model=model.eval(),
@@ -298,12 +300,12 @@ class Run:
             assumed=tuple(a for a in source.assumed if a != "labels" or not self.head_replaced) if source else (),
         )
 
-    def _evaluation(self, split: str, split_images: SplitImages, judged: Evaluation) -> dict[str, Any]:
+    def _evaluation(self, split: str, split_images: SplitImages, evaluated: Evaluation) -> dict[str, Any]:
         return {
             "split": split,
             "data_sha256": set_hash(split_images.hashes),
-            "num_images": judged.num_images,
-            "top1": judged.top1,
+            "num_images": evaluated.num_images,
+            "top1": evaluated.top1,
             "engine": "torch",
         }
 

@@ -100,7 +100,7 @@ class CalibrationCache:
     snapshot_s: float = _SNAPSHOT_S
 
     def entry(self, key: str, first_digest: str) -> CacheEntry:
-        """Return the entry of a calibration by its key and its first image: others are told apart by the chain."""
+        """Return the entry of a calibration by its key and its first image: others are distinguished by the chain."""
         name = sha256_hex(f"{key} {first_digest}".encode())
         return CacheEntry(self.folder / f"{name}{_SUFFIX}", name=name, snapshot_s=self.snapshot_s)
 

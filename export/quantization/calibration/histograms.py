@@ -48,7 +48,7 @@ class Histogram:
             raise ValueError("holds values that are not finite")
         self._cover(min(self.low, low), max(self.high, high))
         # Exact: a power of two.
-        # In float64, where no small value becomes zero: that would be the bin beside its own.
+        # In float64, where no small value becomes zero: that would be the bin next to its own.
         bins = np.floor(values.ravel() * np.float64(2.0**-self.exponent)).astype(np.int64) - self.first
         self.counts += np.bincount(bins, minlength=len(self.counts))
 
@@ -151,9 +151,9 @@ def _divergence(counts: Counts, start: int, end: int, levels: int) -> float:
     starts = np.unique(np.linspace(0, len(inside), levels, endpoint=False).astype(int))
     sizes = np.diff(np.append(starts, len(inside)))
     shares = np.add.reduceat(inside, starts) / np.maximum(np.add.reduceat(inside > 0, starts, dtype=np.int64), 1)
-    told = np.repeat(shares, sizes) * (inside > 0)
-    told = told / max(told.sum(), 1) * (1 - _SMOOTHING) + filled * _SMOOTHING / filled.sum()
-    return float(rel_entr(reference / reference.sum(), told).sum())
+    spread = np.repeat(shares, sizes) * (inside > 0)
+    spread = spread / max(spread.sum(), 1) * (1 - _SMOOTHING) + filled * _SMOOTHING / filled.sum()
+    return float(rel_entr(reference / reference.sum(), spread).sum())
 
 
 def _squared_error(values: Floats, counts: Counts, low: float, high: float, levels: int) -> float:

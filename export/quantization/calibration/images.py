@@ -21,7 +21,7 @@ class CalibrationImages:
     `hashes` and `fingerprints` are those of the last pass: of the pixels, and what `near_duplicates` compares.
 
     Images that cannot be used are skipped and named in the log; a pass raises DataRejected when they are over 1 %,
-    or where an image is among `judging`, the pixel hashes of those that will judge.
+    or where an image is among `judging`, the pixel hashes of the evaluation images.
     """
 
     def __init__(

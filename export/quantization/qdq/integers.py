@@ -24,7 +24,7 @@ Activation: TypeAlias = Literal["uint8", "int8"]
 Float32: TypeAlias = npt.NDArray[np.float32]
 # A tensor that is constant, or a channel of zeros, has no range to divide by.
 _NO_RANGE_SCALE = 1e-8
-# Networks that nobody trained have activations of 1e-9; two scales of 1e-18 still multiply to a normal float32.
+# Networks that are not trained have activations of 1e-9; two scales of 1e-18 still multiply to a normal float32.
 _SMALLEST_SCALE = 1e-18
 # Biases are added as int32 in steps of input scale times weight scale; half of them are left for the sum itself.
 _LARGEST_BIAS = 2**30
@@ -51,7 +51,7 @@ def quantize_weight(array: Float32, *, axis: int, bits: int) -> QuantizedWeight:
 def with_room(weight: QuantizedWeight, biases_O: Float32, *, input_scale: np.float32, axis: int) -> QuantizedWeight:
     """Return the weight with larger scales where a bias over its channel's scale would not fit into 32 bits.
 
-    That is where a channel has hardly any weights beside its bias: of those, fewer steps are no loss.
+    That is where a channel has hardly any weights compared with its bias: of those, fewer steps are no loss.
     """
     needed_O = (np.abs(biases_O, dtype=np.float64) / (float(input_scale) * _LARGEST_BIAS)).astype(np.float32)
     if (needed_O <= weight.scales).all():

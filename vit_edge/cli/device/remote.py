@@ -234,8 +234,8 @@ def parts(path: Path) -> list[tuple[str, Path]]:
     if is_third_party(path):
         return [("model.onnx", path)]
     weights = open_model(path, warn=False).manifest.weights
-    beside = [] if weights is None else [(weights["file"], path.parent / weights["file"])]
-    return [("model.onnx", path), *beside]
+    weights_file = [] if weights is None else [(weights["file"], path.parent / weights["file"])]
+    return [("model.onnx", path), *weights_file]
 
 
 def _readable(path: Path) -> Path:

@@ -124,8 +124,8 @@ def _shown(result: Any) -> list[str]:
     lines = [f"checkpoint: {result.checkpoint} (epoch {result.best_epoch}); the last one: {result.last_checkpoint}"]
     if result.head_replaced:
         lines.insert(0, "the head was replaced: the images have other classes than the checkpoint")
-    judged = f"{result.top1:.2f} % of {result.num_images} {result.split} images are right" if result.split else ""
-    return [f"{judged or 'no evaluation images were left'} ({trained})", *lines]
+    summary = f"{result.top1:.2f} % of {result.num_images} {result.split} images are right" if result.split else ""
+    return [f"{summary or 'no evaluation images were left'} ({trained})", *lines]
 
 
 def _recipe(name: str, changes: tuple[str, ...], given: dict[str, Any]) -> Recipe:
