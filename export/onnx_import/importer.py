@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,8 @@ def import_onnx(
     An engine that gives other logits is left out with a warning; ONNX Runtime must give the same. Raises ModelRejected,
     UsageError if an argument does not fit the graph, VerificationFailed.
     """
-    target = (
-        None
-        if out is None
-        else may_write(Path(out), force=force, made_from=None if isinstance(source, bytes) else source)
-    )
+    made_from = None if isinstance(source, bytes) else source
+    target = None if out is None else may_write(Path(out), force=force, made_from=made_from)
     given = _Given(
         preprocessing=preprocessing,
         labels=tuple(labels),
@@ -114,20 +112,8 @@ def import_onnx(
         assumed=tuple(assumed),
     )
     file, notes = "the bytes given" if isinstance(source, bytes) else printable(source), list[str]()
-    try:
-        progress("importing", 0, _STAGES)
-        model, reference = _imported(source, file, given, notes)
-        progress("importing", 1, _STAGES)
-        finished, parity = _proven(model, reference, real_images, notes)
-        progress("importing", 2, _STAGES)
-        for engine in sorted({result.engine for result in parity}):
-            load_elsewhere(finished, engine=engine)
-        progress("importing", 3, _STAGES)
-    except (ModelRejected, UsageError, VerificationFailed) as error:
-        error.what = "cannot import" if error.what == "cannot load" else error.what
-        error.file = error.file if error.file not in (None, "the bytes given") else file
-        error.remedy = error.remedy.replace("{file}", file)
-        raise
+    with _cannot_import(file):
+        finished, parity = _checked(source, file, given, notes, real_images, progress)
     if target is not None:
         write_model(target, finished)
     warn_of_assumed(assumed, file)
@@ -147,6 +133,38 @@ class _Given:
     activation: Activation | None
     name: str | None
     assumed: tuple[str, ...]
+
+
+def _checked(
+    source: str | os.PathLike[str] | bytes,
+    file: str,
+    given: _Given,
+    notes: list[str],
+    real_images: Iterable[Pixels],
+    progress: Progress,
+) -> tuple[ModelFile, Sequence[Parity]]:
+    """Return the finished file, which loads in each engine that gives the logits of the source, and the parities."""
+    progress("importing", 0, _STAGES)
+    model, reference = _imported(source, file, given, notes)
+    progress("importing", 1, _STAGES)
+    finished, parity = _proven(model, reference, real_images, notes)
+    progress("importing", 2, _STAGES)
+    for engine in sorted({result.engine for result in parity}):
+        load_elsewhere(finished, engine=engine)
+    progress("importing", 3, _STAGES)
+    return finished, parity
+
+
+@contextmanager
+def _cannot_import(file: str) -> Iterator[None]:
+    """Say in each refusal that the file cannot be imported, and name it."""
+    try:
+        yield
+    except (ModelRejected, UsageError, VerificationFailed) as error:
+        error.what = "cannot import" if error.what == "cannot load" else error.what
+        error.file = error.file if error.file not in (None, "the bytes given") else file
+        error.remedy = error.remedy.replace("{file}", file)
+        raise
 
 
 def _imported(
