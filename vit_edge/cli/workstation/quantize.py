@@ -57,7 +57,7 @@ _NUM_NAMED = 8
     help="portable: the same predictions on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for that "
     "hardware. auto: for this machine. FILE: from `vit-edge doctor --json` on the device.",
 )
-@click.option("-o", "--out", type=_PATH, help="Write this file  [default: model.int8.onnx or model.float16.onnx].")
+@click.option("-o", "--out", type=_PATH, help="Write this file  [default: MODEL.int8.onnx or .float16.onnx here].")
 @option_group(
     "Accuracy budget",
     click.option(
@@ -151,7 +151,7 @@ def quantize(
     from vit_edge.export import quantize as quantize_model
 
     options = _options(values)
-    out = out or Path("model.float16.onnx" if options.precision == "float16" else "model.int8.onnx")
+    out = out or Path(f"{model.stem}.{'float16' if options.precision == 'float16' else 'int8'}.onnx")
     with _resumable(kept=calibration is not None and options.use_cache), progress_bar() as progress:
         source = _open(model, values, progress)
         _say_certifiable(data, source, options)
