@@ -46,12 +46,12 @@ def train(
         run = Run(data, folder, recipe=recipe, options=options, processes=processes, device=device)
         run.prepare(progress)
         with stop_requested() as stop:
-            finished = run.fit(stop, on_progress)
+            finished = run.fit(stop, on_progress, progress)
         if not finished:
             reason = f"stopped by a signal after {run.loop.step} of {run.loop.num_steps} steps"
             remedy = "the weights so far are saved; run it again with --resume to go on"
             raise Interrupted("training stopped", file=folder.last, reason=reason, remedy=remedy)
-        return run.finish()
+        return run.finish(progress)
 
 
 def _refuse_to_replace_the_start(out: Path, options: TrainOptions) -> None:
