@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import sys
 from collections import UserDict
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge import __version__
+from vit_edge.cli.messages import print_message
 from vit_edge.cli.streams import drop_stdout, prepare_streams
 from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError, misfit
 
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.main(args=arguments, prog_name="vit-edge", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        _show_usage(error)
         if as_json:
             from vit_edge.cli.output import print_error_json
 
@@ -147,6 +147,17 @@ def _fail(error: VitEdgeError, *, as_json: bool = False) -> int:
         from vit_edge.cli.output import error_fields, print_error_json
 
         print_error_json("vit-edge", error_fields(error))
-    plain = "NO_COLOR" in os.environ
-    click.echo(f"{'error:' if plain else click.style('error:', fg='red', bold=True)} {error}", err=True)
+    print_message(str(error), label="error")
     return error.exit_code
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """Print wrong usage as all errors are printed, after the usage line of the command."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has none: it prints the help itself
+        error.show()
+        return
+    if context is not None:
+        print_message(context.get_usage())
+    remedy = f"\ntry: {context.command_path} -h" if context is not None else ""
+    print_message(f"{error.format_message()}{remedy}", label="error")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vit_edge.cli.messages import coloured, print_message
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
 from vit_edge.cli.progress_display import command_progress, progress_bar
 from vit_edge.cli.streams import holds_unicode
@@ -224,7 +225,7 @@ class _Collector(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.messages.append(message)
         if not self.quiet:
-            click.echo(f"{record.levelname.lower()}: {message}", err=True)
+            print_message(message, label=record.levelname.lower())
 
 
 @contextmanager
@@ -272,6 +273,6 @@ def _show(shown: Sequence[Any]) -> None:
     for entry in shown:
         # In a terminal a line ends between words; in a file a sentence stays one line.
         console.print(
-            escaped(entry) if isinstance(entry, str) else entry,
+            coloured(escaped(entry)) if isinstance(entry, str) else entry,
             soft_wrap=isinstance(entry, str) and not console.is_terminal,
         )

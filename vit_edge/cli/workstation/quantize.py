@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vit_edge.cli.messages import print_message
 from vit_edge.cli.options import option_group
 from vit_edge.cli.output import (
     Result,
@@ -236,7 +237,7 @@ def _say_certifiable(data: Path | None, source: ModelFile, options: Quantization
         return
     images = find_evaluation_images(data, source.manifest.labels, unlabelled=options.without_labels)
     found = certifiable(images.num_images, options.budget)
-    click.echo(certifiable_text(found, options.budget, "all" if images.labelled else "none"), err=True)
+    print_message(certifiable_text(found, options.budget, "all" if images.labelled else "none"))
 
 
 def _fields(result: QuantizationResult) -> dict[str, Any]:

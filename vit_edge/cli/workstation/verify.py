@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.device.remote import Remote, merged, on_devices, ran_on
+from vit_edge.cli.messages import print_message
 from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
@@ -127,7 +128,7 @@ def verify(
         )
     output = _FlipsFiles(given=flips, target=_flips_target(flips_out, request, force=force), force=force)
     if not click.get_current_context().meta["quiet"]:
-        click.echo(certifiable_text(request.certifiable, request.budget, request.labels), err=True)
+        print_message(certifiable_text(request.certifiable, request.budget, request.labels))
     if remote is not None:
         return _on_devices(remote, model, request, engines, output)
     with progress_bar() as progress:
