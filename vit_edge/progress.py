@@ -45,6 +45,10 @@ def shown_progress(*, write: Callable[[str], None] | None = None) -> Display:
     """Return a Progress that shows itself while it is used as a context manager.
 
     It is a bar in a notebook, or if stderr is a terminal; else it writes lines, to stderr unless `write` is given.
+
+        >>> with shown_progress() as progress:
+        ...     for number in range(3):
+        ...         progress("counting", number + 1, 3)
     """
     in_notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
     if not (in_notebook or sys.stderr.isatty()):

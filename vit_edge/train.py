@@ -32,6 +32,9 @@ def train(
 ) -> TrainResult:
     """Train on `data` and leave best and last checkpoint, state, log and images in the folder `out`.
 
+        >>> train("images", out="run2", recipe=RECIPES["scratch-small"].changed({"epochs": 1}))
+        <TrainResult run2/best.safetensors, epoch 1: ... % of ... test images, ... s>
+
     The validation images choose the best epoch; the test images, where there are any, judge it once at the end.
     Raises DataRejected, UsageError, EngineUnavailable, and Interrupted after SIGINT or SIGTERM, when the step was
     finished and everything saved. Under torchrun each process calls this, and one of them writes.

@@ -75,7 +75,7 @@ class TrainProgress:
     seconds_left: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class TrainResult:
     """What a finished run gives; `top1`, in percent, is of the split named, by the best checkpoint."""
 
@@ -92,6 +92,10 @@ class TrainResult:
     device: str
     seconds: float
     images_per_s: float
+
+    def __repr__(self) -> str:
+        right = f"{self.top1:.2f} % of {self.num_images} {self.split} images" if self.split else "not evaluated"
+        return f"<TrainResult {self.checkpoint}, epoch {self.best_epoch}: {right}, {self.seconds:.0f} s>"
 
 
 class Run:
