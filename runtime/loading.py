@@ -82,9 +82,13 @@ def load(
 
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable, MissingExtra or UsageError.
 
-        >>> classifier = load("model.int8.onnx")          # doctest: +SKIP
-        >>> classifier("image.jpg").label               # doctest: +SKIP
-        'pizza'
+        >>> classifier = load("model.int8.onnx")
+        >>> classifier
+        <Classifier ..., int8, ... labels, ... on cpu, threads=...>
+        >>> prediction = classifier("image.jpg")
+        >>> prediction.label, prediction.probability
+        ('...', 0...)
+        >>> classifier.close()
     """
     options = EngineOptions(
         device=device,

@@ -62,6 +62,9 @@ def convert(
 ) -> ConversionReport:
     """Write SOURCE as a checkpoint to `out` and return the report; the options are those of `read_source`.
 
+        >>> convert("weights.safetensors", out="vit.safetensors", labels="labels.txt")
+        <ConversionReport ... from ...: ... parameters, assumed: ...>
+
     An existing file is replaced with `force` only, and never the source itself.
     """
     in_source = Path(source).is_dir() and Path(source).resolve() in Path(out).resolve().parents
@@ -86,7 +89,11 @@ def open_source(
     num_classes: int | None = None,
     progress: Progress = silent,
 ) -> Checkpoint:
-    """Return SOURCE as a checkpoint in memory: our own file as it is, anything else converted; raises VitEdgeError."""
+    """Return SOURCE as a checkpoint in memory: our own file as it is, anything else converted; raises VitEdgeError.
+
+    >>> open_source("run/best.safetensors").labels
+    ('...', ...)
+    """
     return read_source(
         source, like=like, preprocessing=preprocessing, labels=labels, data=data, image_size=image_size,
         num_classes=num_classes, progress=progress,

@@ -24,7 +24,6 @@ A message has two lines: `cannot read FILE: reason`, then `try: what to do`.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 from pathlib import Path
 from types import ModuleType
@@ -193,7 +192,9 @@ def misfit(error: Exception) -> MissingExtra:
 
 def version_of(package: str) -> str | None:
     """Return the version of an installed package, or None."""
+    from importlib import metadata  # 30 ms, and most commands ask for no version
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None

@@ -20,6 +20,7 @@ from vit_edge.errors import InputError, ResourceExhausted, UsageError, VitEdgeEr
 
 __all__ = [
     "finite",
+    "has_home",
     "kind_of",
     "looks_like_safetensors",
     "may_write",
@@ -47,6 +48,14 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 
 # The host is in the name: on a folder that hosts share, a process number alone says nothing of who is alive.
 _TEMPORARY = f".vit-edge.tmp.{re.sub('[^A-Za-z0-9-]', '_', platform.node())[:60]}."
+
+
+def has_home() -> bool:
+    """Return whether the user has a home folder: HOME, or an entry in the list of users."""
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
 
 
 def looks_like_safetensors(data: bytes) -> bool:

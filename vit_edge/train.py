@@ -32,6 +32,9 @@ def train(
 ) -> TrainResult:
     """Train on `data` and leave best and last checkpoint, state, log and images in the folder `out`.
 
+        >>> train("images", out="run2", recipe=RECIPES["scratch-small"].changed({"epochs": 1}))
+        <TrainResult run2/best.safetensors, epoch 1: ... % of ... test images, ... s>
+
     The validation images choose the best epoch; if there are test images, it is evaluated on them once at the end.
     Raises DataRejected, UsageError, EngineUnavailable, and Interrupted after SIGINT or SIGTERM, when the step was
     finished and everything saved. Under torchrun each process calls this, and one of them writes.
@@ -46,12 +49,12 @@ def train(
         run = Run(data, folder, recipe=recipe, options=options, processes=processes, device=device)
         run.prepare(progress)
         with stop_requested() as stop:
-            finished = run.fit(stop, on_progress)
+            finished = run.fit(stop, on_progress, progress)
         if not finished:
             reason = f"stopped by a signal after {run.loop.step} of {run.loop.num_steps} steps"
             remedy = "the weights so far are saved; run it again with --resume to go on"
             raise Interrupted("training stopped", file=folder.last, reason=reason, remedy=remedy)
-        return run.finish()
+        return run.finish(progress)
 
 
 def _refuse_to_replace_the_start(out: Path, options: TrainOptions) -> None:

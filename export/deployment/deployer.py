@@ -45,6 +45,7 @@ from vit_edge.files import read_file, sha256_hex
 from vit_edge.machine.noise import Watch
 from vit_edge.model_file.artifact import MODEL_BYTES, open_model
 from vit_edge.progress import Progress, silent
+from vit_edge.runtime.notebook import html_table
 
 __all__ = ["Deployment", "DeploymentOptions", "check_record", "deploy", "with_devices"]
 
@@ -70,7 +71,7 @@ class DeploymentOptions:
             raise UsageError("cannot deploy", reason="there is no accuracy budget", remedy=remedy)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Deployment:
     """The files in `folder`, the verdict with the claims that it rests on, and which steps ran or were skipped."""
 
@@ -80,6 +81,14 @@ class Deployment:
     record: Mapping[str, Any]
     ran: tuple[str, ...]
     skipped: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        claims = ", ".join(f"{claim.subject} {claim.verdict}" for claim in self.claims)
+        return f"<Deployment {self.folder}: {self.verdict} ({claims})>"
+
+    def _repr_html_(self) -> str:
+        rows = [(claim.subject, claim.verdict, claim.text) for claim in self.claims]
+        return html_table(f"{self.folder}: {self.verdict}", ("claim", "verdict", "figures"), rows)
 
 
 def deploy(
@@ -93,10 +102,11 @@ def deploy(
 ) -> Deployment:
     """Write `model.onnx`, `model.int8.onnx` and `record.json` into the folder `out`, and return the verdict.
 
-        options = DeploymentOptions(quantization=QuantizationOptions(max_drop_points=1))
-        folders = {"calibration": "images/train", "data": "images/test", "out": "deploy"}
-        found = deploy("best.safetensors", **folders, options=options)
-        print(found.verdict, *found.claims, sep="\\n")
+        >>> quantization = QuantizationOptions(max_drop_points=1, effort="fast")
+        >>> options = DeploymentOptions(quantization=quantization, measure_speed=False)
+        >>> folders = {"calibration": "images/train", "data": "images/test", "out": "deploy"}
+        >>> deploy("run/best.safetensors", **folders, options=options)
+        <Deployment deploy: ... (accuracy ...)>
 
     `source` is anything that `convert` reads; the images in `data` must not overlap those in `calibration`. The verdict
     is `pass` if the accuracy is certified in every engine, and INT8 is faster in one of them, by the lower end of the

@@ -28,6 +28,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.load_policy import NO_SANDBOX
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
+from vit_edge.runtime.notebook import html_table
 
 if TYPE_CHECKING:
     from vit_edge.export.tracing.network import Network
@@ -75,7 +76,7 @@ class Layer:
     noise_share: float | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Explanation:
     """The stages in order, the noise of each layer, its time in each engine, and what was left out and why."""
 
@@ -86,6 +87,19 @@ class Explanation:
     layers: tuple[Layer, ...]
     engines: tuple[EngineTimes, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        first, last = self.stages[0], self.stages[-1]
+        near = "-" if last.sqnr_db is None else f"{last.sqnr_db:.1f}"
+        what = f"{self.name!r}, {self.precision}, {self.num_images} images, {len(self.layers)} layers"
+        return f"<Explanation {what}: SQNR {near} dB against {first.name}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (stage.name, stage.engine, "-" if stage.sqnr_db is None else f"{stage.sqnr_db:.1f} dB", stage.note)
+            for stage in self.stages
+        ]
+        return html_table(repr(self)[1:-1], ("stage", "engine", "SQNR", "what changed"), rows)
 
 
 def explain(
@@ -98,9 +112,11 @@ def explain(
 ) -> Explanation:
     """Return where the error of a quantized file comes from: stage by stage and layer by layer, with times.
 
-        options = ExplanationOptions(calibration="images/train")
-        found = explain("model.int8.onnx", reference="model.onnx", data="images/test", options=options)
-        worst = min(found.layers, key=lambda layer: layer.alone_sqnr_db or 0)
+        >>> options = ExplanationOptions(calibration="images/train", num_images=16)
+        >>> found = explain("model.int8.onnx", reference="model.onnx", data="images/test", options=options)
+        >>> found
+        <Explanation ..., int8, 16 images, ... layers: SQNR ... dB against fused graph>
+        >>> worst = max(found.layers, key=lambda layer: layer.noise_share or 0)
 
     The images in `data` need no labels. Raises DataRejected if no image can be read or the calibration images are
     others, ModelRejected or VerificationFailed if a form of the network does not run, InputError and UsageError.

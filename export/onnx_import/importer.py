@@ -25,7 +25,7 @@ from vit_edge.export.onnx_import.cleanup import dangers, tidy
 from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
-from vit_edge.export.parity.parity import Parity, check_parity, float32_tolerance
+from vit_edge.export.parity.parity import PARITY_COLUMNS, Parity, check_parity, float32_tolerance, nearest
 from vit_edge.files import kind_of, may_write, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.artifact import (
@@ -44,6 +44,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
 from vit_edge.runtime.engines.protocol import installed_engines
+from vit_edge.runtime.notebook import html_table
 from vit_edge.runtime.onnx_import.external_weights import take_in_weights
 from vit_edge.runtime.onnx_import.head import set_output, settled_activation
 from vit_edge.runtime.onnx_import.importer import parsed
@@ -56,13 +57,21 @@ _VERSIONS = {"vit_edge": vit_edge.__version__, "onnx": onnx.__version__}
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class ImportResult:
     """The model file, how close each engine is to the file it was made from, and how the graph was changed."""
 
     model: ModelFile
     parity: tuple[Parity, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        name, size = self.model.manifest.name, f"{len(self.model.data) / 1e6:.2f} MB"
+        return f"<ImportResult {name!r}: {size}, {nearest(self.parity)}, {len(self.notes)} changes>"
+
+    def _repr_html_(self) -> str:
+        caption = f"{self.model.manifest.name}, compared with the file it was made from"
+        return html_table(caption, PARITY_COLUMNS, [one.row() for one in self.parity])
 
 
 def is_third_party_onnx(path: str | os.PathLike[str]) -> bool:
@@ -90,6 +99,12 @@ def import_onnx(
     progress: Progress = silent,
 ) -> ImportResult:
     """Return a third-party ONNX classifier as a model file, checked in each installed engine; with `out`, write it.
+
+        >>> from vit_edge.image import Preprocessing
+        >>> names = Path("labels.txt").read_text().split()
+        >>> preprocessing = Preprocessing(resize=(32, 32), crop=(32, 32))
+        >>> import_onnx("other.onnx", preprocessing=preprocessing, labels=names, out="imported.onnx")
+        <ImportResult 'other': ... MB, onnxruntime ... dB, openvino ... dB, ... changes>
 
     - `preprocessing` normalises the float32 input (mean 0 and std 1/255 leave pixels as they are); uint8 inputs get
       pixels. `layout` is needed only if neither the shape nor the graph shows it.

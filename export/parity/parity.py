@@ -19,9 +19,11 @@ from vit_edge.model_file.artifact import Activation, ModelFile
 from vit_edge.runtime.checks.golden import Tolerance, differences
 from vit_edge.runtime.engines.protocol import Array, Logits
 
-__all__ = ["BATCHES", "Parity", "Reference", "check_parity", "float32_tolerance"]
+__all__ = ["BATCHES", "PARITY_COLUMNS", "Parity", "Reference", "check_parity", "float32_tolerance", "nearest"]
 
 BATCHES = (1, 2, 3, 7, 16)
+# Of `Parity.row`.
+PARITY_COLUMNS = ("engine", "on", "batch", "largest difference", "SQNR", "same top-1")
 # In one batch, and in memory: an engine's process answers for so many before the next are read.
 _IMAGES_AT_ONCE, _IMAGES_AT_A_TIME = 16, 512
 # Float32 rounds on the scale of all logits of an image, not of each: a bound for each refused right networks on AVX2.
@@ -51,6 +53,24 @@ class Parity:
     mean_difference: float
     sqnr_db: float
     top1_equal: int
+
+    def row(self) -> tuple[object, ...]:
+        """Return the values as text: engine, inputs, batch size, largest difference, SQNR, equal predictions."""
+        equal = f"{self.top1_equal} of {self.num_images}"
+        return (
+            self.engine,
+            self.inputs,
+            self.batch_size,
+            f"{self.max_difference:.1e}",
+            f"{self.sqnr_db:.0f} dB",
+            equal,
+        )
+
+
+def nearest(parity: Sequence[Parity]) -> str:
+    """Return the lowest SQNR of each engine as text."""
+    lowest = {one.engine: min(other.sqnr_db for other in parity if other.engine == one.engine) for one in parity}
+    return ", ".join(f"{engine} {sqnr:.0f} dB" for engine, sqnr in lowest.items())
 
 
 def float32_tolerance(logits_BK: Logits, exact_BK: npt.NDArray[np.float64] | None = None) -> Tolerance:

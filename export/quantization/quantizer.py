@@ -43,6 +43,7 @@ from vit_edge.runtime.checks.acceptance import accept_own
 from vit_edge.runtime.checks.load_policy import NO_SANDBOX
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
 from vit_edge.runtime.loading import load_model
+from vit_edge.runtime.notebook import html_table
 
 __all__ = ["QuantizationResult", "quantize"]
 
@@ -51,7 +52,7 @@ _FEW_IMAGES = 32
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class QuantizationResult:
     """The file written, what calibrated it, the ops left in float32, and how accurate and fast it is.
 
@@ -77,6 +78,19 @@ class QuantizationResult:
     search: SearchTrace | None = None
     verification: Verification | None = None
 
+    def __repr__(self) -> str:
+        kept = f", {len(self.float32_ops)} in float32" if self.float32_ops else ""
+        size = f"{self.size_bytes / 1e6:.2f} MB, {self.size_ratio:.2f} of the float32 file"
+        speeds = "".join(f", {one.ratio:.2f} times as fast in {one.engine}" for one in self.speed)
+        verdict = f", {self.verification.verdict}" if self.verification and self.search else ""
+        return f"<QuantizationResult {self.model}: {self.precision}, {size}, {self.num_ops} ops{kept}{speeds}{verdict}>"
+
+    def _repr_html_(self) -> str:
+        speeds = {one.engine: f"{one.ratio:.2f}" for one in self.speed}
+        rows = [(one.engine, f"{one.percent_of_all:.1f} %", speeds.get(one.engine, "-")) for one in self.coverage]
+        caption = f"{self.model}, {self.precision}, {self.size_bytes / 1e6:.2f} MB"
+        return html_table(caption, ("engine", "share of the multiplications in INT8", "times as fast as float32"), rows)
+
 
 def quantize(
     model: Model,
@@ -89,6 +103,9 @@ def quantize(
     progress: Progress = silent,
 ) -> QuantizationResult:
     """Write a quantized file of the float32 file `model`, a path or an opened file, with the images in `calibration`.
+
+        >>> quantize("model.onnx", calibration="images/train", out="vit.int8.onnx")
+        <QuantizationResult vit.int8.onnx: int8, ... MB, ... of the float32 file, ... ops, ... times as fast in ...>
 
     "int8-dynamic" runs without such images, and is more accurate with them; "float16" takes none. With evaluation
     images `data` the result is verified and its figures are kept in the file; they must not overlap the calibration

@@ -24,7 +24,7 @@ from vit_edge.export.graph.macs import macs_per_image
 from vit_edge.export.parity.divergence import describe_first_apart
 from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
-from vit_edge.export.parity.parity import Parity, Reference, check_parity, float32_tolerance
+from vit_edge.export.parity.parity import PARITY_COLUMNS, Parity, Reference, check_parity, float32_tolerance, nearest
 from vit_edge.export.tracing.external_data import move_weights_out
 from vit_edge.export.tracing.formats import may_write_format, write_folder
 from vit_edge.export.tracing.hf_folder import folder_of, require_vit
@@ -51,6 +51,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
 from vit_edge.runtime.engines.protocol import Logits, installed_engines
+from vit_edge.runtime.notebook import html_table
 from vit_edge.runtime.onnx_import.head import drop_activation
 from vit_edge.vit import VisionTransformer
 
@@ -61,7 +62,7 @@ _STAGES = ("tracing", "golden vectors", "parity", "writing")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class ExportResult:
     """The file written, and how near each engine comes to PyTorch."""
 
@@ -69,6 +70,12 @@ class ExportResult:
     sha256: str
     size_bytes: int
     parity: tuple[Parity, ...]
+
+    def __repr__(self) -> str:
+        return f"<ExportResult {self.model}: {self.size_bytes / 1e6:.2f} MB, {nearest(self.parity)}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.model}, compared with PyTorch", PARITY_COLUMNS, [one.row() for one in self.parity])
 
 
 def export_onnx(
@@ -86,6 +93,9 @@ def export_onnx(
     progress: Progress = silent,
 ) -> ExportResult:
     """Write the model file `out`, proven before it appears, from what `convert` reads or any torch image classifier.
+
+        >>> export_onnx("run/best.safetensors", out="vit.onnx")
+        <ExportResult vit.onnx: ... MB, onnxruntime ... dB, openvino ... dB>
 
     `labels` take the place of those in a checkpoint; a module has no labels, preprocessing or name of its own, and
     `assumed` names what of these was not known. Parity also runs on the images in `data`. Raises CheckpointRejected,

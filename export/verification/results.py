@@ -8,6 +8,7 @@ from vit_edge.export.verification.flips import Change
 from vit_edge.export.verification.request import Labels
 from vit_edge.export.verification.verdict import SEVERITY, Certifiable, Verdict
 from vit_edge.metrics import Comparison
+from vit_edge.runtime.notebook import html_table
 
 __all__ = ["ClassLoss", "EngineResult", "Verification"]
 
@@ -34,7 +35,7 @@ class EngineResult(Comparison):
     changed: tuple[Change, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Verification:
     """The verdict over all engines (the worst of them), the accuracy budget, and the result of each engine.
 
@@ -57,6 +58,21 @@ class Verification:
     def decisive(self) -> EngineResult:
         """Return the result of the engine that decided the verdict: the worst one, then the largest bound."""
         return max(self.results, key=lambda r: (SEVERITY[r.verdict], r.drop_upper_bound_points, r.num_changed))
+
+    def __repr__(self) -> str:
+        worst = self.decisive
+        drop = f"drop {worst.drop_points:.2f} points, at most {worst.drop_upper_bound_points:.2f}"
+        what = f"{self.verdict} on {worst.images} images in {worst.engine}"
+        return f"<Verification {what}: {drop}, agreement {worst.agreement:.2f} %>"
+
+    def _repr_html_(self) -> str:
+        columns = ("engine", "verdict", "drop, points", "95 % upper bound", "agreement", "SQNR")
+        rows = [
+            (r.engine, r.verdict, f"{r.drop_points:.2f}", f"{r.drop_upper_bound_points:.2f}", f"{r.agreement:.2f} %",
+             f"{r.sqnr_db:.1f} dB")
+            for r in self.results
+        ]  # fmt: skip
+        return html_table(f"{self.verdict} on {self.decisive.images} images", columns, rows)
 
     @property
     def num_unlabelled(self) -> int:

@@ -47,8 +47,11 @@ def verify(
 ) -> Verification:
     """Return how the candidate `model` compares with its float32 `reference` on the images in `data`.
 
-        found = verify("model.int8.onnx", reference="model.onnx", data="images/test", max_drop_points=0.5)
-        print(found.verdict, found.decisive.drop_upper_bound_points)
+        >>> found = verify("model.int8.onnx", reference="model.onnx", data="images/test", max_drop_points=0.5)
+        >>> found
+        <Verification ... on ... images in ...: drop ... points, at most ..., agreement ... %>
+        >>> found.verdict in ("pass", "fail", "inconclusive")
+        True
 
     Both models are paths or files that `open_model` opened. The verdict is `pass` if in every engine (default: all
     installed) the 95 % upper bound of the accuracy drop is at most `max_drop_points` (default: 1), and the lower bound

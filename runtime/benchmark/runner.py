@@ -49,9 +49,10 @@ def measure(
     They are measured in turns, after a warm-up, with inputs prepared beforehand. A combination that an engine does not
     support is left out with a warning, unless nothing is left. Raises as `load` does.
 
-        >>> run = measure(["model.onnx", "model.int8.onnx"], BenchmarkOptions(threads=(1,)))  # doctest: +SKIP
-        >>> run.results[1]                                                                    # doctest: +SKIP
-        <Measurement model.int8.onnx in onnxruntime, int8, batch 1, threads 1: p50 7.512 ms, ...>
+        >>> options = BenchmarkOptions(threads=(1,), min_seconds=0.1, min_queries=20)
+        >>> run = measure(["model.onnx", "model.int8.onnx"], options)
+        >>> run.results[1]
+        <Measurement model.onnx in openvino, float32, batch 1, threads 1: p50 ... ms, ...>
     """
     options = options or BenchmarkOptions()
     with ExitStack() as stack:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.errors import EngineUnavailable, MissingExtra, ModelRejected, UsageError
+from vit_edge.files import has_home
 from vit_edge.image import Pixels
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.metrics import Logits
@@ -156,14 +157,7 @@ def installed_engines() -> tuple[str, ...]:
     a home folder, where OpenVINO cannot be imported.
     """
     names = [name for name, (_, package, _) in ENGINES.items() if package and _is_installed(package)]
-    return tuple(name for name in names if name not in _unusable and (_has_home() or _is_usable(name)))
-
-
-def _has_home() -> bool:
-    try:
-        return bool(Path.home())
-    except RuntimeError:
-        return False
+    return tuple(name for name in names if name not in _unusable and (has_home() or _is_usable(name)))
 
 
 def _is_usable(name: str) -> bool:
@@ -191,7 +185,7 @@ def _module(name: str) -> ModuleType:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         _unusable[name] = f"{package} is installed, but cannot be imported ({why})"
         remedy = f"pip install --force-reinstall {package}, in a release that fits numpy"
-        if not _has_home():
+        if not has_home():
             remedy = "set HOME to a folder that this user may write"
         raise EngineUnavailable("cannot load the engine", reason=_unusable[name], remedy=remedy) from error
 

@@ -56,9 +56,9 @@ class Pool:
     The other arguments are those of `load`; what a file promises is always checked. Close a pool, or leave its `with`
     block: one that is only forgotten lives, threads and all, until the process ends.
 
-        >>> with Pool("model.int8.onnx", workers=2) as pool:      # doctest: +SKIP
-        ...     pool.submit("image.jpg").result().label
-        'pizza'
+        >>> with Pool("model.int8.onnx", workers=2) as pool:
+        ...     pool.submit("image.jpg").result()
+        <Prediction '...': ...%...; ... ms>
     """
 
     def __init__(

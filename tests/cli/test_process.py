@@ -72,7 +72,7 @@ def test_packages_that_do_not_fit_are_named_with_their_versions(tmp_path: Path) 
 
 
 def test_a_package_that_the_command_line_itself_needs_is_named(tmp_path: Path) -> None:
-    for module, arguments in (("rich.console", ["-h"]), ("google.protobuf.message_factory", ["inspect", "x.onnx"])):
+    for module, arguments in (("rich.console", ["doctor"]), ("google.protobuf.message_factory", ["inspect", "x.onnx"])):
         (tmp_path / "x.onnx").write_bytes(b"x")
         done = run(*arguments, cwd=tmp_path, code=f"import sys; sys.modules['{module}'] = None")
         assert done.returncode == 7, done.stderr

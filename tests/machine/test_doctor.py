@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import ROOT, vit_edge
 from vit_edge.machine import cpu, doctor
 from vit_edge.machine.doctor import EXTRAS, examine, findings
-from vit_edge.machine.targets import TARGETS, choose_target, resolve_target
+from vit_edge.machine.targets import TARGETS, choose, choose_target, resolve_target
 
 
 def run_with(folder: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -91,11 +91,11 @@ def test_an_engine_that_crashes_is_told_of_and_the_other_still_asked(tmp_path: P
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["engines"][0]["error"] == (
-        f"it crashed while it listed its devices ({signal.Signals.SIGILL.name}: the wheel was built for newer CPUs)"
+        f"crashed while it listed its devices ({signal.Signals.SIGILL.name}: the wheel was built for newer CPUs)"
     )
     assert "CPU" in found["engines"][1]["devices"]
     assert found["findings"][0]["kind"] == "problem"
-    assert found["findings"][0]["what"].startswith("onnxruntime: it crashed")
+    assert found["findings"][0]["what"].startswith("onnxruntime crashed")
 
 
 def test_where_no_engine_works_the_report_is_whole_and_the_exit_code_is_7(tmp_path: Path) -> None:
@@ -151,8 +151,6 @@ def test_the_extras_are_those_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("changes", "what", "advice"),
     [
-        ({"cpu": {"instructions": ["avx2"]}}, "no VNNI", "--target portable"),
-        ({"cpu": {"instructions": [], "instructions_complete": False}}, "does not report VNNI", "--target portable"),
         ({"cpu": {"machine": "aarch64", "instructions": ["asimd"]}}, "no dot products", "benchmark"),
         ({"cpu": {"cpus": 8, "usable_threads": 2}}, "2 of 8 CPUs", "2 threads"),
         ({"cpu": {"governors": ["powersave"]}}, "powersave", "cpupower"),
@@ -169,6 +167,47 @@ def test_every_finding_has_advice(printed: dict[str, Any], changes: dict[str, An
     (found,) = findings({**report, **changed})
     assert what in found.what
     assert advice in found.advice
+
+
+@pytest.mark.parametrize("instructions", [["avx2"], []])
+def test_a_missing_vnni_is_the_reason_of_the_target_and_not_said_twice(
+    printed: dict[str, Any], instructions: list[str]
+) -> None:
+    cpu = {
+        **printed["cpu"],
+        "machine": "x86_64",
+        "instructions": instructions,
+        "instructions_complete": bool(instructions),
+    }
+    target, reason = choose({**printed, "cpu": cpu})
+    assert target.name == "portable"
+    assert "VNNI" in reason
+    assert not [found for found in findings({**printed, "cpu": cpu}) if "VNNI" in found.what]
+
+
+def test_each_piece_of_advice_is_printed_once(tmp_path: Path) -> None:
+    wheel(tmp_path, "protobuf", "3.20.3")
+    wheel(tmp_path, "onnxruntime-gpu", "1.20.0")
+    package(tmp_path, "onnx", "raise TypeError('Descriptors cannot be created directly')")
+    done = run_with(tmp_path)
+    assert done.returncode == 7
+    problems = json.loads(run_with(tmp_path, "--json").stdout)["findings"]
+    assert len(problems) >= 2
+    for finding in problems:
+        assert (done.stdout + done.stderr).count(finding["advice"]) == 1
+    assert re.search(r"memory +\d+\.\d GB in total", done.stdout)
+
+
+def test_without_a_home_an_engine_is_left_out_and_the_advice_is_to_set_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path, "openvino", "raise RuntimeError('Could not determine home directory.')")
+    monkeypatch.setattr("vit_edge.machine.doctor.has_home", lambda: False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (problem,) = [finding for finding in examine()["findings"] if finding["kind"] == "problem"]
+    assert "Could not determine home directory" in problem["what"]
+    assert problem["advice"].startswith("set HOME")
 
 
 def test_packages_that_do_not_fit_end_with_7_and_both_versions(tmp_path: Path) -> None:

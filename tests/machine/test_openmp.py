@@ -36,3 +36,11 @@ def _printed(script: str, name: str = "", value: str = "") -> str:
     environment |= {name: value} if name else {}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")])
+def test_no_telemetry_is_sent_unless_the_user_asks_for_it(given: dict[str, str], expected: str) -> None:
+    environment = {key: text for key, text in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"} | given
+    script = "import vit_edge, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected

@@ -70,6 +70,7 @@ _CLI = (
 # imports its own room and lower ones. A folder that is not named here is a fault: a new room needs a rank.
 ORDER = (
     "vit_edge.machine.openmp",
+    "vit_edge.machine.telemetry",
     "vit_edge.__init__",
     "vit_edge",
     "vit_edge.data",

@@ -14,21 +14,6 @@ from tests.conftest import ROOT, Workspace, vit_edge
 from tests.policy.packages import expected_files
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of what git tracks, as a release would."""
-    folder = tmp_path_factory.mktemp("build")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    archive = subprocess.run(
-        ["tar", "--null", "--files-from=-", "-cf", "-"], cwd=ROOT, input=files, capture_output=True, check=True
-    )
-    (folder / "source").mkdir()
-    subprocess.run(["tar", "-xf", "-"], cwd=folder / "source", input=archive.stdout, check=True)
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(folder / "source")]
-    subprocess.run(command, check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
-
-
 def test_the_wheel_holds_one_top_level_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vit_edge"}

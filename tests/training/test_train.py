@@ -278,7 +278,8 @@ def test_progress_has_loss_accuracy_rate_speed_and_time_left(few: Path, start: P
     assert [at.epoch for at in seen] == [1] * 4 + [2] * 4
     assert seen[3].top1 is None
     assert seen[4].top1 is not None
-    assert seen[-1].seconds_left == 0
+    # The last validation, the test and the drawing are still to come.
+    assert seen[-1].seconds_left > 0
     assert all(at.loss > 0 and at.images_per_s > 0 and at.learning_rate >= 0 for at in seen)
 
 

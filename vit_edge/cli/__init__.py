@@ -3,72 +3,76 @@
 from __future__ import annotations
 
 import errno
-import os
+import importlib
 import sys
+from collections import UserDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vit_edge import __version__
-from vit_edge.cli.crash_report import crash
-from vit_edge.cli.device.benchmark import benchmark
-from vit_edge.cli.device.bundle import bundle
-from vit_edge.cli.device.classify import classify
-from vit_edge.cli.device.doctor import doctor
-from vit_edge.cli.device.inspect import inspect
-from vit_edge.cli.device.seal import seal
-from vit_edge.cli.device.tune import tune
-from vit_edge.cli.help import completion, help_command
-from vit_edge.cli.output import error_fields, print_error_json
+from vit_edge.cli.messages import print_message
 from vit_edge.cli.streams import drop_stdout, prepare_streams
-from vit_edge.cli.workstation.convert import convert
-from vit_edge.cli.workstation.deploy import deploy
-from vit_edge.cli.workstation.explain import explain
-from vit_edge.cli.workstation.export import export
-from vit_edge.cli.workstation.quantize import quantize
-from vit_edge.cli.workstation.report import report
-from vit_edge.cli.workstation.train import train
-from vit_edge.cli.workstation.verify import verify
 from vit_edge.errors import Interrupted, ResourceExhausted, VitEdgeError, misfit
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["cli", "main"]
 
-# In the order in which a model goes through them, with a summary that fits in one line of 80 columns.
-_COMMANDS: tuple[tuple[click.Command, str], ...] = (
-    (deploy, "Export, quantize, verify and package in one command"),
-    (train, "Train a Vision Transformer on an image folder"),
-    (convert, "Convert weights of timm, Hugging Face or torchvision"),
-    (export, "Export a network to one ONNX file"),
-    (quantize, "Quantize a float32 model file to INT8 or float16"),
-    (verify, "Compare a model file with its float32 reference"),
-    (explain, "Show where the error of an INT8 file comes from"),
-    (classify, "Classify images with a model file"),
-    (benchmark, "Measure latency and throughput of model files"),
-    (tune, "Find the fastest engine and number of threads"),
-    (bundle, "Make one runnable file of a model and the runtime"),
-    (report, "Make one HTML page of results"),
-    (inspect, "Show what a model file contains"),
-    (doctor, "Check this machine: engines, CPU, packages"),
-    (seal, "Seal a model file again after a deliberate edit"),
-    (help_command, "Show the help of a command"),
-    (completion, "Print shell completion for bash, zsh or fish"),
-)
+# In the order in which a model goes through them: where the command is below this package, and a summary that fits in
+# one line of 80 columns. Only the command that is called is imported.
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "deploy": ("workstation.deploy.deploy", "Export, quantize, verify and package in one command"),
+    "train": ("workstation.train.train", "Train a Vision Transformer on an image folder"),
+    "convert": ("workstation.convert.convert", "Convert weights of timm, Hugging Face or torchvision"),
+    "export": ("workstation.export.export", "Export a network to one ONNX file"),
+    "quantize": ("workstation.quantize.quantize", "Quantize a float32 model file to INT8 or float16"),
+    "verify": ("workstation.verify.verify", "Compare a model file with its float32 reference"),
+    "explain": ("workstation.explain.explain", "Show where the error of an INT8 file comes from"),
+    "classify": ("device.classify.classify", "Classify images with a model file"),
+    "benchmark": ("device.benchmark.benchmark", "Measure latency and throughput of model files"),
+    "tune": ("device.tune.tune", "Find the fastest engine and number of threads"),
+    "bundle": ("device.bundle.bundle", "Make one runnable file of a model and the runtime"),
+    "report": ("workstation.report.report", "Make one HTML page of results"),
+    "inspect": ("device.inspect.inspect", "Show what a model file contains"),
+    "doctor": ("device.doctor.doctor", "Check this machine: engines, CPU, packages"),
+    "seal": ("device.seal.seal", "Seal a model file again after a deliberate edit"),
+    "help": ("help.help_command", "Show the help of a command"),
+    "completion": ("help.completion", "Print shell completion for bash, zsh or fish"),
+}
+
+
+class _Commands(UserDict[str, Any]):
+    """The commands by name; each is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, function = self.data[name][0].rpartition(".")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)
 
 
 class _InOrder(click.Group):
     """A group that lists its commands in the order a model goes through them, with their summaries in full."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [command.name for command, _ in _COMMANDS if command.name]
+        return list(_COMMANDS)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(command.name or "", summary) for command, summary in _COMMANDS])
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        shown = [(name, summary) for name, (_, summary) in _COMMANDS.items() if name.startswith(incomplete)]
+        return [CompletionItem(name, help=summary) for name, summary in shown] + options
 
 
 @click.group(
     cls=_InOrder,
-    commands=[command for command, _ in _COMMANDS],
+    commands=_Commands(_COMMANDS),
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 2 usage, 3 bad input, 4 not trusted, 5 disk or memory, 6 verification, 7 no engine.",
 )
@@ -100,8 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.main(args=arguments, prog_name="vit-edge", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        _show_usage(error)
         if as_json:
+            from vit_edge.cli.output import print_error_json
+
             what = {"type": type(error).__name__, "exit_code": error.exit_code, "reason": error.format_message()}
             print_error_json(getattr(getattr(error, "ctx", None), "info_name", None) or "vit-edge", what)
         return error.exit_code
@@ -119,20 +125,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            return _fail(crash(error, given), as_json=as_json)
+            return _fail(_crash(error, given), as_json=as_json)
         drop_stdout()
         reason = (error.strerror or str(error)).lower()
         return _fail(ResourceExhausted("cannot write the result", reason=reason, remedy="free some space"))
     except ImportError as error:
         return _fail(misfit(error), as_json=as_json)
     except Exception as error:
-        return _fail(crash(error, given), as_json=as_json)
+        return _fail(_crash(error, given), as_json=as_json)
     return 0
+
+
+def _crash(error: Exception, arguments: Sequence[str]) -> VitEdgeError:
+    from vit_edge.cli.crash_report import crash
+
+    return crash(error, arguments)
 
 
 def _fail(error: VitEdgeError, *, as_json: bool = False) -> int:
     if as_json and not error.in_json:
+        from vit_edge.cli.output import error_fields, print_error_json
+
         print_error_json("vit-edge", error_fields(error))
-    plain = "NO_COLOR" in os.environ
-    click.echo(f"{'error:' if plain else click.style('error:', fg='red', bold=True)} {error}", err=True)
+    print_message(str(error), label="error")
     return error.exit_code
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """Print wrong usage as all errors are printed, after the usage line of the command."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has none: it prints the help itself
+        error.show()
+        return
+    if context is not None:
+        print_message(context.get_usage())
+    remedy = f"\ntry: {context.command_path} -h" if context is not None else ""
+    print_message(f"{error.format_message()}{remedy}", label="error")

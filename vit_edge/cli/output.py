@@ -12,21 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from vit_edge.cli.messages import coloured, print_message
 from vit_edge.cli.options import COMMON, GroupedCommand, option_group
-from vit_edge.cli.progress_lines import progress_lines
+from vit_edge.cli.progress_display import command_progress, progress_bar
 from vit_edge.cli.streams import holds_unicode
-from vit_edge.cli.tables import FittingTable
 from vit_edge.errors import UsageError, VitEdgeError, escaped
 from vit_edge.files import finite, read_file
 from vit_edge.machine.cpu import MOST_THREADS
-from vit_edge.progress import Progress
+
+if TYPE_CHECKING:
+    from vit_edge.cli.tables import FittingTable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,7 +35,6 @@ else:
 __all__ = [
     "SCHEMA",
     "Result",
-    "bar",
     "command",
     "error_fields",
     "file_argument",
@@ -75,7 +73,8 @@ def command(name: str) -> Callable[[Callable[..., Result]], click.Command]:
             with _collected_warnings(verbose=verbose, quiet=quiet) as warnings:
                 click.get_current_context().meta["quiet"] = quiet
                 try:
-                    result = function(**values)
+                    with command_progress(quiet=quiet):
+                        result = function(**values)
                 except VitEdgeError as error:
                     if as_json:
                         _print_json(name, {"error": error_fields(error)}, warnings)
@@ -104,36 +103,10 @@ class _Remembering(GroupedCommand):
         return super().parse_args(ctx, args)
 
 
-@contextmanager
-def progress_bar(*, announce: bool = True) -> Iterator[Progress]:
-    """Yield a Progress that draws one bar per stage on stderr; lines if stderr is no terminal; nothing with -q.
-
-    Without `announce` a stage gets lines only if it lasts ten seconds, for commands that mostly take less.
-    """
-    if not sys.stderr.isatty() and not click.get_current_context().meta.get("quiet", False):
-        with progress_lines(announce=announce) as lines:
-            yield lines
-        return
-    with bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as drawn:
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = drawn.add_task(stage, total=total)
-            drawn.update(tasks[stage], completed=done)
-
-        yield report
-
-
-def bar(*columns: Any) -> Bar:
-    """Return rich's progress on stderr with these columns; disabled where stderr is no terminal or with -q."""
-    console = Console(stderr=True)
-    quiet = click.get_current_context().meta.get("quiet", False)
-    return Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
-
-
 def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> FittingTable:
     """Return a table that breaks no word: on a narrow terminal its rows are stacked."""
+    from vit_edge.cli.tables import FittingTable
+
     return FittingTable(title, columns, rows)
 
 
@@ -252,7 +225,7 @@ class _Collector(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.messages.append(message)
         if not self.quiet:
-            click.echo(f"{record.levelname.lower()}: {message}", err=True)
+            print_message(message, label=record.levelname.lower())
 
 
 @contextmanager
@@ -291,6 +264,8 @@ def print_error_json(name: str, error: dict[str, Any]) -> None:
 
 
 def _show(shown: Sequence[Any]) -> None:
+    from rich.console import Console
+
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         width = int(os.environ.get("COLUMNS", "")) if os.environ.get("COLUMNS", "").isdigit() else None
@@ -298,6 +273,6 @@ def _show(shown: Sequence[Any]) -> None:
     for entry in shown:
         # In a terminal a line ends between words; in a file a sentence stays one line.
         console.print(
-            escaped(entry) if isinstance(entry, str) else entry,
+            coloured(escaped(entry)) if isinstance(entry, str) else entry,
             soft_wrap=isinstance(entry, str) and not console.is_terminal,
         )

@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vit_edge.cli.messages import coloured
 from vit_edge.errors import escaped
 
 __all__ = ["FittingTable"]
@@ -43,7 +44,7 @@ class FittingTable(Table):
             least = max(_longest_word(row[at]) for row in (self.names, *self.cells))
             self.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
         for row in self.cells:
-            self.add_row(*row)
+            self.add_row(*map(coloured, row))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         spare = options.max_width - sum((column.min_width or 0) + _GAP for column in self.columns)
@@ -59,7 +60,7 @@ class FittingTable(Table):
             yield Padding(Text(first or "-"), (0, 0, 0, 2))
             for name, value in zip(self.names[1:], others, strict=True):
                 if value:
-                    yield Padding(Text(f"{name}: {value}" if name else value), (0, 0, 0, 6))
+                    yield Padding(coloured(f"{name}: {value}" if name else value), (0, 0, 0, 6))
         yield ""
 
     def _widen(self, spare: int) -> None:

@@ -22,7 +22,7 @@ class TensorMapping:
     change: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class ConversionReport:
     """Every tensor from where to where, what was left out and why, and which source specified what.
 
@@ -47,6 +47,10 @@ class ConversionReport:
     checkpoint: Path | None = None
     size_bytes: int | None = None
     num_parameters: int = field(default=0)
+
+    def __repr__(self) -> str:
+        assumed = f", assumed: {', '.join(self.assumed)}" if self.assumed else ""
+        return f"<ConversionReport {self.name!r} from {self.library}: {self.num_parameters:,} parameters{assumed}>"
 
     @property
     def new(self) -> tuple[str, ...]:

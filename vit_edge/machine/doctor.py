@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from vit_edge import __version__
 from vit_edge.errors import version_of
-from vit_edge.machine.cpu import VNNI, cpu_report, is_arm, is_x86
+from vit_edge.files import has_home
+from vit_edge.machine.cpu import cpu_report, is_arm
 from vit_edge.machine.targets import TARGETS, choose
 from vit_edge.model_file.onnx_schema import one_node
 
@@ -144,12 +145,14 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding(kind="problem", what=what, advice=advice))
     for misfit in report.get("misfits", ()):
         advice = f"pip install --upgrade {misfit['package'].split()[0]} {misfit['beside'].split()[0]}"
-        what = f"{misfit['package']} cannot be imported with {misfit['beside']}: {misfit['why']}"
+        what = f"{misfit['package']} cannot be imported with {misfit['beside']} ({misfit['why']})"
         found.append(Finding(kind="problem", what=what, advice=advice))
     for engine in report["engines"]:
         if engine["installed"] and engine["error"]:
-            advice = "install another release of it"
-            found.append(Finding(kind="problem", what=f"{engine['name']}: {engine['error']}", advice=advice))
+            advice = f"install another release of {engine['name']}"
+            if not has_home():  # OpenVINO's import needs one
+                advice = "set HOME to a folder that this user may write"
+            found.append(Finding(kind="problem", what=f"{engine['name']} {engine['error']}", advice=advice))
         for device, why in engine.get("do_not_load", {}).items():
             advice = "install the driver and the libraries that it asks for; until then --device cpu"
             what = f"{engine['name']} lists {device}, which does not load: {why}"
@@ -164,12 +167,8 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
 
 
 def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:
-    found = []
+    found = []  # a missing VNNI is the reason of the target
     present = set(cpu["instructions"])
-    if is_x86(cpu["machine"]) and not present & set(VNNI):
-        what = "the CPU has no VNNI" if cpu["instructions_complete"] else "the system does not report VNNI"
-        advice = "quantize with --target portable: 8-bit weights saturate without VNNI"
-        found.append(Finding(kind="advice", what=what, advice=advice))
     if is_arm(cpu["machine"]) and not present & set(TARGETS["arm-dotprod"].instructions):
         advice = "INT8 gains little here: compare it with float by `vit-edge benchmark`"
         found.append(Finding(kind="advice", what="the CPU has no dot products of 8 bits", advice=advice))
@@ -213,9 +212,9 @@ def _ask(name: str) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
     except OSError as error:
-        return {**answer, "error": f"Python cannot be started: {error.strerror}"}
+        return {**answer, "error": f"was not tried: Python cannot be started ({error.strerror})"}
     except subprocess.TimeoutExpired:
-        return {**answer, "error": f"it gave no answer in {_PATIENCE_S} seconds"}
+        return {**answer, "error": f"gave no answer in {_PATIENCE_S} seconds"}
     errors = _lines(done.stderr)
     if errors and errors[-1] == f"ModuleNotFoundError: No module named '{name}'":
         return {**answer, "installed": False}
@@ -225,7 +224,7 @@ def _ask(name: str) -> dict[str, Any]:
         # The last line: drivers print on stdout too.
         answer |= json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return {**answer, "error": "its answer cannot be read"}
+        return {**answer, "error": "gave an answer that cannot be read"}
     tried = {device: _try(name, device) for device in answer["devices"] if device not in _NOT_TRIED}
     return {**answer, "do_not_load": {device: why for device, why in tried.items() if why is not None}}
 
@@ -240,10 +239,10 @@ def _try(engine: str, device: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return f"it gave no answer in {_PATIENCE_S} seconds"
+        return f"no answer in {_PATIENCE_S} seconds"
     errors = _lines(done.stderr)
     if done.returncode < 0:
-        return f"it crashed ({_signal(-done.returncode)})"
+        return f"a crash ({_signal(-done.returncode)})"
     return (errors[-1][:300] if errors else f"exit {done.returncode}") if done.returncode else None
 
 
@@ -260,10 +259,10 @@ def _signal(number: int) -> str:
 
 def _why(returncode: int, errors: Sequence[str]) -> str:
     if returncode > 0:
-        return f"it cannot be imported ({errors[-1][:200] if errors else f'exit {returncode}'})"
+        return f"cannot be imported ({errors[-1][:200] if errors else f'exit {returncode}'})"
     name = _signal(-returncode)
     built = ": the wheel was built for newer CPUs" if name == "SIGILL" else ""
-    return f"it crashed while it listed its devices ({name}{built})"
+    return f"crashed while it listed its devices ({name}{built})"
 
 
 def _installed() -> dict[str, str]:
@@ -281,7 +280,8 @@ def _misfits(installed: Mapping[str, str]) -> list[dict[str, str]]:
     done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
     if not done.returncode:
         return []
-    why = _why(done.returncode, _lines(done.stderr))
+    errors = _lines(done.stderr)
+    why = errors[-1][:200] if errors and done.returncode > 0 else f"exit {done.returncode}"
     return [{"package": f"onnx {installed['onnx']}", "beside": f"protobuf {version_of('protobuf')}", "why": why}]
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vit_edge.errors import EngineUnavailable, UsageError, VitEdgeError
 from vit_edge.files import read_file
+from vit_edge.progress import Progress, silent
 from vit_edge.remote.device import Device, Session, Setup
 from vit_edge.remote.package import ENGINES
 
@@ -24,7 +24,6 @@ else:
 __all__ = ["Outcome", "chosen_devices", "failure", "run_on"]
 
 _MOST_BYTES, _MOST_AT_ONCE = 1_000_000, 16
-_REPORT_S = 8.0
 _TEXTS, _NEEDED = ("name", "address", "python", "target", "engine"), ("name", "address")
 
 
@@ -65,21 +64,20 @@ def run_on(
     work: Callable[[Session, Outcome], Any],
     setup: Setup,
     *,
-    waiting: Callable[[Sequence[str], float], None] = lambda _names, _seconds: None,
+    progress: Progress = silent,
 ) -> list[Outcome]:
     """Do the work on all devices at once and return the outcome of each, in their order; Ctrl-C ends all sessions.
 
-    `waiting` is called every 8 seconds with the names of the devices that still run, and the seconds so far.
+    `progress` gets the names of the devices that still run.
     """
-    started = time.monotonic()
     running = _Running(setup)
     outcomes = [Outcome(device=device) for device in devices]
     with ThreadPoolExecutor(max_workers=min(len(devices), _MOST_AT_ONCE)) as pool:
         futures: list[Future[None]] = [pool.submit(running.one, outcome, work) for outcome in outcomes]
         try:
-            while wait(futures, timeout=_REPORT_S).not_done:
-                running_names = [device.name for device, one in zip(devices, futures, strict=True) if not one.done()]
-                waiting(running_names, time.monotonic() - started)
+            while names := [device.name for device, one in zip(devices, futures, strict=True) if not one.done()]:
+                progress(f"running on {', '.join(names)}", 0, 0)
+                wait([one for one in futures if not one.done()], return_when=FIRST_COMPLETED)
         except BaseException:
             running.stop()
             raise

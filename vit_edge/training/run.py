@@ -35,6 +35,8 @@ __all__ = ["Run", "TrainOptions", "TrainProgress", "TrainResult"]
 
 # A state is written at the end of an epoch when the last one is older than this, and whenever a run stops.
 _SAVE_EVERY_S = 30.0
+# matplotlib's import and two images, measured on one core of a Zen 5.
+_DRAWING_S = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -73,7 +75,7 @@ class TrainProgress:
     seconds_left: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class TrainResult:
     """What a finished run gives; `top1`, in percent, is of the split named, by the best checkpoint."""
 
@@ -90,6 +92,10 @@ class TrainResult:
     device: str
     seconds: float
     images_per_s: float
+
+    def __repr__(self) -> str:
+        right = f"{self.top1:.2f} % of {self.num_images} {self.split} images" if self.split else "not evaluated"
+        return f"<TrainResult {self.checkpoint}, epoch {self.best_epoch}: {right}, {self.seconds:.0f} s>"
 
 
 class Run:
@@ -118,6 +124,7 @@ class Run:
         # What a stopped run has to remember besides the loop's own state.
         self.memory: dict[str, Any] = {"top1": None, "best_top1": None, "best_loss": None, "best_epoch": 0}
         self.seconds, self.images_done = 0.0, 0
+        self.evaluation_s, self.num_evaluated = 0.0, 0
 
     def prepare(self, progress: Progress) -> None:
         """Decode the images, put the loop together, and go to where a stopped run was."""
@@ -146,7 +153,9 @@ class Run:
         described = json.dumps(self.start.preprocessing.to_dict(), indent=1) + "\n"
         write_atomic(self.folder.preprocessing, described.encode())
 
-    def fit(self, stop: Callable[[], bool], on_progress: Callable[[TrainProgress], None] | None) -> bool:
+    def fit(
+        self, stop: Callable[[], bool], on_progress: Callable[[TrainProgress], None] | None, progress: Progress
+    ) -> bool:
         """Run every step; returns False where a signal stopped it after a finished step."""
         first, begun, saved = self.loop.step, time.monotonic(), time.monotonic()
         workers = self.options.workers if self.options.workers is not None else _default_workers(self.processes)
@@ -154,6 +163,7 @@ class Run:
             for images, targets in self.loop.batches.from_step(first, workers=workers):
                 loss = self._step(images, targets, board)
                 self.seconds = time.monotonic() - begun
+                progress("training", self.loop.step, self.loop.num_steps)
                 if on_progress and self.processes.is_writer:
                     on_progress(self._progress(loss, first))
                 at_end = self.loop.step == self.loop.num_steps
@@ -169,12 +179,14 @@ class Run:
                     return False
         return True
 
-    def finish(self) -> TrainResult:
+    def finish(self, progress: Progress) -> TrainResult:
         """Evaluate the best checkpoint once, on the test split where there is one, and write what remains."""
         best = load_checkpoint(self.folder.best)
         split, split_images = ("test", self.test) if self.test else ("validation", self.validation)
+        progress(f"evaluating on the {split} images", 0, 1)
         evaluated = self.loop.evaluate(split_images, model=best.model.to(self.device)) if split_images else None
         self.processes.wait()
+        progress("drawing the curves", 0, 1)
         if evaluated and split_images and self.processes.is_writer:
             evaluation = self._evaluation(split, split_images, evaluated)
             save_checkpoint(self.folder.best, replace(best, evaluation=evaluation))
@@ -182,6 +194,7 @@ class Run:
             draw_confusion(self.folder.confusion, evaluated.confusion, self.class_names, title=title)
         if self.processes.is_writer:
             draw_curves(self.folder.curves, self.folder.events("step"), self.folder.events("epoch"))
+        progress("drawing the curves", 1, 1)
         return TrainResult(
             checkpoint=self.folder.best,
             last_checkpoint=self.folder.last,
@@ -245,8 +258,17 @@ class Run:
             board.add_scalar(f"training/{name}", value, self.loop.step)
         return loss
 
+    def _validate(self) -> Evaluation | None:
+        if not self.validation:
+            return None
+        begun = time.monotonic()
+        evaluated = self.loop.evaluate(self.validation)
+        self.evaluation_s += time.monotonic() - begun
+        self.num_evaluated += evaluated.num_images
+        return evaluated
+
     def _end_epoch(self, board: Any) -> None:
-        evaluated = self.loop.evaluate(self.validation) if self.validation else None
+        evaluated = self._validate()
         epoch = self.loop.step // self.loop.batches.steps_per_epoch
         top1, loss = (evaluated.top1, evaluated.loss) if evaluated else (None, None)
         values = {"step": self.loop.step, "epoch": epoch, "top1": top1, "validation_loss": loss}
@@ -335,7 +357,6 @@ class Run:
         return head + self.recipe.to_toml(start=start)
 
     def _progress(self, loss: float, first: int) -> TrainProgress:
-        done = self.loop.step - first
         return TrainProgress(
             step=self.loop.step,
             num_steps=self.loop.num_steps,
@@ -345,8 +366,20 @@ class Run:
             top1=self.memory["top1"],
             learning_rate=self.loop.rate,
             images_per_s=self.images_done / max(self.seconds, 1e-9),
-            seconds_left=self.seconds / done * (self.loop.num_steps - self.loop.step),
+            seconds_left=self._seconds_left(self.loop.step - first),
         )
+
+    def _seconds_left(self, num_steps: int) -> float:
+        """Return an estimate that includes the validations, the test and the drawing, after `num_steps` steps."""
+        step_s = (self.seconds - self.evaluation_s) / num_steps
+        # Before the first validation: a forward pass is about a third of a step.
+        guessed_s = step_s / self.recipe.batch_size / 3
+        image_s = self.evaluation_s / self.num_evaluated if self.num_evaluated else guessed_s
+        steps_left = self.loop.num_steps - self.loop.step
+        epochs_left = self.recipe.epochs - (self.loop.step - 1) // self.loop.batches.steps_per_epoch
+        validated, tested = (len(split.hashes) if split else 0 for split in (self.validation, self.test))
+        images_left = epochs_left * validated + (tested or validated)
+        return step_s * steps_left + image_s * images_left + _DRAWING_S
 
     def _agreed(self, wish: bool) -> bool:
         """Return whether any process wishes it: all have to do the same."""

@@ -67,7 +67,7 @@ def test_norms_and_softmax_stay_float32_and_the_command_says_that_it_saves_stora
     done = vit_edge("quantize", "m.onnx", "--precision", "float16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "float16 saves storage on CPUs" in done.stderr
-    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.float16.onnx"), strict_mode=True)
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.float16.onnx"), strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
     for node in model.graph.node:
         if node.op_type in ("LayerNormalization", "Softmax"):

@@ -195,6 +195,17 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_the_default_file_is_named_after_the_input_and_is_written_here(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far").mkdir()
+    shutil.copy(folder / "m.onnx", tmp_path / "far" / "m80.onnx")
+    monkeypatch.chdir(tmp_path)
+    assert _run("far/m80.onnx", "--calibration", str(folder / "cal")) == 0
+    assert main(["quantize", "far/m80.onnx", "--precision", "float16"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "m80.float16.onnx", "m80.int8.onnx"]
+
+
 def test_agreement_alone_does_not_look_at_labels_and_says_which_bound_fell_short(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

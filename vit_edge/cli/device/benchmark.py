@@ -168,7 +168,7 @@ def _measure(models: tuple[Path, ...], values: dict[str, Any]) -> Benchmark:
         has_peak=not values["no_peak"],
         **read_third_party_options(values),
     )
-    with progress_bar() as progress:
+    with progress_bar("loading the models") as progress:
         return measure(models, options, progress=progress)
 
 

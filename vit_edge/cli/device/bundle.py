@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from vit_edge.cli.options import load_options
-from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
+from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes, progress_bar
 from vit_edge.errors import printable
 
 
@@ -29,7 +29,8 @@ def bundle(model: Path, out: Path | None, force: bool) -> Result:
     """
     from vit_edge.runtime.bundle.builder import bundle as make
 
-    made = make(model, out=out, force=force)
+    with progress_bar(f"checking {printable(model)}"):
+        made = make(model, out=out, force=force)
     path = printable(made.path)
     rows = [
         ("application", path),

@@ -75,7 +75,7 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
 
     values |= read_third_party_options(values)
     rows, classified_images, rejected = [], [], []
-    with load(model, **values) as classifier, progress_bar(announce=False) as progress:
+    with progress_bar(f"loading {printable(model)}") as progress, load(model, **values) as classifier:
         described = classifier.describe()
         paths = _files(images)
         for position, path in enumerate(paths):

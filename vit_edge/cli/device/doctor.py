@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.device.remote import on_devices, ran_on
-from vit_edge.cli.output import Result, command, gigabytes, make_table
+from vit_edge.cli.output import Result, command, gigabytes, make_table, progress_bar
 from vit_edge.errors import EngineUnavailable
 
 if TYPE_CHECKING:
@@ -34,12 +34,18 @@ def doctor() -> Result:
     """
     from vit_edge.machine.doctor import examine
 
-    report = examine()
+    with progress_bar("trying the engines"):
+        report = examine()
     return Result(data=report, shown=_shown(report, "this machine"), error=_unusable(report))
 
 
 def _shown(report: dict[str, Any], name: str) -> list[Any]:
-    findings = [f"{finding['kind']}: {finding['what']}\n  try: {finding['advice']}" for finding in report["findings"]]
+    ended = _unusable(report)  # its advice follows the tables
+    findings = [
+        f"{finding['kind']}: {finding['what']}\n  try: {finding['advice']}"
+        for finding in report["findings"]
+        if ended is None or finding["what"] != ended.reason
+    ]
     extras = _extras(report)
     return [
         _headline(report, name),
@@ -96,6 +102,5 @@ def _unusable(report: dict[str, Any]) -> EngineUnavailable | None:
     if works and not report.get("misfits"):
         return None
     problems = [finding for finding in report["findings"] if finding["kind"] == "problem"]
-    reason = "; ".join(finding["what"] for finding in problems)
     what = "cannot trust the installation" if works else "cannot run a model on this machine"
-    return EngineUnavailable(what, reason=reason, remedy=problems[0]["advice"])
+    return EngineUnavailable(what, reason=problems[0]["what"], remedy=problems[0]["advice"])

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from vit_edge.cli.options import option_group
-from vit_edge.cli.output import Result, make_table
+from vit_edge.cli.output import Result, make_table, progress_bar
 from vit_edge.errors import UsageError, VitEdgeError, printable
 
 if TYPE_CHECKING:
@@ -154,14 +154,10 @@ def _run_there(
                 outcome.error = session.error_of(value["error"])
             return {key: entry for key, entry in value.items() if key not in ("schema", "command")}
 
-        outcomes = run_on(remote.devices, work, remote.setup, waiting=_say_waiting)
+        with progress_bar() as progress:
+            outcomes = run_on(remote.devices, work, remote.setup, progress=progress)
     _repeat_warnings(outcomes)
     return merged(outcomes, [] if shown is None else shown([o for o in outcomes if o.value]))
-
-
-def _say_waiting(names: Sequence[str], seconds: float) -> None:
-    if not click.get_current_context().meta.get("quiet", False):
-        click.echo(f"running on {', '.join(names)}: {seconds:.0f} s", err=True)
 
 
 def _repeat_warnings(outcomes: Sequence[Outcome]) -> None:
@@ -215,7 +211,7 @@ def _arguments(
     if engine is not None and not any(option.startswith("--engine=") for option in options):
         names = {option for parameter in context.command.params for option in parameter.opts}
         options += [f"--engine={engine}"] if "--engine" in names else []
-    return engine, [context.command.name or "", "--json", *options, "--", *arguments]
+    return engine, [context.command.name or "", "--json", "--quiet", *options, "--", *arguments]
 
 
 def parts(path: Path) -> list[tuple[str, Path]]:

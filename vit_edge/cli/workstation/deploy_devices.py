@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.cli.device.remote import Remote, parts
+from vit_edge.cli.output import progress_bar
 from vit_edge.machine.targets import resolve_target
 from vit_edge.remote.device import Bundle, Device, Session
 from vit_edge.remote.fleet import Outcome, run_on
@@ -69,12 +70,13 @@ def measured_there(folder: Path, remote: Remote) -> list[Outcome]:
             engine = outcome.device.engine
             session.provide(bundle, engine=engine, needs_engine=True)
             options = ["--threads=1", "--no-peak", *([] if engine is None else [f"--engine={engine}"])]
-            value = session.command(["benchmark", "--json", *options, "--", *names], bundle)
+            value = session.command(["benchmark", "--json", "--quiet", *options, "--", *names], bundle)
             if "error" in value:
                 outcome.error = session.error_of(value["error"])
             return value
 
-        return run_on(remote.devices, work, remote.setup)
+        with progress_bar() as progress:
+            return run_on(remote.devices, work, remote.setup, progress=progress)
 
 
 def device_data(outcome: Outcome) -> dict[str, Any]:

@@ -116,8 +116,6 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
         require(module, extra="export,onnxruntime", what="export")
     if is_file(source) and Path(source).suffix.lower() == ".onnx":
         return _import(Path(source), out or Path("model.onnx"), data, force, values)
-    if not click.get_current_context().meta.get("quiet", False):
-        click.echo("loading PyTorch", err=True)
     from vit_edge.export import ExportOptions, export_onnx
     from vit_edge.export.tracing.formats import may_write_format
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vit_edge.cli.messages import print_message
 from vit_edge.cli.options import option_group
 from vit_edge.cli.output import (
     Result,
@@ -57,7 +58,7 @@ _NUM_NAMED = 8
     help="portable: the same predictions on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for that "
     "hardware. auto: for this machine. FILE: from `vit-edge doctor --json` on the device.",
 )
-@click.option("-o", "--out", type=_PATH, help="Write this file  [default: model.int8.onnx or model.float16.onnx].")
+@click.option("-o", "--out", type=_PATH, help="Write this file  [default: MODEL.int8.onnx or .float16.onnx here].")
 @option_group(
     "Accuracy budget",
     click.option(
@@ -151,7 +152,7 @@ def quantize(
     from vit_edge.export import quantize as quantize_model
 
     options = _options(values)
-    out = out or Path("model.float16.onnx" if options.precision == "float16" else "model.int8.onnx")
+    out = out or Path(f"{model.stem}.{'float16' if options.precision == 'float16' else 'int8'}.onnx")
     with _resumable(kept=calibration is not None and options.use_cache), progress_bar() as progress:
         source = _open(model, values, progress)
         _say_certifiable(data, source, options)
@@ -236,7 +237,7 @@ def _say_certifiable(data: Path | None, source: ModelFile, options: Quantization
         return
     images = find_evaluation_images(data, source.manifest.labels, unlabelled=options.without_labels)
     found = certifiable(images.num_images, options.budget)
-    click.echo(certifiable_text(found, options.budget, "all" if images.labelled else "none"), err=True)
+    print_message(certifiable_text(found, options.budget, "all" if images.labelled else "none"))
 
 
 def _fields(result: QuantizationResult) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from vit_edge.cli.output import Result, bar, command, parse_size, read_value, threads_option
+from vit_edge.cli.output import Result, command, parse_size, progress_bar, read_value, threads_option
+from vit_edge.cli.progress_display import show_detail
 from vit_edge.errors import UsageError, require
+from vit_edge.progress import duration
 from vit_edge.training.recipe import CONFIG_NAME, RECIPES, Recipe, load_recipe, load_start
 
 
@@ -92,27 +94,20 @@ def _as_it_was(
 def _train(data: Path, out: Path, recipe: Recipe, options: dict[str, Any]) -> Result:
     for module in ("torch", "torchvision", "safetensors", "filelock", "matplotlib", "tensorboard", "tomli_w"):
         require(module, extra="train", what="train")
-    from rich.progress import BarColumn, TextColumn
-
     from vit_edge.train import TrainOptions, TrainProgress
     from vit_edge.train import train as run
     from vit_edge.training.processes import Processes
 
-    with bar(TextColumn("{task.description}"), BarColumn()) as drawn:
-        task = drawn.add_task("reading the images", total=None)
+    def describe(at: TrainProgress) -> None:
+        if at.step == at.num_steps:  # the stage is over
+            return
+        top1 = "" if at.top1 is None else f", top-1 {at.top1:.1f} %"
+        left = f", {duration(at.seconds_left)} left"
+        show_detail(f"epoch {at.epoch}/{at.num_epochs}, loss {at.loss:.3f}{top1}{left}")
 
-        def read(stage: str, done: int, total: int) -> None:
-            drawn.update(task, description=stage, completed=done, total=total)
-
-        def report(at: TrainProgress) -> None:
-            top1 = "-" if at.top1 is None else f"{at.top1:.1f} %"
-            text = f"epoch {at.epoch}/{at.num_epochs}  loss {at.loss:.3f}  top-1 {top1}  rate {at.learning_rate:.1e}  "
-            text += f"{at.images_per_s:.0f} images/s  {_time_left(at.seconds_left)} left"
-            drawn.update(task, description=text, completed=at.step, total=at.num_steps)
-
-        result = run(
-            data, out=out, recipe=recipe, options=TrainOptions(**options), on_progress=report, progress=read
-        )  # fmt: skip
+    with progress_bar() as progress:
+        chosen = TrainOptions(**options)
+        result = run(data, out=out, recipe=recipe, options=chosen, on_progress=describe, progress=progress)
     if not Processes.from_environment().is_writer:  # one process of many speaks
         click.get_current_context().exit(0)
     return Result(data={**asdict(result), "recipe": asdict(recipe)}, shown=_shown(result))
@@ -141,9 +136,3 @@ def _recipe(name: str, changes: tuple[str, ...], given: dict[str, Any]) -> Recip
     except ValueError as error:
         remedy = "see `vit-edge train --show-recipe`"
         raise UsageError("cannot train", reason=str(error), remedy=remedy) from error
-
-
-def _time_left(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

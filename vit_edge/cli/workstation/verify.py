@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.device.remote import Remote, merged, on_devices, ran_on
+from vit_edge.cli.messages import print_message
 from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
-from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,21 +113,22 @@ def verify(
     from vit_edge.export.verification.request import open_request
     from vit_edge.export.verification.verifier import run_verification
 
-    request = open_request(
-        model,
-        reference=reference,
-        data=data,
-        max_drop_points=max_drop_points,
-        min_agreement=min_agreement,
-        unlabelled=unlabelled,
-        flips=flips,
-        carry_labels=flips_out is not None,
-        engines=() if remote else engines,
-        threads=threads,
-    )
+    with progress_bar("reading the files"):
+        request = open_request(
+            model,
+            reference=reference,
+            data=data,
+            max_drop_points=max_drop_points,
+            min_agreement=min_agreement,
+            unlabelled=unlabelled,
+            flips=flips,
+            carry_labels=flips_out is not None,
+            engines=() if remote else engines,
+            threads=threads,
+        )
     output = _FlipsFiles(given=flips, target=_flips_target(flips_out, request, force=force), force=force)
     if not click.get_current_context().meta["quiet"]:
-        click.echo(certifiable_text(request.certifiable, request.budget, request.labels), err=True)
+        print_message(certifiable_text(request.certifiable, request.budget, request.labels))
     if remote is not None:
         return _on_devices(remote, model, request, engines, output)
     with progress_bar() as progress:
@@ -182,6 +183,8 @@ def _result(result: Verification, model: Path, output: _FlipsFiles) -> Result:
 
 def verification_data(result: Verification) -> dict[str, Any]:
     """Return the verification as JSON-ready values: the deciding engine's figures on top, all engines below."""
+    from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
+
     return {
         **_engine_data(result.decisive),
         "verdict": result.verdict,
@@ -282,6 +285,8 @@ def _or_dash(value: object) -> str:
 
 def _remarks(result: Verification, written: Path | None) -> Iterator[str]:
     """Yield what the figures do not say."""
+    from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
+
     if written is not None:
         todo = f"{result.num_unlabelled} of them need a label"
         yield f"flips: wrote the {result.num_changed} images whose prediction changed to {written}; {todo}"

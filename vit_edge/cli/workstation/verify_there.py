@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_edge.cli.device.remote import Remote, parts
+from vit_edge.cli.output import progress_bar
 from vit_edge.errors import UsageError
 from vit_edge.remote.answers import RemoteModel
 from vit_edge.remote.device import Bundle, Session
@@ -41,7 +42,8 @@ def verify_there(
 
             return run_verification(replace(request, engines=chosen, open_candidate=there))
 
-        outcomes = run_on(remote.devices, work, remote.setup)
+        with progress_bar() as progress:
+            outcomes = run_on(remote.devices, work, remote.setup, progress=progress)
     return [(outcome, outcome.value) for outcome in outcomes]
 
 
