@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError, escaped
-from vit_edge.image import Decoding, Preprocessing
+from vit_edge.image import Decoding, Limits, Preprocessing
 from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
@@ -54,6 +54,7 @@ def load(
     threads: int | None = None,
     batch_size: int | None = None,
     decode: Decoding = "full",
+    limits: Limits | None = None,
     verify: Verify = "full",
     sandbox: Sandbox | None = None,
     allow_ops: Sequence[str] | None = None,
@@ -72,6 +73,7 @@ def load(
     - `threads` None is what `vit-edge tune` found, else what the container grants.
     - `batch_size` gives the engine a static shape; other batches still run, in parts.
     - `decode` "fast" decodes large JPEGs at the smallest scale above the network's input.
+    - `limits` are those of the images; the default is 50 megapixels, or $VIT_EDGE_MAX_IMAGE_MEGAPIXELS.
     - `verify` "full" checks seal, operators and golden vectors; "hash" leaves out the golden vectors unless the engine
       is another release than the file was checked in; "none" leaves out the seal too.
     - `sandbox` "auto" tries a file that this machine has not accepted before in a subprocess first, with limits on time
@@ -97,7 +99,7 @@ def load(
     policy = policy_with(sandbox, allow_ops)
     check_decode(decode)
     model = open_any(source, preprocessing=preprocessing, labels=labels, verify=verify)
-    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, policy=policy)
+    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, limits=limits, policy=policy)
 
 
 def open_any(
@@ -142,6 +144,7 @@ def load_model(
     options: EngineOptions,
     verify: Verify = "full",
     decode: Decoding = "full",
+    limits: Limits | None = None,
     warn: bool = True,
     policy: LoadPolicy | None = None,
 ) -> Classifier:
@@ -167,7 +170,7 @@ def load_model(
         raise
     _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
     checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
-    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, checked=checked)
+    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, limits=limits, checked=checked)
 
 
 def _try_first(trial: Trial, sandbox: Sandbox) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vit_edge.errors import Closed, UsageError, VitEdgeError
-from vit_edge.image import Color, Decoding, ImageSource, Preprocessing
+from vit_edge.image import Color, Decoding, ImageSource, Limits, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.checks.policy import Sandbox, policy_with
@@ -75,6 +75,7 @@ class Pool:
         float_precision: FloatPrecision | None = None,
         batch_size: int | None = None,
         decode: Decoding = "full",
+        limits: Limits | None = None,
         sandbox: Sandbox | None = None,
         allow_ops: Sequence[str] | None = None,
         allow_fallback: bool = False,
@@ -97,7 +98,7 @@ class Pool:
             streams=workers,
             allow_fallback=allow_fallback,
         )
-        self._engine, self._decode, self._workers = engine, decode, workers
+        self._engine, self._decode, self._limits, self._workers = engine, decode, limits, workers
         self._preprocessing, self._labels = preprocessing, labels
         self._queue_size, self._max_batch = queue_size, max_batch
         self._served = _served(source)
@@ -238,7 +239,14 @@ class Pool:
 
     def _loaded(self, source: Source) -> ModelVersion:
         model = open_any(source, preprocessing=self._preprocessing, labels=self._labels)
-        first = load_model(model, engine=self._engine, options=self._options, decode=self._decode, policy=self._policy)
+        first = load_model(
+            model,
+            engine=self._engine,
+            options=self._options,
+            decode=self._decode,
+            limits=self._limits,
+            policy=self._policy,
+        )
         return ModelVersion(first, workers=self._workers)
 
     def _check_open(self, verb: str) -> None:
