@@ -20,7 +20,7 @@ from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
 from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
-from vit_edge.runtime.checks.policy import LoadPolicy, Sandbox, current_policy, policy_with
+from vit_edge.runtime.checks.policy import LoadPolicy, Sandbox, current_policy, policy_of_signed, policy_with
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (
@@ -61,6 +61,7 @@ def load(
     allow_fallback: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a model file: ours (`.onnx`, or OpenVINO's `.xml` beside its `.bin`), or any ONNX one.
 
@@ -81,6 +82,8 @@ def load(
       same engine version, CPU and options. "always" tries every file, "never" none. The default is "auto".
     - `allow_ops` names operators that are allowed besides the operator allow-list; `describe()` lists them.
     - `preprocessing` (or its fields) and `labels` are for an ONNX classifier made elsewhere, and only for one.
+    - `require_signature` is a public key: the file is loaded only if `vit-edge sign` signed it with the private one. It
+      then counts as known: with `sandbox` "auto" it is not tried first.
 
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable, MissingExtra or UsageError.
 
@@ -98,7 +101,10 @@ def load(
     _check_choice("verify", verify, get_args(Verify))
     policy = policy_with(sandbox, allow_ops)
     check_decode(decode)
-    model = open_any(source, preprocessing=preprocessing, labels=labels, verify=verify)
+    model = open_any(
+        source, preprocessing=preprocessing, labels=labels, verify=verify, require_signature=require_signature
+    )
+    policy = policy_of_signed(policy) if require_signature else policy
     return load_model(model, engine=engine, options=options, verify=verify, decode=decode, limits=limits, policy=policy)
 
 
@@ -108,12 +114,31 @@ def open_any(
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     verify: Verify = "full",
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Return the verified bytes of a model file of either format, or of an ONNX classifier with what is told of it."""
     if isinstance(source, bytearray | memoryview):
         source = bytes(source)
     if not isinstance(source, str | os.PathLike | bytes):
         raise TypeError(f"source is {type(source).__name__}; give a path, or the bytes of a model file")
+    if require_signature is None:
+        return _opened(source, preprocessing, labels, verify)
+    if isinstance(source, bytes):
+        raise UsageError("cannot load", reason="bytes have no signature", remedy="give the path of the model file")
+    from vit_edge.runtime.checks import signature
+
+    digests = signature.verify_signature(source, key=require_signature)
+    model = _opened(source, preprocessing, labels, verify)
+    signature.check_is_signed(model, digests)
+    return model
+
+
+def _opened(
+    source: str | os.PathLike[str] | bytes,
+    preprocessing: Preprocessing | Mapping[str, Any] | None,
+    labels: Sequence[str] | None,
+    verify: Verify,
+) -> Model:
     if not isinstance(source, bytes) and Path(source).suffix.lower() == ".xml":
         if preprocessing is not None or labels is not None:
             raise _told_twice(source)

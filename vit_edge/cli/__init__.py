@@ -17,6 +17,7 @@ from vit_edge.cli.device.classify import classify
 from vit_edge.cli.device.doctor import doctor
 from vit_edge.cli.device.inspect import inspect
 from vit_edge.cli.device.seal import seal
+from vit_edge.cli.device.sign import sign, verify_signature
 from vit_edge.cli.device.tune import tune
 from vit_edge.cli.help import completion, help_command
 from vit_edge.cli.output import error_fields, print_error_json
@@ -50,6 +51,8 @@ _COMMANDS: tuple[tuple[click.Command, str], ...] = (
     (inspect, "Show what a model file contains"),
     (doctor, "Check this machine: engines, CPU, packages"),
     (seal, "Seal a model file again after a deliberate edit"),
+    (sign, "Sign a model file, folder or application with your key"),
+    (verify_signature, "Check who signed a model file, folder or application"),
     (help_command, "Show the help of a command"),
     (completion, "Print shell completion for bash, zsh or fish"),
 )
