@@ -6,6 +6,7 @@ with load("model.int8.onnx") as classifier:
     print(classifier("image.jpg").label)
 """
 
+from vit_edge.image import Limits
 from vit_edge.runtime.benchmark.results import Benchmark, BenchmarkOptions, Measurement
 from vit_edge.runtime.benchmark.runner import measure
 from vit_edge.runtime.benchmark.scenarios import Scenario
@@ -22,6 +23,7 @@ __all__ = [
     "Classifier",
     "EngineName",
     "Latency",
+    "Limits",
     "Measurement",
     "Pool",
     "Prediction",

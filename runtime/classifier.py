@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_edge.errors import Closed, InputError, UsageError, VerificationFailed
-from vit_edge.image import Color, Decoding, ImageSource, Pixels, decode_for
+from vit_edge.image import Color, Decoding, ImageSource, Limits, Pixels, decode_for
 from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.metrics import activated
@@ -124,10 +124,11 @@ class Classifier:
         *,
         sha256: str,
         decoding: Decoding = "full",
+        limits: Limits | None = None,
         checked: Mapping[str, Any] | None = None,
     ) -> None:
         self._engine, self._manifest, self._sha256 = engine, manifest, sha256
-        self._decoding, self._checked = decoding, dict(checked or {})
+        self._decoding, self._limits, self._checked = decoding, limits, dict(checked or {})
         self._pid, self._closed = os.getpid(), False
 
     @property
@@ -164,7 +165,8 @@ class Classifier:
         """Return an image as the network takes it; raises as a call does."""
         started = time.perf_counter()
         preprocessing = self._manifest.preprocessing
-        image, upright = decode_for(preprocessing if self._decoding == "fast" else None, source, color=color)
+        scaled = preprocessing if self._decoding == "fast" else None
+        image, upright = decode_for(scaled, source, color=color, limits=self._limits)
         decoded = time.perf_counter()
         pixels = preprocessing.fit(image, upright=upright)
         resize_ms = (time.perf_counter() - decoded) * 1000
@@ -264,7 +266,12 @@ class Classifier:
         """Return another classifier over the same loaded model, for another thread; each is closed on its own."""
         self._check_usable()
         return Classifier(
-            self._engine.twin(), self._manifest, sha256=self._sha256, decoding=self._decoding, checked=self._checked
+            self._engine.twin(),
+            self._manifest,
+            sha256=self._sha256,
+            decoding=self._decoding,
+            limits=self._limits,
+            checked=self._checked,
         )
 
     def close(self) -> None:

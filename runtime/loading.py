@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError, escaped
-from vit_edge.image import Decoding, Preprocessing
+from vit_edge.image import Decoding, Limits, Preprocessing
 from vit_edge.machine.targets import mismatch, target_name
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
-from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_with
+from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_of_signed, policy_with
 from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
@@ -54,12 +54,14 @@ def load(
     threads: int | None = None,
     batch_size: int | None = None,
     decode: Decoding = "full",
+    limits: Limits | None = None,
     verify: Verify = "full",
     sandbox: Sandbox | None = None,
     allow_ops: Sequence[str] | None = None,
     allow_fallback: bool = False,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a model file: ours (`.onnx`, or OpenVINO's `.xml` next to its `.bin`), or any ONNX one.
 
@@ -72,6 +74,7 @@ def load(
     - `threads` None is what `vit-edge tune` found, else what the container grants.
     - `batch_size` gives the engine a static shape; other batches still run, in parts.
     - `decode` "fast" decodes large JPEGs at the smallest scale above the network's input.
+    - `limits` are those of the images; the default is 50 megapixels, or $VIT_EDGE_MAX_IMAGE_MEGAPIXELS.
     - `verify` "full" checks seal, operators and golden vectors; "hash" leaves out the golden vectors unless the engine
       is another release than the file was checked in; "none" leaves out the seal too.
     - `sandbox` "auto" tries a file that this machine has not accepted before in a subprocess first, with limits on time
@@ -79,6 +82,8 @@ def load(
       same engine version, CPU and options. "always" tries every file, "never" none. The default is "auto".
     - `allow_ops` names operators that are allowed besides the operator allow-list; `describe()` lists them.
     - `preprocessing` (or its fields) and `labels` are for an ONNX classifier made elsewhere, and only for one.
+    - `require_signature` is a public key: the file is loaded only if `vit-edge sign` signed it with the private one. It
+      then counts as known: with `sandbox` "auto" it is not tried first.
 
     Raises ModelRejected, NotTrusted, GoldenMismatch, EngineUnavailable, MissingExtra or UsageError.
 
@@ -100,8 +105,11 @@ def load(
     _check_choice("verify", verify, get_args(Verify))
     policy = policy_with(sandbox, allow_ops)
     check_decode(decode)
-    model = open_any(source, preprocessing=preprocessing, labels=labels, verify=verify)
-    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, policy=policy)
+    model = open_any(
+        source, preprocessing=preprocessing, labels=labels, verify=verify, require_signature=require_signature
+    )
+    policy = policy_of_signed(policy) if require_signature else policy
+    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, limits=limits, policy=policy)
 
 
 def open_any(
@@ -110,12 +118,31 @@ def open_any(
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     verify: Verify = "full",
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Return the verified bytes of a model file of either format, or of an ONNX classifier with what is told of it."""
     if isinstance(source, bytearray | memoryview):
         source = bytes(source)
     if not isinstance(source, str | os.PathLike | bytes):
         raise TypeError(f"source is {type(source).__name__}; give a path, or the bytes of a model file")
+    if require_signature is None:
+        return _opened(source, preprocessing, labels, verify)
+    if isinstance(source, bytes):
+        raise UsageError("cannot load", reason="bytes have no signature", remedy="give the path of the model file")
+    from vit_edge.runtime.checks import signature
+
+    digests = signature.verify_signature(source, key=require_signature)
+    model = _opened(source, preprocessing, labels, verify)
+    signature.check_is_signed(model, digests)
+    return model
+
+
+def _opened(
+    source: str | os.PathLike[str] | bytes,
+    preprocessing: Preprocessing | Mapping[str, Any] | None,
+    labels: Sequence[str] | None,
+    verify: Verify,
+) -> Model:
     if not isinstance(source, bytes) and Path(source).suffix.lower() == ".xml":
         if preprocessing is not None or labels is not None:
             raise _told_twice(source)
@@ -146,6 +173,7 @@ def load_model(
     options: EngineOptions,
     verify: Verify = "full",
     decode: Decoding = "full",
+    limits: Limits | None = None,
     warn: bool = True,
     policy: LoadPolicy | None = None,
 ) -> Classifier:
@@ -171,7 +199,7 @@ def load_model(
         raise
     _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
     checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
-    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, checked=checked)
+    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, limits=limits, checked=checked)
 
 
 def _try_first(trial: Trial, sandbox: Sandbox) -> None:

@@ -18,16 +18,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from vit_edge.errors import ImageRejected, printable
+from vit_edge.errors import ImageRejected, UsageError, printable
 from vit_edge.files import kind_of, read_file, sha256_hex
 
 __all__ = [
     "BACKGROUND",
     "FORMATS",
+    "LIMIT_VARIABLE",
     "Color",
     "Decoding",
     "ImageSource",
     "Interpolation",
+    "Limits",
     "Pixels",
     "Preprocessing",
     "decode",
@@ -48,12 +50,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 # Transparent pixels show this colour.
 BACKGROUND = (255, 255, 255)
 
-# An 81-megapixel PNG of 0.2 MB needs 639 MB decoded and passes Pillow without a warning: our limits are lower.
-_MAX_FILE_BYTES = 100 * 1024 * 1024
-_MAX_PIXELS = 50_000_000
+# Overrides `Limits.max_pixels` where no limits are given.
+LIMIT_VARIABLE = "VIT_EDGE_MAX_IMAGE_MEGAPIXELS"
+
 _MAX_SIDE = 30_000
 _MIN_SIDE = 8
 _MAX_ASPECT = 20
+# What is converted at a time: a second copy of these rows is made, not of the image.
+_ROWS = 64
 
 _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -66,6 +70,40 @@ _CHANNELS: dict[str, list[int]] = {"rgb": [0, 1, 2], "bgr": [2, 1, 0], "rgba": [
 # EXIF 2.3, tag Orientation: these values turn an image by a quarter.
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What is decoded at most; raises UsageError if a limit is not positive.
+
+    Decoding needs up to 12 bytes a pixel, and the file. An 81-megapixel PNG of 0.2 MB passes Pillow without a warning.
+    """
+
+    max_pixels: int = 50_000_000
+    max_side: int = _MAX_SIDE
+    max_file_bytes: int = 100 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_side", "max_file_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                reason = f"{name} is {value!r}"
+                raise UsageError("cannot limit the images", reason=reason, remedy="give a whole number over 0")
+
+    @classmethod
+    def of_megapixels(cls, megapixels: float | str, *, name: str = "max_image_megapixels") -> Limits:
+        """Return the default limits with another number of pixels; raises UsageError that cites `name`."""
+        try:
+            return cls(max_pixels=int(float(megapixels) * 1_000_000))
+        except (OverflowError, ValueError) as error:
+            reason = f"{name} is {megapixels!r}"
+            raise UsageError("cannot limit the images", reason=reason, remedy="give a number, such as 50") from error
+
+    @classmethod
+    def default(cls) -> Limits:
+        """Return the limits that hold where none are given: those of the environment, else 50 megapixels."""
+        megapixels = os.environ.get(LIMIT_VARIABLE)
+        return cls.of_megapixels(megapixels, name=LIMIT_VARIABLE) if megapixels else cls()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +136,8 @@ class Preprocessing:
             raise ValueError(f"crop {self.crop} is larger than the image resized to {self.resize}")
         if max(*self.crop, *sides) > _MAX_SIDE or not all(isinstance(side, int) for side in (*self.crop, *sides)):
             raise ValueError(f"resize {self.resize} and crop {self.crop} must be whole numbers up to {_MAX_SIDE:,}")
+        if sides[0] * sides[1] > Limits().max_pixels:
+            raise ValueError(f"resize {self.resize} makes over {Limits().max_pixels:,} pixels of an image")
         if not isinstance(self.keep_ratio, bool) or (self.keep_ratio and isinstance(resize, int)):
             raise ValueError(f"keep_ratio {self.keep_ratio!r} needs a resize of (height, width)")
         if self.crop_rounding not in ("half-even", "floor"):
@@ -130,6 +170,9 @@ class Preprocessing:
         `upright` is the (height, width) of the image where it was decoded at a smaller scale.
         """
         height, width = self.resized(*(upright or (image.height, image.width)))
+        if height * width > Limits().max_pixels:
+            reason = f"resized for the network, the image would have {width} x {height} pixels"
+            raise _rejected("the image given", reason, "crop the image first")
         if (width, height) != image.size:
             image = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
         halve = math.floor if self.crop_rounding == "floor" else round  # Python's round: half to even
@@ -167,16 +210,17 @@ def decode(source: ImageSource, *, color: Color = "rgb") -> Image.Image:
 
 
 def decode_for(
-    preprocessing: Preprocessing | None, source: ImageSource, *, color: Color = "rgb"
+    preprocessing: Preprocessing | None, source: ImageSource, *, color: Color = "rgb", limits: Limits | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Return what `decode` does, and the (height, width) of the upright image; raises as it does.
 
     With `preprocessing` a JPEG file is decoded at the smallest scale (1/2, 1/4, 1/8) that is not below what that
     resizes to. An image that was opened by somebody else is not touched.
     """
-    name, image = _open(source, color)
+    limits = limits or Limits.default()
+    name, image = _open(source, color, limits)
     try:
-        _check_size(image, name)
+        _check_size(image, name, limits)
         upright = _upright(image)
         if preprocessing is not None and not isinstance(source, Image.Image):
             _scale_down(image, preprocessing.resized(*upright))
@@ -184,7 +228,7 @@ def decode_for(
             _log.warning("%s has several frames; only the first is used", name)
         if image.mode == "I" and image.format == "PNG":  # a 16-bit grey PNG, in Pillow before 10.3
             image = image.convert("I;16")
-        image.load()
+        image = _loaded(image, is_ours=not isinstance(source, Image.Image))
         if image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
         return _to_rgb(image, name), upright
@@ -214,7 +258,27 @@ def _scale_down(image: Image.Image, needed: tuple[int, int]) -> None:
     image.draft(None, (width, height))
 
 
-def _open(source: ImageSource, color: Color) -> tuple[str, Image.Image]:
+def _loaded(image: Image.Image, *, is_ours: bool) -> Image.Image:
+    """Return the image decoded.
+
+    Pillow's WebP decoder keeps two frames beside the bytes and the pixels of the one that is read, 16 bytes a pixel:
+    the decoder of an image that only we use is freed before there is another copy.
+    """
+    decoder = getattr(image, "_decoder", None) if is_ours and image.format == "WEBP" else None
+    if decoder is None:
+        image.load()
+        return image
+    frame = decoder.get_next()
+    if frame is None:
+        raise ValueError("the first frame cannot be decoded")
+    kind, size, info = getattr(image, "rawmode"), image.size, image.info  # noqa: B009 - only WebP has it
+    image._decoder = decoder = None  # type: ignore[attr-defined]
+    loaded = Image.frombuffer(kind, size, frame[0], "raw", kind, 0, 1)
+    loaded.info.update(info)
+    return loaded
+
+
+def _open(source: ImageSource, color: Color, limits: Limits) -> tuple[str, Image.Image]:
     if color not in _CHANNELS:
         raise TypeError(f"color is {color!r}; choose one of {', '.join(_CHANNELS)}")
     if isinstance(source, np.ndarray):
@@ -227,13 +291,13 @@ def _open(source: ImageSource, color: Color) -> tuple[str, Image.Image]:
         name, data = "the bytes given", bytes(source)
     elif isinstance(source, str | os.PathLike):
         name = printable(source)
-        data = read_file(source, what="image", max_bytes=_MAX_FILE_BYTES, error=ImageRejected)
+        data = read_file(source, what="image", max_bytes=limits.max_file_bytes, error=ImageRejected)
     elif hasattr(source, "read"):
         name = "the file given"
         try:
             if getattr(source, "seekable", bool)():  # a BytesIO that was just written stands at its end
                 source.seek(0)
-            data = source.read(_MAX_FILE_BYTES)
+            data = source.read(limits.max_file_bytes)
         except (OSError, ValueError) as error:  # it is closed, or its disk fails
             raise _rejected(name, f"the file cannot be read ({error})", "open it again") from error
         if not isinstance(data, bytes):
@@ -271,11 +335,11 @@ def _from_array(pixels: Pixels, color: Color) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., channels]))
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
     width, height = image.size
     long, short = max(width, height), min(width, height)
-    if long > _MAX_SIDE or width * height > _MAX_PIXELS:
-        limit = f"at most {_MAX_PIXELS:,} pixels and {_MAX_SIDE:,} a side are decoded"
+    if long > limits.max_side or width * height > limits.max_pixels:
+        limit = f"at most {limits.max_pixels:,} pixels and {limits.max_side:,} a side are decoded"
         raise _rejected(name, f"the image has {width} x {height} pixels; {limit}", "scale it down first")
     if short < _MIN_SIDE or long > _MAX_ASPECT * short:
         limit = f"at least {_MIN_SIDE} a side and at most {_MAX_ASPECT} times as long as wide can be judged"
@@ -283,18 +347,28 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    mode = image.mode
-    if mode.startswith("I;16"):
-        grey = np.asarray(image, dtype=np.uint32)
+    """Return the image in RGB, converted by bands of rows: only the image and the result are in memory."""
+    if image.mode in ("I", "F"):
+        reason = f"the image's colour mode is {image.mode} (32 bits a pixel), which has no known range"
+        raise _rejected(name, reason, "convert it to 8 or 16 bits a channel")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    converted = Image.new("RGB", image.size)
+    for top in range(0, image.height, _ROWS):
+        box = (0, top, image.width, min(top + _ROWS, image.height))
+        converted.paste(_rows_to_rgb(image.crop(box)), box)
+    return converted
+
+
+def _rows_to_rgb(rows: Image.Image) -> Image.Image:
+    if rows.mode.startswith("I;16"):
+        grey = np.asarray(rows, dtype=np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        opaque = image.convert("RGBA")
+    if rows.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in rows.info:
+        opaque = rows.convert("RGBA")
         background = Image.new("RGBA", opaque.size, (*BACKGROUND, 255))
         return Image.alpha_composite(background, opaque).convert("RGB")
-    if mode in ("I", "F"):
-        reason = f"the image's colour mode is {mode} (32 bits a pixel), which has no known range"
-        raise _rejected(name, reason, "convert it to 8 or 16 bits a channel")
-    return image if mode == "RGB" else image.convert("RGB")
+    return rows.convert("RGB")
 
 
 def _rejected(name: str, reason: str, remedy: str) -> ImageRejected:

@@ -188,7 +188,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def check_pixels(upload: bytes, max_pixels: int) -> None:
-    """Raise Refused (413) where an image says that it has more than `max_pixels`: decoded, each takes 11 bytes."""
+    """Raise Refused (413) where an image says that it has more than `max_pixels`: each takes up to 12 bytes."""
     try:
         with Image.open(io.BytesIO(upload), formats=FORMATS) as image:
             num_pixels = image.width * image.height

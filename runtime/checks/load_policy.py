@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from vit_edge.errors import UsageError
 
-__all__ = ["NO_SANDBOX", "LoadPolicy", "Sandbox", "current_policy", "load_policy", "policy_with"]
+__all__ = ["NO_SANDBOX", "LoadPolicy", "Sandbox", "current_policy", "load_policy", "policy_of_signed", "policy_with"]
 
 Sandbox: TypeAlias = Literal["auto", "always", "never"]
 
@@ -46,6 +46,11 @@ def policy_with(sandbox: Sandbox | None, allow_ops: Sequence[str] | None) -> Loa
     current = current_policy()
     chosen = current.allow_ops if allow_ops is None else tuple(allow_ops)
     return LoadPolicy(sandbox=sandbox or current.sandbox, allow_ops=chosen)
+
+
+def policy_of_signed(policy: LoadPolicy) -> LoadPolicy:
+    """Return the policy for a file that was signed by a key that the user trusts: known, whatever was loaded before."""
+    return replace(policy, sandbox="never") if policy.sandbox == "auto" else policy
 
 
 @contextmanager

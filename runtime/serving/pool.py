@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from vit_edge.errors import Closed, UsageError, VitEdgeError
-from vit_edge.image import Color, Decoding, ImageSource, Preprocessing
+from vit_edge.image import Color, Decoding, ImageSource, Limits, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
-from vit_edge.runtime.checks.load_policy import Sandbox, policy_with
+from vit_edge.runtime.checks.load_policy import Sandbox, policy_of_signed, policy_with
 from vit_edge.runtime.classifier import Prediction, Prepared, check_top
 from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
 from vit_edge.runtime.loading import check_decode, load_model, open_any
@@ -75,18 +75,22 @@ class Pool:
         float_precision: FloatPrecision | None = None,
         batch_size: int | None = None,
         decode: Decoding = "full",
+        limits: Limits | None = None,
         sandbox: Sandbox | None = None,
         allow_ops: Sequence[str] | None = None,
         allow_fallback: bool = False,
         preprocessing: Preprocessing | Mapping[str, Any] | None = None,
         labels: Sequence[str] | None = None,
+        require_signature: str | os.PathLike[str] | None = None,
     ) -> None:
         counts = {"threads": threads, "workers": workers, "queue_size": queue_size, "max_batch": max_batch}
         for name, value in counts.items():
             check_count(name, value, _MOST[name], what="cannot make the pool")
         _check("max_delay_ms", max_delay_ms, most=_MOST_DELAY_MS)
         check_decode(decode)
-        self._policy = policy_with(sandbox, allow_ops)
+        policy = policy_with(sandbox, allow_ops)
+        self._policy = policy_of_signed(policy) if require_signature else policy
+        self._require_signature = require_signature
         workers = workers or max(1, usable_threads() // threads)
         queue_size = queue_size or 2 * workers
         self._options = EngineOptions(
@@ -97,7 +101,7 @@ class Pool:
             streams=workers,
             allow_fallback=allow_fallback,
         )
-        self._engine, self._decode, self._workers = engine, decode, workers
+        self._engine, self._decode, self._limits, self._workers = engine, decode, limits, workers
         self._preprocessing, self._labels = preprocessing, labels
         self._queue_size, self._max_batch = queue_size, max_batch
         self._served = _served(source)
@@ -237,8 +241,20 @@ class Pool:
             raise Closed("cannot use the pool", reason=reason, remedy="make it in the child, or start with spawn")
 
     def _loaded(self, source: Source) -> ModelVersion:
-        model = open_any(source, preprocessing=self._preprocessing, labels=self._labels)
-        first = load_model(model, engine=self._engine, options=self._options, decode=self._decode, policy=self._policy)
+        model = open_any(
+            source,
+            preprocessing=self._preprocessing,
+            labels=self._labels,
+            require_signature=self._require_signature,
+        )
+        first = load_model(
+            model,
+            engine=self._engine,
+            options=self._options,
+            decode=self._decode,
+            limits=self._limits,
+            policy=self._policy,
+        )
         return ModelVersion(first, workers=self._workers)
 
     def _check_open(self, verb: str) -> None:

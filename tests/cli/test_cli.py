@@ -30,13 +30,16 @@ COMMANDS = (
     "inspect",
     "doctor",
     "seal",
+    "sign",
+    "verify-signature",
     "help",
     "completion",
 )
 # These print text only.
 TEXT_ONLY = {"help", "completion"}
 # The README shows these outside of its console block.
-ELSEWHERE = {"convert", "explain", "bundle", "tune", "deploy", "report", "doctor", "seal", "help", "completion"}
+ELSEWHERE = {"convert", "explain", "bundle", "tune", "deploy", "report", "doctor", "seal", "sign", "verify-signature"}
+ELSEWHERE |= TEXT_ONLY
 
 
 @pytest.fixture

@@ -227,6 +227,24 @@ def test_a_full_queue_refuses_at_once_and_what_was_taken_is_answered(workspace: 
         service.end()
 
 
+def peak_bytes(service: Service) -> int:
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def test_no_more_images_are_decoded_at_a_time_than_there_are_workers(workspace: Workspace, tmp_path: Path) -> None:
+    data = large_image(image_of(workspace, "3"))
+    settings = {"VIT_EDGE_QUEUE": "8", "MALLOC_MMAP_THRESHOLD_": "1048576", **LARGE}
+    with serving(workspace.int8_model, tmp_path / "log.txt", **settings) as service:
+        service.wait_until_ready()
+        before = peak_bytes(service)
+        with ThreadPoolExecutor(6) as clients:
+            asked = [clients.submit(service.ask, "/classify", data) for _ in range(6)]
+        assert [one.result()[0] for one in asked] == [200] * 6
+        assert peak_bytes(service) - before < 12 * 49_000_000 + 8 * len(data)  # side by side: 30 bytes for each of 49 M
+        service.end()
+
+
 def test_a_image_whose_time_is_over_is_not_answered(workspace: Workspace, tmp_path: Path) -> None:
     with serving(workspace.int8_model, tmp_path / "log.txt", VIT_EDGE_DEADLINE_MS="0.000001") as service:
         service.wait_until_ready()

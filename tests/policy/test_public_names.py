@@ -36,6 +36,7 @@ SURFACE = {
         "Classifier",
         "EngineName",
         "Latency",
+        "Limits",
         "Measurement",
         "Pool",
         "Prediction",

@@ -39,6 +39,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("device.inspect.inspect", "Show what a model file contains"),
     "doctor": ("device.doctor.doctor", "Check this machine: engines, CPU, packages"),
     "seal": ("device.seal.seal", "Seal a model file again after a deliberate edit"),
+    "sign": ("device.sign.sign", "Sign a model file, folder or application with your key"),
+    "verify-signature": ("device.sign.verify_signature", "Check who signed a model file, folder or application"),
     "help": ("help.help_command", "Show the help of a command"),
     "completion": ("help.completion", "Print shell completion for bash, zsh or fish"),
 }

@@ -56,11 +56,18 @@ from vit_edge.errors import DataRejected, ImageRejected, printable
         show_default=True,
         help="fast: decode large JPEGs at a reduced scale, never below the input size.",
     ),
+    click.option(
+        "--max-image-megapixels",
+        type=click.FloatRange(0, 10_000, min_open=True),
+        help="Refuse larger images: decoding needs 12 bytes a pixel  [default: 50].",
+    ),
 )
 @third_party_options
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
 @load_options
-def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> Result:
+def classify(
+    model: Path, images: tuple[Path, ...], top: int, max_image_megapixels: float | None, **values: Any
+) -> Result:
     """Classify IMAGES (files or folders) with MODEL, an .onnx file or OpenVINO's .xml with its .bin.
 
     Unreadable images are listed and skipped; the exit code is then 3.
@@ -71,8 +78,11 @@ def classify(model: Path, images: tuple[Path, ...], top: int, **values: Any) -> 
       vit-edge classify third_party.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
+    from vit_edge.image import Limits
     from vit_edge.runtime.loading import load
 
+    if max_image_megapixels is not None:
+        values["limits"] = Limits.of_megapixels(max_image_megapixels)
     values |= read_third_party_options(values)
     rows, classified_images, rejected = [], [], []
     with progress_bar(f"loading {printable(model)}") as progress, load(model, **values) as classifier:
