@@ -151,9 +151,9 @@ def _square(image: int, patch: int, size: str, **fields: Any) -> ViTConfig:
 
 
 # Width, depth and heads: Table 1 (base, large, huge); Table 1 of DeiT, arXiv:2012.12877 (tiny, small).
-# The digits network is ours: the smallest that is both over 97 % on the digits and faster in INT8.
+# The digits network is ours: over 97 % on the digits in two minutes of training, and faster in INT8.
 _SIZES: dict[str, tuple[int, int, int]] = {
-    "digits": (192, 4, 3),
+    "digits": (192, 2, 3),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
