@@ -89,5 +89,5 @@ def test_a_value_has_the_shape_or_the_error_names_the_field(value: Any) -> None:
         and isinstance(value.get("c", {}), dict)
         and all(type(entry) is bool for entry in value.get("c", {}).values())
     )
-    with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match="^record"):
+    with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match=r"^record"):
         check_fields(value, shape, path="record")
