@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo check test test-avx2 test-emulated test-arm64 qemu lint clean
+.PHONY: demo check test fuzz test-avx2 test-emulated test-arm64 qemu lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -17,6 +17,11 @@ check: $(VENV)/.dev-installed lint
 
 test: $(VENV)/.dev-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Mutated files and answers, and kills at random moments: nothing dies, hangs, lies or is lost. MUTANTS=N, KILLS=N, SEED=N.
+fuzz: $(VENV)/.dev-installed
+	$(BIN)/python -m tests.faults.fuzz --mutants $(or $(MUTANTS),20000) --seed $(or $(SEED),0)
+	$(BIN)/python -m tests.faults.kills --kills $(or $(KILLS),1000) --seed $(or $(SEED),0)
 
 # The suite as an x86 CPU without AVX-512 and VNNI runs it, at native speed; PYTEST_ARGS=tests/FILE.py runs that file.
 test-avx2: $(VENV)/.dev-installed

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "may_write",
     "read_file",
     "sha256_hex",
+    "temporary_folder",
     "write_atomic",
     "write_together",
 ]
@@ -46,8 +48,20 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
-# The host is in the name: on a folder that hosts share, a process number alone says nothing of who is alive.
+# The host is in the names: on a folder that hosts share, a process number alone says nothing of who is alive.
 _TEMPORARY = f".vit-edge.tmp.{re.sub('[^A-Za-z0-9-]', '_', platform.node())[:60]}."
+# Short, as sockets are made in these folders, and their paths have 107 bytes at most.
+_FOLDER = f"vit-edge.{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}."
+
+
+# What a write may hit besides a full disk.
+_LIMITS = {
+    errno.EFBIG: (
+        "the file is larger than this process or disk allows",
+        "raise `ulimit -f`, or write elsewhere",
+    ),
+    getattr(errno, "EDQUOT", -1): ("your quota on this disk is used up", "free some space, or write elsewhere"),
+}
 
 
 def has_home() -> bool:
@@ -171,7 +185,7 @@ def _written(target: Path, data: bytes | Iterable[bytes]) -> Iterator[tuple[Path
         target = target.resolve()
     chunks = [data] if isinstance(data, bytes) else data
     size_bytes = len(data) if isinstance(data, bytes) else 0
-    _remove_stale(target.absolute().parent)
+    _remove_stale(target.absolute().parent, _TEMPORARY)
     _check_space(target, size_bytes)
     temporary = target.absolute().parent / f"{_TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}"
     try:
@@ -183,12 +197,28 @@ def _written(target: Path, data: bytes | Iterable[bytes]) -> Iterator[tuple[Path
             os.fsync(file.fileno())
         yield temporary, target
     except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if problem.errno in _LIMITS:
+            reason, remedy = _LIMITS[problem.errno]
+            raise ResourceExhausted("cannot write", file=target, reason=reason, remedy=remedy) from problem
+        if problem.errno == errno.ENOSPC:
             raise _disk_full(target, size_bytes) from problem
         raise UsageError("cannot write", file=target, reason=_why(problem), remedy="choose another folder") from problem
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(*, beside: Path | None = None) -> Iterator[str]:
+    """Yield a new folder, removed at the end; folders that this user's killed processes left are removed first.
+
+    It is in the system's folder for temporary files, or `beside` a file that is made in it and then moved.
+    """
+    parent = Path(tempfile.gettempdir()) if beside is None else beside.absolute().parent
+    prefix = _FOLDER if beside is None else _TEMPORARY
+    _remove_stale(parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}.", dir=parent) as name:
+        yield name
 
 
 def finite(value: Any) -> Any:
@@ -232,12 +262,19 @@ def _disk_full(target: Path, size_bytes: int) -> ResourceExhausted:
     return ResourceExhausted("cannot write", file=target, reason=reason, remedy="free some space and run it again")
 
 
-def _remove_stale(folder: Path) -> None:
-    """Remove what killed processes of this host left in the folder."""
+def _remove_stale(folder: Path, prefix: str) -> None:
+    """Remove what killed processes of this user and host left in the folder."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            owner = name.removeprefix(_TEMPORARY).split(".")[0] if name.startswith(_TEMPORARY) else ""
-            if owner.isdigit() and not _alive(int(owner)):
+            owner = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+            if not owner.isdigit() or _alive(int(owner)):
+                continue
+            status = (folder / name).lstat()
+            if hasattr(os, "getuid") and status.st_uid != os.getuid():
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            else:
                 (folder / name).unlink(missing_ok=True)
 
 

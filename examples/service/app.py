@@ -1,7 +1,7 @@
 """A classifier as an HTTP service: FastAPI in front of the runtime's pool.
 
     pip install "vit-edge[onnxruntime]" fastapi uvicorn
-    VIT_EDGE_MODEL=model.int8.onnx python -m uvicorn app:app --app-dir examples/service --port 8000
+    VIT_EDGE_MODEL=model.int8.onnx python -m uvicorn app:app --app-dir examples/service --http app:Impatient --port 8000
     curl --data-binary @image.jpg -H "Content-Type: image/jpeg" localhost:8000/classify
     curl localhost:8000/healthz
 
@@ -25,6 +25,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vit_edge.errors import Closed, DeadlineExceeded, ImageRejected, Overloaded, UsageError, VitEdgeError
 from vit_edge.image import FORMATS
@@ -47,6 +48,7 @@ class Settings:
     max_bytes: int
     max_pixels: int
     deadline_s: float
+    header_s: float
     body_s: float
     watch: bool
 
@@ -64,6 +66,7 @@ class Settings:
             max_bytes=_number("VIT_EDGE_MAX_BYTES", int, 10_000_000),
             max_pixels=_number("VIT_EDGE_MAX_PIXELS", int, 12_500_000),
             deadline_s=_number("VIT_EDGE_DEADLINE_MS", float, 2000.0) / 1000,
+            header_s=_number("VIT_EDGE_HEADER_MS", float, 5_000.0) / 1000,
             body_s=_number("VIT_EDGE_BODY_MS", float, 10_000.0) / 1000,
             watch=_number("VIT_EDGE_WATCH", int, 0) == 1,
         )
@@ -131,6 +134,26 @@ async def beat(pool: Pool) -> None:
                 continue
         before = app.state.answered
         notify("WATCHDOG=1")
+
+
+class Impatient(H11Protocol):
+    """uvicorn's HTTP/1.1 with a limit on the time for the headers: clients that send slowly hold no connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def on_response_complete(self) -> None:
+        self._wait_for_headers()
+        super().on_response_complete()
+
+    def _wait_for_headers(self) -> None:
+        self.loop.call_later(app.state.settings.header_s, self._close_unless_busy, self.cycle)
+
+    def _close_unless_busy(self, before: Any) -> None:
+        """Close the connection if no request has come since then: its cycle is the one of before."""
+        if self.cycle is before and not self.transport.is_closing():
+            self.transport.close()
 
 
 app = FastAPI(title="vit-edge", lifespan=lifespan)

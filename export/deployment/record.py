@@ -12,6 +12,7 @@ from typing import Any
 
 import vit_edge
 from vit_edge.errors import InputError, printable
+from vit_edge.fields import Shape, check_fields
 from vit_edge.files import finite, read_file, sha256_hex, write_atomic
 from vit_edge.machine.cpu import cpu_name, instruction_set, usable_threads
 from vit_edge.progress import Progress, silent
@@ -40,6 +41,19 @@ _PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy", "Pillow", "sci
 _MAX_RECORD_BYTES = 20_000_000
 _REMEDY = "give the record.json of a deployment"
 _KEYS = {"schema", "files", "folders", "images", "steps"}
+_NUMBER = (int, float, type(None))
+_VERIFICATION: Shape = {"verification": {"engines": [dict]}}
+_ASKED: Shape = {"max_drop_points": _NUMBER, "min_agreement": _NUMBER, "unlabelled": bool}
+_QUANTIZE: Shape = {"inputs": {"options": _ASKED}, "result": _VERIFICATION}
+# What is read of a record before the files are verified again.
+_SHAPE: Shape = {
+    "schema": int,
+    "files": {str: str},
+    "folders": {"data": str},
+    "images": {"data": str},
+    "steps": {"quantize": _QUANTIZE, "speed?": dict},
+    "check?": _VERIFICATION,
+}
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -49,13 +63,12 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         record = json.loads(data)
         if not isinstance(record, dict) or not record.keys() >= _KEYS:
             raise ValueError("the file is not a record of `vit-edge deploy`")
+        check_fields(record, _SHAPE, path="record")
         if record["schema"] > SCHEMA:
             raise ValueError(f"the record has schema {record['schema']}; this vit-edge reads {SCHEMA}")
-        record["steps"]["quantize"]["inputs"]["options"]["max_drop_points"]
-        verification_of(record)["engines"]
         if not set(record["files"]) <= {FLOAT32_FILE, INT8_FILE}:
             raise ValueError("the record names other files than a deployment has")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("cannot use the record", file=path, reason=str(error)[:200], remedy=_REMEDY) from error
     return record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from vit_edge.errors import EngineUnavailable
 from vit_edge.export.explanation.engine_profiles import PROFILERS, one_batch
 from vit_edge.export.quantization.coverage import coverage
+from vit_edge.files import temporary_folder
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engines.protocol import EngineOptions, make_engine
@@ -80,7 +80,7 @@ def layer_times(
     in_float32 = set(nodes)
     if model.manifest.precision.startswith("int8"):
         in_float32 = {op.node for op in coverage(model, engine).float32_ops}
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
+    with temporary_folder() as folder:
         timed = [_Timed(file, engine, Path(folder) / str(number)) for number, file in enumerate((reference, model))]
         _run(timed, f"timing layers in {engine}", progress)
         before, after = (entry.summary() for entry in timed)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vit_edge.errors import ModelRejected, VerificationFailed, VitEdgeError
+from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.writing import write_model
@@ -36,7 +36,7 @@ def answer_elsewhere(
 
     Raises VerificationFailed, with the batch at which it failed.
     """
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+    with temporary_folder() as name:
         folder = Path(name)
         write_model(folder / _MODEL, model)
         for number, batch in enumerate(batches):
@@ -51,7 +51,7 @@ def load_elsewhere(model: ModelFile, *, engine: str) -> None:
 
     Raises VerificationFailed.
     """
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+    with temporary_folder() as name:
         write_model(Path(name) / _MODEL, model)
         _run(Path(name), {"engine": engine, "batches": 0, "outputs": []})
     accept_own(model, engine=engine)

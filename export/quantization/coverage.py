@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import onnx
 
 from vit_edge.errors import EngineUnavailable, require
 from vit_edge.export.graph.macs import PRODUCTS, macs_by_node
+from vit_edge.files import temporary_folder
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.engines.protocol import EngineOptions
 
@@ -142,7 +142,7 @@ def _in_onnxruntime(
     """Return which products are integer, and which roundings stand alone, in the graph that ONNX Runtime optimised."""
     from vit_edge.runtime.engines.ort import make_session
 
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as folder:
+    with temporary_folder() as folder:
         path = Path(folder) / "optimised.onnx"
         make_session(model, EngineOptions(threads=1), optimised=path)
         optimised = onnx.load(path).graph

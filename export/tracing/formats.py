@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from vit_edge.errors import UsageError, printable
 from vit_edge.export.tracing.options import ExportOptions
-from vit_edge.files import may_write, write_atomic
+from vit_edge.files import may_write, temporary_folder, write_atomic
 
 __all__ = ["may_write_format", "write_folder"]
 
@@ -41,14 +41,18 @@ def may_write_format(
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files so that nothing appears under its name before it is whole; an older one is replaced."""
-    parent = target.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=".vit-edge.tmp.", dir=parent) as name:
-        new, old = Path(name) / "new", Path(name) / "old"
+    """Write a folder of files so that nothing appears under its name before it is whole; an older one is replaced.
+
+    Two renames replace a folder: a process that is killed between them leaves the older one, `.vit-edge.previous.NAME`.
+    """
+    old = target.absolute().with_name(f".vit-edge.previous.{target.name}")
+    with temporary_folder(beside=target) as name:
+        new = Path(name) / "new"
         for path, data in files.items():
             (new / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(new / path, data)
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             target.replace(old)
         try:
             new.replace(target)
@@ -56,3 +60,4 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
             if old.exists():
                 old.replace(target)
             raise
+        shutil.rmtree(old, ignore_errors=True)

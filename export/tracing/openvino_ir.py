@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from vit_edge.errors import VerificationFailed
 from vit_edge.export.parity.parity import BATCHES
+from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import NO_SEAL, seal_ir
@@ -37,7 +37,7 @@ def convert_to_ir(
 
     What OpenVINO reads back has to give `expected_BK`, at every batch size of the proof; raises VerificationFailed.
     """
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+    with temporary_folder() as name:
         folder = Path(name)
         write_model(folder / _MODEL, model)
         sizes = BATCHES if model.manifest.batch is None else (model.manifest.batch,)

@@ -12,13 +12,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from vit_edge import errors
 from vit_edge.errors import EngineUnavailable, ModelRejected
+from vit_edge.files import temporary_folder
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.checks.acceptance import Trial, refusal, refuse
@@ -89,7 +89,7 @@ def try_in_sandbox(trial: Trial) -> None:
     if before is not None:
         raise _rejected(f"{before}; the crash is remembered, and the file was not tried again")
     _log.info("%s: not known on this machine; trying the file in a sandbox first", trial.model.source)
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+    with temporary_folder() as name:
         num_bytes = _write_job(Path(name), trial)
         timeout_s = int(_TIMEOUT_S + num_bytes / _BYTES_A_SECOND)
         try:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vit_edge.errors import InputError, NotTrusted, UsageError, VitEdgeError, escaped, printable, require
-from vit_edge.files import read_file, sha256_hex, write_atomic
+from vit_edge.files import read_file, sha256_hex, temporary_folder, write_atomic
 from vit_edge.model_file.artifact import MANIFEST_KEY, MODEL_BYTES, Manifest, is_plain_name
 from vit_edge.model_file.onnx_schema import parse
 from vit_edge.model_file.openvino_ir import IrModel
@@ -41,7 +40,7 @@ def sign(path: str | os.PathLike[str], *, key: str | os.PathLike[str], out: str 
     library = require("model_signing", extra="signing", what="sign")
     hashing = _hashing(library, Path(path))
     read_file(key, what="key", max_bytes=_MOST_BYTES)
-    with tempfile.TemporaryDirectory(prefix="vit-edge-sign-") as folder, _clear_errors(InputError, "cannot sign", path):
+    with temporary_folder() as folder, _clear_errors(InputError, "cannot sign", path):
         made = Path(folder) / "signature"
         signer = library.signing.Config().use_elliptic_key_signer(private_key=key)
         signer.set_hashing_config(hashing).sign(hashing.root, made)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.errors import EngineUnavailable, MissingExtra, ModelRejected, UsageError
-from vit_edge.files import has_home
+from vit_edge.files import has_home, temporary_folder
 from vit_edge.image import Pixels
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.metrics import Logits
@@ -279,7 +278,7 @@ def private_copy(model: ModelFile) -> Iterator[Path]:
 
     For engines that take weights next to a file from a path only: given bytes they look in the current folder.
     """
-    with tempfile.TemporaryDirectory(prefix="vit-edge.") as name:
+    with temporary_folder() as name:
         (Path(name) / "model.onnx").write_bytes(model.data)
         if model.manifest.weights and model.weights is not None:
             (Path(name) / model.manifest.weights["file"]).write_bytes(model.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -83,7 +84,7 @@ class Service:
 @contextmanager
 def serving(model: Path, log: Path, **environment: str) -> Iterator[Service]:
     """Run the service beside the test."""
-    options = ["--app-dir", str(SERVICE), "--host", "127.0.0.1", "--port", "0"]
+    options = ["--app-dir", str(SERVICE), "--http", "app:Impatient", "--host", "127.0.0.1", "--port", "0"]
     command = [sys.executable, "-m", "uvicorn", "app:app", *options]
     settings = {**os.environ, "VIT_EDGE_MODEL": str(model), "VIT_EDGE_WORKERS": "1", **environment}
     with log.open("w") as file:
@@ -174,6 +175,26 @@ def test_a_client_that_stalls_or_goes_away_holds_nothing_up(workspace: Workspace
             leaving.sendall(head)
         assert service.ask("/classify", image_of(workspace, "3").read_bytes())[1]["label"] == "3"
         assert b" 408 " in stalling.recv(1000)
+
+
+def test_a_client_that_sends_its_headers_slowly_is_cut_off(workspace: Workspace, tmp_path: Path) -> None:
+    data = image_of(workspace, "3").read_bytes()
+    with serving(workspace.int8_model, tmp_path / "log.txt", VIT_EDGE_HEADER_MS="500", **LARGE) as service:
+        service.wait_until_ready()
+        request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data)
+        with socket.create_connection(("127.0.0.1", service.port)) as slow:
+            slow.settimeout(PATIENCE_S)
+            slow.sendall(request + data)
+            assert b" 200 " in slow.recv(10_000)  # then, on the same connection, headers that never end
+            started = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() - started < PATIENCE_S:
+                    slow.sendall(b"X")
+                    time.sleep(0.05)
+            assert time.monotonic() - started < PATIENCE_S / 2
+        # A request that is busy for longer than the limit is not cut off.
+        assert service.ask("/classify", large_image(image_of(workspace, "3")))[0] == 200
+        service.end()
 
 
 def test_the_length_of_a_image_is_counted_where_it_is_not_told_and_believed_where_the_client_asks(

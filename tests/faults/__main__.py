@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vit_edge.cli.tables import make_table
+from vit_edge.cli.output import make_table
 
 _WORST = ("failed", "error", "skipped", "passed")
 

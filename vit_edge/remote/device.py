@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import queue
+import re
 import signal
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 
 from vit_edge import errors
 from vit_edge.errors import EngineUnavailable, VitEdgeError, printable
+from vit_edge.fields import Shape, check_fields
 from vit_edge.remote import agent
 from vit_edge.remote.package import ENGINES, WHEEL_NAME, build_wheel, pure_packages
 from vit_edge.remote.transport import Transport, open_transport
@@ -32,6 +34,20 @@ __all__ = ["Bundle", "Device", "Finished", "Session", "Setup"]
 _HELLO_S, _SILENCE_S, _BYE_S = 90, 60, 20
 _OUR_PURE_PACKAGES = ["click", "rich"]
 _NEEDED = {"numpy": "numpy", "PIL": "Pillow", "google.protobuf": "protobuf"}
+# More than a command prints; one line of a device does not fill the memory here.
+_MOST_ANSWER_BYTES = 200_000_000
+_NONE = type(None)
+_FACTS: Shape = {
+    "folder": str,
+    "python": str,
+    "executable": (str, _NONE),
+    "packages": [str],
+    "pythonpath": str,
+    "removed": [str],
+}
+_FINISHED: Shape = {"returncode": int, "stdout": str, "stderr": str}
+_ERROR: Shape = {"type": str, "file?": (str, _NONE)}
+_ANYTHING: Shape = {}
 _log = logging.getLogger(__name__)
 
 
@@ -126,7 +142,7 @@ class Session:
 
     def __enter__(self) -> Session:
         try:
-            self.facts = self._answer(_HELLO_S)["hello"]
+            self.facts = self._answer({"hello": _FACTS}, _HELLO_S)["hello"]
         except BaseException:
             self.close()
             raise
@@ -167,7 +183,8 @@ class Session:
     def run(self, argv: Sequence[str], *, python: str | None = None) -> Finished:
         """Run our Python there with these arguments, in the folder; raises EngineUnavailable where it is lost."""
         command = [python or self._python, *argv]
-        found = self._ask({"do": "run", "argv": command, "env": self._environment(), "seconds": self._setup.seconds})
+        request = {"do": "run", "argv": command, "env": self._environment(), "seconds": self._setup.seconds}
+        found = self._ask(request, answer=_FINISHED)
         return Finished(returncode=found["returncode"], stdout=found["stdout"], stderr=found["stderr"])
 
     def open(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -184,8 +201,8 @@ class Session:
         finished = self.run(["-m", "vit_edge", *argv])
         try:
             printed = json.loads(finished.stdout)
-            assert isinstance(printed, dict)
-        except (ValueError, AssertionError):
+            check_fields(printed, {"error?": _ERROR}, path="output")
+        except (ValueError, RecursionError):
             raise self._crash(finished) from None
         named: dict[str, Any] = self.here(printed, bundle)
         return named
@@ -240,7 +257,7 @@ class Session:
                     break
         except VitEdgeError:
             return False
-        if answer["left"]:
+        if answer.get("left"):
             _log.warning("%s could not remove %s: %s", self.device.name, self.facts["folder"], answer["left"])
         return True
 
@@ -256,23 +273,25 @@ class Session:
     def _read(self) -> None:
         assert self._process.stdout is not None
         with contextlib.suppress(OSError, ValueError):
-            for line in self._process.stdout:
+            while line := self._process.stdout.readline(_MOST_ANSWER_BYTES):
                 text = line.decode("utf-8", errors="replace")
                 if text.startswith(agent.MARK):
                     self._lines.put(text[len(agent.MARK) :])
         self._lines.put(None)
 
-    def _ask(self, request: Mapping[str, Any], *, seconds: float = _SILENCE_S) -> dict[str, Any]:
+    def _ask(
+        self, request: Mapping[str, Any], *, answer: Shape = _ANYTHING, seconds: float = _SILENCE_S
+    ) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except (OSError, ValueError):
             raise self.lost("the connection was lost") from None
-        return self._answer(seconds)
+        return self._answer(answer, seconds)
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
-        """Return the next answer that says more than that the device is alive."""
+    def _answer(self, shape: Shape, seconds: float) -> dict[str, Any]:
+        """Return the next answer that says more than that the device is alive, if it has the shape."""
         while True:
             try:
                 line = self._lines.get(timeout=seconds)
@@ -283,13 +302,21 @@ class Session:
             if line is None:
                 self._lines.put(None)
                 raise self._ended()
-            answer: dict[str, Any] = json.loads(line)
+            answer = self._parsed(line, {"error?": (str,)})
             if "error" in answer:
                 remedy = "free what is short there, or give --device-timeout more seconds"
                 reason = str(answer["error"])
                 raise EngineUnavailable(f"{self.device.name}: the device failed", reason=reason, remedy=remedy)
             if "alive" not in answer:
-                return answer
+                return self._parsed(line, shape)
+
+    def _parsed(self, line: str, shape: Shape) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = json.loads(line)
+            check_fields(answer, shape, path="answer")
+        except (ValueError, RecursionError) as error:
+            raise self.lost(f"the device sent an invalid answer ({error})") from error
+        return answer
 
     def _ended(self) -> EngineUnavailable:
         """Return why the connection ended, from its stderr and exit code."""
@@ -312,7 +339,7 @@ class Session:
     def _check_packages(self, engine: str | None, *, needs_engine: bool) -> None:
         have = set(self.facts["packages"])
         missing = [package for module, package in _NEEDED.items() if module not in have]
-        if tuple(int(part) for part in self.facts["python"].split(".")[:2]) < (3, 11) and "tomli" not in have:
+        if re.match(r"3\.(\d|10)\b", self.facts["python"]) and "tomli" not in have:
             missing.append("tomli")
         if engine is not None and engine in ENGINES and engine not in have:
             missing.append(engine)

@@ -11,13 +11,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from vit_edge.errors import EngineUnavailable, MissingExtra, UsageError, printable
+from vit_edge.files import temporary_folder
 
 __all__ = ["Adb", "Ssh", "Transport", "open_transport"]
 
@@ -74,7 +74,8 @@ class Ssh:
     def __init__(self, address: str, host: str, user: str | None, port: int | None) -> None:
         self.address, self._host, self._user, self._port = address, host, user, port
         self._ssh, self._scp = _program("ssh", address), _program("scp", address)
-        self._folder = Path(tempfile.mkdtemp(prefix="vit-edge-ssh-"))
+        self._closing = contextlib.ExitStack()
+        self._folder = Path(self._closing.enter_context(temporary_folder()))
         self._master = True
 
     def start(self, command: Sequence[str], *, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -110,7 +111,7 @@ class Ssh:
 
     def close(self) -> None:
         """Remove the folder of the shared connection; it ended with its first command."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._closing.close()
 
     def _options(self) -> list[str]:
         config = os.environ.get(CONFIG_VARIABLE)

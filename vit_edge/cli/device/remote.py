@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from click.core import ParameterSource
 from vit_edge.cli.options import option_group
 from vit_edge.cli.output import Result, make_table, progress_bar
 from vit_edge.errors import UsageError, VitEdgeError, printable
+from vit_edge.files import temporary_folder
 
 if TYPE_CHECKING:
     from vit_edge.remote.device import Bundle, Device, Session, Setup
@@ -143,7 +143,7 @@ def _run_there(
     context = click.get_current_context()
     given = list(_given(context, uploads, here))
     files = {path: parts(path) for _, values, is_file in given if is_file for path in map(Path, values)}
-    with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
+    with temporary_folder() as folder:
         bundle = Bundle.write(Path(folder), files, remote.setup)
 
         def work(session: Session, outcome: Outcome) -> dict[str, Any]:

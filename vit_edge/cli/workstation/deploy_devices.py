@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from vit_edge.cli.device.remote import Remote, parts
 from vit_edge.cli.output import progress_bar
+from vit_edge.files import temporary_folder
 from vit_edge.machine.targets import resolve_target
 from vit_edge.remote.device import Bundle, Device, Session
 from vit_edge.remote.fleet import Outcome, run_on
@@ -62,7 +62,7 @@ def measured_there(folder: Path, remote: Remote) -> list[Outcome]:
     from vit_edge.export.deployment.record import FLOAT32_FILE, INT8_FILE
 
     files = {path: parts(path) for path in (folder / name for name in (FLOAT32_FILE, INT8_FILE))}
-    with tempfile.TemporaryDirectory(prefix="vit-edge-") as temporary:
+    with temporary_folder() as temporary:
         bundle = Bundle.write(Path(temporary), files, remote.setup)
         names = [bundle.name_there(path) for path in files]
 

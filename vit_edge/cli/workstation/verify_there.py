@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from vit_edge.cli.device.remote import Remote, parts
 from vit_edge.cli.output import progress_bar
 from vit_edge.errors import UsageError
+from vit_edge.files import temporary_folder
 from vit_edge.remote.answers import RemoteModel
 from vit_edge.remote.device import Bundle, Session
 from vit_edge.remote.fleet import Outcome, run_on
@@ -29,7 +29,7 @@ def verify_there(
     """Return the verification of each device, or None if its outcome is an error."""
     from vit_edge.export.verification.verifier import run_verification
 
-    with tempfile.TemporaryDirectory(prefix="vit-edge-") as folder:
+    with temporary_folder() as folder:
         bundle = Bundle.write(Path(folder), {model: parts(model)}, remote.setup)
 
         def work(session: Session, _outcome: Outcome) -> Verification:

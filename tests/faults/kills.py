@@ -1,0 +1,207 @@
+"""`python -m tests.faults.kills --kills N --seed S`: SIGKILL at random moments over every writer; nothing may be lost.
+
+Each kill hits a process that replaces a file, pair or folder again and again, by the function that the commands use.
+Then the target must be the old or the new one, whole, and the next write must remove what the killed one left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tests.support.networks import write_checkpoint
+from vit_edge import cache
+from vit_edge.checkpoint import load_checkpoint, save_checkpoint
+from vit_edge.cli.output import make_table
+from vit_edge.errors import NotTrusted, VitEdgeError
+from vit_edge.export import ExportOptions, export_onnx
+from vit_edge.export.deployment.record import write_record
+from vit_edge.export.tracing.formats import write_folder
+from vit_edge.files import write_atomic, write_together
+from vit_edge.model_file.artifact import ModelFile, open_model, reseal
+from vit_edge.model_file.openvino_ir import NO_SEAL, open_ir, seal_ir
+from vit_edge.model_file.writing import write_model
+from vit_edge.runtime.tuned_configuration import TunedConfiguration, save_configuration, tuned_configuration
+from vit_edge.tensor_file import read_tensors, write_tensors
+
+__all__ = ["Writer", "kill_writers", "main", "make_writers"]
+
+# A write of these takes one to twenty milliseconds on an idle machine.
+_LONGEST_S = 0.04
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Writer:
+    """Something written again and again: `write(folder, n)` for even and odd n; `read(folder)` raises if broken."""
+
+    write: Callable[[Path, int], object]
+    read: Callable[[Path], object]
+
+
+def make_writers(source: Path) -> dict[str, Writer]:
+    """Return the writers; `source` is a folder with `c.safetensors`, `m.onnx` and `m.xml`."""
+    checkpoint, model = load_checkpoint(source / "c.safetensors"), open_model(source / "m.onnx", warn=False)
+    others = {**dict(enumerate((model, _renamed(model))))}
+    xml, weights = (source / "m.xml").read_bytes(), (source / "m.bin").read_bytes()
+    pairs = [(xml, weights), (_sealed_again(xml, weights + bytes(64)), weights + bytes(64))]
+    states = [{"weights": torch.full((5000,), float(n))} for n in range(2)]
+    files = {"model.onnx": model.data, "inside/config.json": b"{}"}
+    return {
+        "checkpoint": Writer(
+            write=lambda folder, n: save_checkpoint(folder / "a.safetensors", checkpoint),
+            read=lambda folder: load_checkpoint(folder / "a.safetensors"),
+        ),
+        "state of a training": Writer(
+            write=lambda folder, n: write_tensors(folder / "s", key="k", header={"step": n}, tensors=states[n % 2]),
+            read=lambda folder: read_tensors(folder / "s", key="k"),
+        ),
+        "model file (export, quantize)": Writer(
+            write=lambda folder, n: write_model(folder / "a.onnx", others[n % 2]),
+            read=lambda folder: open_model(folder / "a.onnx", warn=False),
+        ),
+        "IR pair": Writer(
+            write=lambda folder, n: write_together(
+                dict(zip((folder / "a.xml", folder / "a.bin"), pairs[n % 2], strict=True))
+            ),
+            read=lambda folder: open_ir(folder / "a.xml"),
+        ),
+        "folder of a hub": Writer(
+            write=lambda folder, n: write_folder(folder / "a", files),
+            read=lambda folder: open_model(_newest(folder) / "model.onnx", warn=False),
+        ),
+        "seal": Writer(
+            write=lambda folder, n: _seal(folder / "a.onnx", model.data),
+            read=lambda folder: open_model(folder / "a.onnx", warn=False),
+        ),
+        "record of a deployment": Writer(
+            write=lambda folder, n: write_record(folder, {"schema": 1, "n": [n] * 2000}),
+            read=lambda folder: (folder / "record.json").read_text().endswith("}\n") or _broken(),
+        ),
+        "cache": Writer(
+            write=lambda folder, n: cache.remember("refused", "k", {"reason": "x" * (n % 2)}) or _broken(),
+            read=lambda folder: cache.recall("refused", "k") or _broken(),
+        ),
+        "tuned configuration": Writer(
+            write=lambda folder, n: save_configuration(
+                model, TunedConfiguration(engine="onnxruntime", threads=1 + n % 2, p50_ms=1.0)
+            ) or _broken(),
+            read=lambda folder: tuned_configuration(model) or _broken(),
+        ),
+    }  # fmt: skip
+
+
+def _sealed_again(xml: bytes, weights: bytes) -> bytes:
+    old = xml.split(b'<seal value="')[1][:64]
+    return seal_ir(xml.replace(old, NO_SEAL.encode()), weights)
+
+
+def _renamed(model: ModelFile) -> ModelFile:
+    from dataclasses import replace
+
+    return open_model(model.with_manifest(replace(model.manifest, name="another" * 40)), warn=False)
+
+
+def _newest(folder: Path) -> Path:
+    """Return the folder that was written, or the older one if the process was killed between two renames."""
+    return folder / "a" if (folder / "a").exists() else folder / ".vit-edge.previous.a"
+
+
+def _seal(path: Path, data: bytes) -> None:
+    if not path.exists():
+        write_atomic(path, data)
+    write_atomic(path, reseal(path).data)
+
+
+def _broken() -> Any:
+    raise ValueError("the entry is gone or broken")
+
+
+def kill_writers(source: Path, *, kills: int, seed: int, work: Path) -> tuple[Counter[str], list[str]]:
+    """Return how many kills each writer got, and what was lost, unreadable or left behind."""
+    os.environ["VIT_EDGE_CACHE"] = str(work / "cache")
+    writers, rng = make_writers(source), random.Random(seed)
+    ran, wrong = Counter[str](), list[str]()
+    for name, writer in writers.items():
+        (work / name).mkdir()
+        writer.write(work / name, 0)
+    for number in range(kills):
+        name = [*writers][number % len(writers)]
+        _kill(writers[name], work / name, rng.random() * _LONGEST_S)
+        ran[name] += 1
+        wrong += [f"kill {number}: {name}: {problem}" for problem in _problems(writers[name], work / name)]
+    return ran, wrong
+
+
+def _kill(writer: Writer, folder: Path, after_s: float) -> None:
+    with warnings.catch_warnings():  # threads of torch do not matter: the child only writes
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            number = 0
+            while True:
+                number += 1
+                writer.write(folder, number)
+        os._exit(1)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        raise AssertionError("the writer ended before it was killed")
+
+
+def _problems(writer: Writer, folder: Path) -> list[str]:
+    """Return what is wrong after a kill: unreadable, or left behind after the next write."""
+    found = []
+    try:
+        writer.read(folder)
+    except (NotTrusted, VitEdgeError, OSError, ValueError) as error:
+        found.append(f"unreadable: {error}")
+    writer.write(folder, 1)
+    writer.read(folder)
+    places = [folder, *(cache.cache_folder().iterdir() if cache.cache_folder().exists() else ())]
+    left = [path.name for place in places for path in place.iterdir() if path.name.startswith(".vit-edge.")]
+    return [*found, *(f"left behind: {name}" for name in left)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Kill the writers, print the table and what is wrong; return 1 if anything is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--source", type=Path, help="folder with c.safetensors, m.onnx and m.xml; made if not given")
+    given = parser.parse_args(arguments)
+    logging.getLogger("vit_edge").addHandler(logging.NullHandler())
+    with tempfile.TemporaryDirectory(prefix="vit-edge-kills-") as folder:
+        source = given.source or Path(folder)
+        if given.source is None:
+            write_checkpoint(source / "c.safetensors")
+            export_onnx(source / "c.safetensors", out=source / "m.onnx")
+            export_onnx(source / "c.safetensors", out=source / "m.xml", options=ExportOptions(format="openvino"))
+        (Path(folder) / "work").mkdir()
+        ran, wrong = kill_writers(source, kills=given.kills, seed=given.seed, work=Path(folder) / "work")
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(make_table("", ("writer", "kills"), [(name, str(count)) for name, count in ran.items()]))
+    for line in wrong:
+        console.print(line)
+    console.print(f"{sum(ran.values())} kills, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
