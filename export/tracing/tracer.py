@@ -50,7 +50,7 @@ def trace(
     Without `pixels` images are float32 [batch, 3, height, width]. The opset is the lowest that the graph needs. Raises
     VerificationFailed where the module cannot be traced with a dynamic batch.
     """
-    for name in ("torch.onnx", "torch.export"):  # what went wrong is in the exception
+    for name in ("torch.onnx", "torch.export", "onnxscript"):  # what went wrong is in the exception
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with torch.no_grad(), warnings.catch_warnings(), _PoolingAsMean():
         warnings.simplefilter("ignore")  # the exporter's own deprecations: nothing that a user could act on

@@ -44,7 +44,7 @@ def test_inspect_loads_no_engine(small_model: Path) -> None:
     script = "import sys, json; from vit_edge.cli import main; main(['inspect', 'm.onnx']); "
     done = run(script + "print(json.dumps(sorted(sys.modules)))", cwd=small_model)
     loaded = json.loads(done.stdout.splitlines()[-1])
-    assert set(loaded) & {"torch", "onnxruntime", "openvino", "onnx", "scipy"} == set()
+    assert set(loaded) & {"torch", "onnxruntime", "openvino", "scipy"} == set()  # onnx counts parameters
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from benchmarks.converter_table import randomise
 from tests.conftest import ROOT
 from tests.support.third_party_weights import CLASSES, same_logits, save_timm, state_of, timm_model
+from vit_edge.conversion import hub
 from vit_edge.convert import open_source, read_source
-from vit_edge.errors import InputError, MissingExtra, VitEdgeError
+from vit_edge.errors import CheckpointRejected, InputError, MissingExtra, VitEdgeError
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +136,13 @@ def test_a_file_whose_name_looks_like_a_hubs_is_a_file(tmp_path: Path, monkeypat
     assert open_source("timm:mine.pt").model.config.depth == 2
     with pytest.raises(InputError):
         open_source("hub:mine.pt")
+
+
+def test_what_a_hub_logs_about_each_attempt_stays_out(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with pytest.raises(CheckpointRejected, match="no network"), hub._said_in_one_sentence("timm", "x"):
+        logger.warning("Retrying in 4s [Retry 3/5].")
+        raise OSError("no network")
+    assert caplog.records == []
+    logger.warning("later")
+    assert [record.getMessage() for record in caplog.records] == ["later"]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,11 @@ def _weights(tensors: Mapping[str, Tensor], origin: str) -> Weights:
 
 @contextlib.contextmanager
 def _said_in_one_sentence(library: str, name: str) -> Iterator[None]:
+    loggers = [logging.getLogger(library) for library in ("huggingface_hub", "timm")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:  # a line for each of five attempts; what went wrong is in the exception
+            logger.setLevel(logging.CRITICAL)
         yield
     except VitEdgeError:
         raise
@@ -124,6 +129,9 @@ def _said_in_one_sentence(library: str, name: str) -> Iterator[None]:
         raise _not_fetched(
             library, name, f"{type(error).__name__}: {specified[0] if specified else 'no reason'}"[:300], []
         ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _not_fetched(library: str, name: str, reason: str, known: list[Any]) -> InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -119,7 +118,6 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     from vit_edge.export import ExportOptions, export_onnx
     from vit_edge.export.tracing.formats import may_write_format
 
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     options = ExportOptions(
         batch_size=values["batch_size"],
         input=values["input_"],
