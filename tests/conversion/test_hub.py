@@ -140,9 +140,14 @@ def test_a_file_whose_name_looks_like_a_hubs_is_a_file(tmp_path: Path, monkeypat
 
 def test_what_a_hub_logs_about_each_attempt_stays_out(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("huggingface_hub.utils._http")
-    with pytest.raises(CheckpointRejected, match="no network"), hub._said_in_one_sentence("timm", "x"):
-        logger.warning("Retrying in 4s [Retry 3/5].")
-        raise OSError("no network")
+
+    def fetch() -> None:
+        with hub._said_in_one_sentence("timm", "x"):
+            logger.warning("Retrying in 4s [Retry 3/5].")
+            raise OSError("no network")
+
+    with pytest.raises(CheckpointRejected, match="no network"):
+        fetch()
     assert caplog.records == []
     logger.warning("later")
     assert [record.getMessage() for record in caplog.records] == ["later"]
