@@ -42,10 +42,13 @@ class _Sizes:
     def keep(self, name: str, tensor: Any) -> None:
         shape = tuple(tensor.dims)
         self.shapes[name] = shape
-        if tensor.data_type == INT64 and math.prod(shape) <= _MAX_FOLDED_VALUES and not tensor.external_data:
-            raw = np.frombuffer(tensor.raw_data, "<i8") if tensor.raw_data else np.array(tensor.int64_data, np.int64)
-            if raw.size == math.prod(shape):
-                self.values[name] = raw.reshape(shape)
+        size = math.prod(shape)
+        if tensor.data_type != INT64 or size > _MAX_FOLDED_VALUES or tensor.external_data or min(shape, default=0) < 0:
+            return
+        if len(tensor.raw_data) == 8 * size and tensor.raw_data:
+            self.values[name] = np.frombuffer(tensor.raw_data, "<i8").reshape(shape)
+        elif len(tensor.int64_data) == size and not tensor.raw_data:
+            self.values[name] = np.array(tensor.int64_data, np.int64).reshape(shape)
 
 
 class _Node:

@@ -46,7 +46,7 @@ class Found:
     slowest_s: float = 0.0
     largest_bytes: int = 0
 
-    def add(self, line: str) -> int:
+    def add(self, line: bytes) -> int:
         """Add what a subprocess printed about one mutant; return its number."""
         number, kind, wrong, seconds, peak = json.loads(line)
         self.ran[kind] += 1
@@ -104,12 +104,12 @@ def _one_process(found: Found, seeds: Path, seed: int, start: int, end: int, wor
     environment = {**os.environ, "VIT_EDGE_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1", "TMPDIR": str(work)}
     with (work / "stderr").open("wb") as errors:
         process = subprocess.Popen(
-            [str(word) for word in command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            [str(word) for word in command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, bufsize=0
         )
     last = start - 1
     try:
         for line in _lines(process):
-            if line.startswith("["):
+            if line.startswith(b"["):
                 last = found.add(line)
         code = process.wait(_PATIENCE_S)
     except subprocess.TimeoutExpired:
@@ -117,11 +117,13 @@ def _one_process(found: Found, seeds: Path, seed: int, start: int, end: int, wor
     finally:
         process.kill()
         process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
     return (0 if code == 0 else f"ended with {code}: {(work / 'stderr').read_text(errors='replace')[-300:]}"), last
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    """Yield lines as they come; raises TimeoutExpired if none comes for long."""
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """Yield lines as they come, none of them buffered; raises TimeoutExpired if none comes for long."""
     assert process.stdout is not None
     selector = selectors.DefaultSelector()
     selector.register(process.stdout, selectors.EVENT_READ)

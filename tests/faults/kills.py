@@ -52,6 +52,7 @@ class Writer:
 
     write: Callable[[Path, int], object]
     read: Callable[[Path], object]
+    is_pair: bool = False  # two renames: a kill between them leaves a pair that its seal refuses (see SECURITY.md)
 
 
 def make_writers(source: Path) -> dict[str, Writer]:
@@ -80,6 +81,7 @@ def make_writers(source: Path) -> dict[str, Writer]:
                 dict(zip((folder / "a.xml", folder / "a.bin"), pairs[n % 2], strict=True))
             ),
             read=lambda folder: open_ir(folder / "a.xml"),
+            is_pair=True,
         ),
         "folder of a hub": Writer(
             write=lambda folder, n: write_folder(folder / "a", files),
@@ -170,7 +172,9 @@ def _problems(writer: Writer, folder: Path) -> list[str]:
     found = []
     try:
         writer.read(folder)
-    except (NotTrusted, VitEdgeError, OSError, ValueError) as error:
+    except NotTrusted as error:
+        found += [] if writer.is_pair else [f"unreadable: {error}"]
+    except (VitEdgeError, OSError, ValueError) as error:
         found.append(f"unreadable: {error}")
     writer.write(folder, 1)
     writer.read(folder)

@@ -156,3 +156,15 @@ def test_shape_inference_agrees_with_onnx_on_every_tensor(small_model: Path) -> 
         name: shape for name, shape in expected.items() if all(shape)
     }
     assert list(size_problems(graph)) == []
+
+
+def test_values_whose_bytes_do_not_fill_their_shape_are_not_folded(small_model: Path) -> None:
+    """The fuzzer found it: a shape's bytes that end in the middle of a number."""
+
+    def cut(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT64:
+                tensor.raw_data = tensor.raw_data[:-3]
+
+    with pytest.raises(ModelRejected):
+        load(resealed(small_model / "m.onnx", cut), engine="onnxruntime")

@@ -36,6 +36,11 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def __post_init__(self) -> None:
+        for cell in (cell for row in self.rows for cell in row):
+            if not isinstance(cell, str):
+                raise TypeError(f"{str(cell)[:60]!r} is not a text, in the table {self.title!r}")
+
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Return of each column whether all of its cells are numbers."""
