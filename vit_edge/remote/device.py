@@ -313,9 +313,9 @@ class Session:
     def _parsed(self, line: str, shape: Shape) -> dict[str, Any]:
         try:
             answer: dict[str, Any] = json.loads(line)
-            check_fields(answer, shape, path="answer")
+            check_fields(answer, shape, path="message")
         except (ValueError, RecursionError) as error:
-            raise self.lost(f"the device sent an invalid answer ({error})") from error
+            raise self.lost(f"the device sent an invalid message ({error})") from error
         return answer
 
     def _ended(self) -> EngineUnavailable:
