@@ -26,6 +26,9 @@ from vit_edge.export.verification.verifier import run_verification
 from vit_edge.metrics import best_certifiable_points, drop_upper_bound_points
 from vit_edge.model_file.artifact import open_model
 
+# Lines of progress: on a busy machine they come before what is checked here.
+PROGRESS = ("starting", "reading the files")
+
 
 def test_the_readme_run_passes_in_both_engines_with_98_percent_agreement(workspace: Workspace) -> None:
     printed = workspace.printed["verify"]
@@ -52,7 +55,7 @@ def test_too_few_images_are_inconclusive_with_the_number_needed(workspace: Works
         "0.5", "--json",
     )  # fmt: skip
     assert done.returncode == 6
-    first = done.stderr.splitlines()[:2]
+    first = [line for line in done.stderr.splitlines() if line not in PROGRESS][:2]
     assert first[0] == "40 images: the minimum certifiable drop is 7.22 points (limit 0.5)"
     assert first[1] == "even an unchanged model cannot pass with so few: use at least 598 images"
     printed = json.loads(done.stdout)
@@ -62,7 +65,7 @@ def test_too_few_images_are_inconclusive_with_the_number_needed(workspace: Works
     assert printed["error"]["exit_code"] == 6
 
 
-def _damaged(source: Path, target: Path, how: str, name: str = "block.1.fc1.weight.quantized") -> None:
+def _damaged(source: Path, target: Path, how: str, name: str = "block.0.fc1.weight.quantized") -> None:
     model = onnx.load(source)
     tensor = next(t for t in model.graph.initializer if t.name == name)
     weight = numpy_helper.to_array(tensor).copy()
@@ -268,8 +271,9 @@ def test_the_files_are_checked_before_anything_is_said_of_the_images(workspace: 
     ):
         done = vit_edge("verify", model, "--reference", reference, *images)
         assert done.returncode in (2, 3)
-        assert done.stderr.startswith("error: ")
-        assert named in done.stderr
+        said = [line for line in done.stderr.splitlines() if line not in PROGRESS]
+        assert said[0].startswith("error: ")
+        assert named in said[0]
 
 
 def test_the_verdict_is_the_first_line_and_nothing_is_cut_at_80_columns(workspace: Workspace) -> None:
