@@ -513,7 +513,11 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(few: Path, st
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_takes_the_same_steps(few: Path, start: Path, tmp_path: Path) -> None:
+def test_a_compiled_network_takes_the_same_steps(
+    few: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder of its own: code that another run compiled for another instruction set ends the process.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     for compiled in (False, True):
         recipe = replace(QUICK, compile=compiled)
         train(few, out=tmp_path / str(compiled), recipe=recipe, options=options(start))
