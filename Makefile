@@ -20,8 +20,8 @@ test: $(VENV)/.dev-installed lint
 
 # Mutated files and answers, and kills at random moments: nothing dies, hangs, lies or is lost. MUTANTS=N, KILLS=N, SEED=N.
 fuzz: $(VENV)/.dev-installed
-	$(BIN)/python -m tests.faults.fuzz --mutants $(or $(MUTANTS),20000) --seed $(or $(SEED),0)
-	$(BIN)/python -m tests.faults.kills --kills $(or $(KILLS),1000) --seed $(or $(SEED),0)
+	$(BIN)/python -m tests.faults.fuzzing.fuzz --mutants $(or $(MUTANTS),20000) --seed $(or $(SEED),0)
+	$(BIN)/python -m tests.faults.fuzzing.kills --kills $(or $(KILLS),1000) --seed $(or $(SEED),0)
 
 # The suite as an x86 CPU without AVX-512 and VNNI runs it, at native speed; PYTEST_ARGS=tests/FILE.py runs that file.
 test-avx2: $(VENV)/.dev-installed

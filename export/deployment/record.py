@@ -12,9 +12,9 @@ from typing import Any
 
 import vit_edge
 from vit_edge.errors import InputError, printable
-from vit_edge.fields import Shape, check_fields
 from vit_edge.files import finite, read_file, sha256_hex, write_atomic
 from vit_edge.machine.cpu import cpu_name, instruction_set, usable_threads
+from vit_edge.model_file.fields import Shape, check_fields
 from vit_edge.progress import Progress, silent
 
 __all__ = [

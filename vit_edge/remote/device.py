@@ -24,7 +24,7 @@ from typing import Any
 
 from vit_edge import errors
 from vit_edge.errors import EngineUnavailable, VitEdgeError, printable
-from vit_edge.fields import Shape, check_fields
+from vit_edge.model_file.fields import Shape, check_fields
 from vit_edge.remote import agent
 from vit_edge.remote.package import ENGINES, WHEEL_NAME, build_wheel, pure_packages
 from vit_edge.remote.transport import Transport, open_transport

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import fuzz
-from tests.faults.fuzz_targets import TARGETS, make_seeds
-from tests.faults.mutants import change_text
+from tests.faults.fuzzing.fuzz_targets import TARGETS, make_seeds
+from tests.faults.fuzzing.mutants import change_text
 
 
 def test_300_mutants_are_loaded_as_the_original_or_refused_by_one_error(deployment: Path, tmp_path: Path) -> None:

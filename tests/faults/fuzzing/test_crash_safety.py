@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.kills import Writer, kill_writers, make_writers
+from tests.faults.fuzzing.kills import Writer, kill_writers, make_writers
 from vit_edge.errors import ResourceExhausted, UsageError
 from vit_edge.files import temporary_folder, write_atomic
 

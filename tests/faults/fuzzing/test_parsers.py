@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit_edge.errors import CheckpointRejected, ImageRejected, ModelRejected, NotTrusted
-from vit_edge.fields import check_fields
 from vit_edge.image import decode
 from vit_edge.model_file.artifact import Manifest, open_model, property_bytes, seal
+from vit_edge.model_file.fields import check_fields
 from vit_edge.model_file.onnx_schema import one_node, parse
 from vit_edge.tensor_file import read_tensors
 

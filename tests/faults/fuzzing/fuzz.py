@@ -1,4 +1,4 @@
-"""`python -m tests.faults.fuzz --mutants N --seed S`: hand seeded mutants to vit-edge, and class each result.
+"""`python -m tests.faults.fuzzing.fuzz --mutants N --seed S`: hand seeded mutants to vit-edge, and class each result.
 
 Right: the mutant was loaded and gives what the original does, or was refused by one error with an exit code. Wrong: the
 process died, took over 20 s of CPU or 1.5 GB, showed a traceback, or gave other logits in silence. The same numbers
@@ -92,7 +92,7 @@ def _one_process(found: Found, seeds: Path, seed: int, start: int, end: int, wor
         "-W",
         "ignore",
         "-m",
-        "tests.faults.fuzz",
+        "tests.faults.fuzzing.fuzz",
         "--child",
         seeds,
         work,
@@ -138,7 +138,7 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
 
 def _child(seeds: Path, work: Path, start: int, end: int, seed: int) -> None:
     """Run mutants in this process; print one line for each."""
-    from tests.faults.fuzz_targets import run_one
+    from tests.faults.fuzzing.fuzz_targets import run_one
 
     logging.getLogger("vit_edge").addHandler(logging.NullHandler())
     stdout = sys.stdout
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _make_seeds(seeds: Path, temporary: Path) -> None:
-    from tests.faults.fuzz_targets import make_seeds
+    from tests.faults.fuzzing.fuzz_targets import make_seeds
     from tests.support.deployments import make_deployment
 
     for folder in (seeds, temporary / "deployment"):

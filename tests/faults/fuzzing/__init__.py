@@ -1,0 +1,1 @@
+"""Seeded mutants, kills at random moments, and the parsers."""
