@@ -21,7 +21,7 @@ import onnx
 import torch
 from PIL import Image
 
-from tests.faults import mutants
+from tests.faults.fuzzing import mutants
 from tests.faults.hostile_models import resealed
 from tests.support.networks import SIZE, write_checkpoint
 from vit_edge import cache

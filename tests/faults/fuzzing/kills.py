@@ -1,4 +1,4 @@
-"""`python -m tests.faults.fuzzing.kills --kills N --seed S`: SIGKILL at random moments over all writers; nothing is lost.
+"""`python -m tests.faults.fuzzing.kills --kills N --seed S`: SIGKILL at random moments over all writers.
 
 Each kill hits a process that replaces a file, pair or folder again and again, by the function that the commands use.
 Then the target must be the old or the new one, whole, and the next write must remove what the killed one left.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import fuzz
+from tests.faults.fuzzing import fuzz
 from tests.faults.fuzzing.fuzz_targets import TARGETS, make_seeds
 from tests.faults.fuzzing.mutants import change_text
 
