@@ -19,7 +19,7 @@ from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
-from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_of_signed, policy_with
+from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_with
 from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
@@ -103,12 +103,11 @@ def load(
         allow_fallback=allow_fallback,
     )
     _check_choice("verify", verify, get_args(Verify))
-    policy = policy_with(sandbox, allow_ops)
+    policy = policy_with(sandbox, allow_ops, is_signed=bool(require_signature))
     check_decode(decode)
     model = open_any(
         source, preprocessing=preprocessing, labels=labels, verify=verify, require_signature=require_signature
     )
-    policy = policy_of_signed(policy) if require_signature else policy
     return load_model(model, engine=engine, options=options, verify=verify, decode=decode, limits=limits, policy=policy)
 
 

@@ -209,13 +209,13 @@ def _written(target: Path, data: bytes | Iterable[bytes]) -> Iterator[tuple[Path
 
 
 @contextlib.contextmanager
-def temporary_folder(*, beside: Path | None = None) -> Iterator[str]:
+def temporary_folder(*, next_to: Path | None = None) -> Iterator[str]:
     """Yield a new folder, removed at the end; folders that this user's killed processes left are removed first.
 
-    It is in the system's folder for temporary files, or `beside` a file that is made in it and then moved.
+    It is in the system's folder for temporary files, or `next_to` a file that is made in it and then moved.
     """
-    parent = Path(tempfile.gettempdir()) if beside is None else beside.absolute().parent
-    prefix = _FOLDER if beside is None else _TEMPORARY
+    parent = Path(tempfile.gettempdir()) if next_to is None else next_to.absolute().parent
+    prefix = _FOLDER if next_to is None else _TEMPORARY
     _remove_stale(parent, prefix)
     with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}.", dir=parent) as name:
         yield name

@@ -261,7 +261,7 @@ def _scale_down(image: Image.Image, needed: tuple[int, int]) -> None:
 def _loaded(image: Image.Image, *, is_ours: bool) -> Image.Image:
     """Return the image decoded.
 
-    Pillow's WebP decoder keeps two frames beside the bytes and the pixels of the one that is read, 16 bytes a pixel:
+    Pillow's WebP decoder keeps two frames besides the bytes and the pixels of the one that is read, 16 bytes a pixel:
     the decoder of an image that only we use is freed before there is another copy.
     """
     decoder = getattr(image, "_decoder", None) if is_ours and image.format == "WEBP" else None
@@ -295,7 +295,7 @@ def _open(source: ImageSource, color: Color, limits: Limits) -> tuple[str, Image
     elif hasattr(source, "read"):
         name = "the file given"
         try:
-            if getattr(source, "seekable", bool)():  # a BytesIO that was just written stands at its end
+            if hasattr(source, "seekable") and source.seekable():  # a BytesIO that was just written stands at its end
                 source.seek(0)
             data = source.read(limits.max_file_bytes)
         except (OSError, ValueError) as error:  # it is closed, or its disk fails

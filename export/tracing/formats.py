@@ -46,7 +46,7 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     Two renames replace a folder: a process that is killed between them leaves the older one, `.vit-edge.previous.NAME`.
     """
     old = target.absolute().with_name(f".vit-edge.previous.{target.name}")
-    with temporary_folder(beside=target) as name:
+    with temporary_folder(next_to=target) as name:
         new = Path(name) / "new"
         for path, data in files.items():
             (new / path).parent.mkdir(parents=True, exist_ok=True)

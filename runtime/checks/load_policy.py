@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 from vit_edge.errors import UsageError
 
-__all__ = ["NO_SANDBOX", "LoadPolicy", "Sandbox", "current_policy", "load_policy", "policy_of_signed", "policy_with"]
+__all__ = ["NO_SANDBOX", "LoadPolicy", "Sandbox", "current_policy", "load_policy", "policy_with"]
 
 Sandbox: TypeAlias = Literal["auto", "always", "never"]
 
@@ -41,16 +41,12 @@ def current_policy() -> LoadPolicy:
     return _policy.get() or LoadPolicy()
 
 
-def policy_with(sandbox: Sandbox | None, allow_ops: Sequence[str] | None) -> LoadPolicy:
-    """Return the current policy with what a caller gives."""
+def policy_with(sandbox: Sandbox | None, allow_ops: Sequence[str] | None, *, is_signed: bool = False) -> LoadPolicy:
+    """Return the current policy with what a caller gives; a file whose signature is required counts as known."""
     current = current_policy()
     chosen = current.allow_ops if allow_ops is None else tuple(allow_ops)
-    return LoadPolicy(sandbox=sandbox or current.sandbox, allow_ops=chosen)
-
-
-def policy_of_signed(policy: LoadPolicy) -> LoadPolicy:
-    """Return the policy for a file that was signed by a key that the user trusts: known, whatever was loaded before."""
-    return replace(policy, sandbox="never") if policy.sandbox == "auto" else policy
+    policy = LoadPolicy(sandbox=sandbox or current.sandbox, allow_ops=chosen)
+    return replace(policy, sandbox="never") if is_signed and policy.sandbox == "auto" else policy
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from vit_edge.errors import Closed, UsageError, VitEdgeError
 from vit_edge.image import Color, Decoding, ImageSource, Limits, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
-from vit_edge.runtime.checks.load_policy import Sandbox, policy_of_signed, policy_with
+from vit_edge.runtime.checks.load_policy import Sandbox, policy_with
 from vit_edge.runtime.classifier import Prediction, Prepared, check_top
 from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
 from vit_edge.runtime.loading import check_decode, load_model, open_any
@@ -88,8 +88,7 @@ class Pool:
             check_count(name, value, _MOST[name], what="cannot make the pool")
         _check("max_delay_ms", max_delay_ms, most=_MOST_DELAY_MS)
         check_decode(decode)
-        policy = policy_with(sandbox, allow_ops)
-        self._policy = policy_of_signed(policy) if require_signature else policy
+        self._policy = policy_with(sandbox, allow_ops, is_signed=bool(require_signature))
         self._require_signature = require_signature
         workers = workers or max(1, usable_threads() // threads)
         queue_size = queue_size or 2 * workers

@@ -127,9 +127,9 @@ def test_the_watcher_names_every_image_and_a_broken_file_does_not_stop_it(worksp
     }
     assert len(found) == 3
     assert all(0 < line["probability"] <= 1 and line["total_ms"] > 0 for line in found)
-    told = out.with_name("err.txt").read_text().splitlines()
-    assert len(told) == 4, told  # two lines for each file: what is wrong, what to do
-    reasons = sorted(line for line in told if not line.startswith("try: "))
+    said = out.with_name("err.txt").read_text().splitlines()
+    assert len(said) == 4, said  # two lines for each file: what is wrong, what to do
+    reasons = sorted(line for line in said if not line.startswith("try: "))
     assert ["broken.png" in line for line in reasons] == [True, False]
     assert "notes.txt" in reasons[1]
 
