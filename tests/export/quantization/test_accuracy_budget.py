@@ -15,9 +15,9 @@ import torch
 
 from tests.conftest import ROOT, Workspace, vit_edge
 from vit_edge.checkpoint import load_checkpoint, save_checkpoint
-from vit_edge.errors import UsageError
+from vit_edge.errors import Interrupted, UsageError
 from vit_edge.export import QuantizationOptions, QuantizationResult, export_onnx, quantize
-from vit_edge.export.quantization.accuracy_budget import ordered_by_noise, step_sizes
+from vit_edge.export.quantization.accuracy_budget import StepCache, ordered_by_noise, step_sizes
 from vit_edge.model_file.artifact import open_model
 
 CALIBRATION = ROOT / "calibration_data"
@@ -165,6 +165,22 @@ def test_ctrl_c_leaves_the_best_file_so_far(folder: Path, tmp_path: Path) -> Non
     assert evaluation is not None
     assert evaluation["verdict"] == "pass"
     assert evaluation["cut_short"] == "interrupted"
+
+
+def test_ctrl_c_while_a_verdict_is_being_kept_finds_the_best_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("VIT_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(StepCache, "keep", stopped)
+    options = QuantizationOptions(max_drop_points=1.5, **_QUICK)  # type: ignore[arg-type]
+    with pytest.raises(Interrupted, match="the file holds the best model so far"):
+        quantized(folder, tmp_path / "q.onnx", options, data=folder / "judging")
+    evaluation = open_model(tmp_path / "q.onnx").manifest.evaluation
+    assert evaluation is not None
+    assert evaluation["verdict"] == "pass"
 
 
 def test_ctrl_c_before_there_is_a_file_says_that_the_calibration_is_kept(folder: Path, tmp_path: Path) -> None:
