@@ -148,15 +148,15 @@ class _Search:
 
     def passes(self, left: frozenset[str], size: int) -> bool:
         """Return whether the file with the ops `left` in float32 passes."""
-        model, found = self._make(left), None
+        model = self._make(left)
         kept = self._cache.read(model) if self._cache else None
-        if kept is None:
-            found = self._verify(model)
-        step = kept or _step(size, found)
+        found = None if kept else self._verify(model)
+        step = _step(size, found) if found else kept
+        assert step is not None
         self.steps.append(step)
         if step.verdict == "pass":
             self.best = (model, found, left)
-        if self._cache and kept is None:  # last: Ctrl-C while it is written finds the best file known
+        if self._cache and found:  # last: Ctrl-C while it is written finds the best file known
             self._cache.keep(model, step)
         return step.verdict == "pass"
 
