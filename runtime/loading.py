@@ -178,7 +178,7 @@ def load_model(
 ) -> Classifier:
     """Return a classifier from a model file that was opened already; raises as `load` does.
 
-    With `warn` False nothing is logged about a target other than this CPU: for callers that just made the file.
+    With `warn` False nothing is logged about another CPU or missing golden vectors, for a file that was just made.
     """
     policy = policy or current_policy()
     check_graph(model, allow_ops=policy.allow_ops) if isinstance(model, ModelFile) else check_ir(model)
@@ -196,6 +196,8 @@ def load_model(
         if difference and isinstance(error, GoldenMismatch):
             error.remedy = difference  # not that somebody edited the file
         raise
+    if warn and verify == "hash" and loaded.name not in (*promised(model.manifest), _COMPUTES_NOTHING):
+        _log.warning("%s: the file has no golden vectors for %s", model.source, loaded.name)
     _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
     checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
     return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, limits=limits, checked=checked)
@@ -257,8 +259,6 @@ def _checked(model: Model, engine: Engine, verify: Verify) -> str:
         _log.warning("%s was checked in %s %s, this is %s: its golden vectors are run",
                      model.source, engine.name, escaped(str(recorded)), engine.version)  # fmt: skip
     if verify == "hash" and not is_other_release:
-        if engine.name not in promised(manifest):
-            _log.warning("%s: the file has no golden vectors for %s", model.source, engine.name)
         return "hash"
     if manifest.golden is None:
         remedy = "export it again, or load it with verify='hash'"

@@ -35,8 +35,8 @@ _log = logging.getLogger(__name__)
 class Speed:
     """Median milliseconds of one image in one engine, one thread; `ratio` is float over INT8, above 1 is faster.
 
-    `ratio_interval` is the 95 % percentile bootstrap of the median of the rounds' ratios. `all_integer_ms` is that of
-    the file with no product left float, where one was.
+    `ratio` is the median of the rounds' ratios, `ratio_interval` its 95 % percentile bootstrap. `all_integer_ms` is of
+    the file with all ops in INT8, if some stay in float32.
     """
 
     engine: str
@@ -61,19 +61,18 @@ def compare_speed(
         files = [file for file in (reference, candidate, all_integer) if file is not None]
         rounds_FR = _medians(files, engine, progress)
         medians = [float(np.median(each_R)) for each_R in rounds_FR]
+        faster = ratio_of_rounds(rounds_FR[0], rounds_FR[1])
         speed = Speed(
             engine=engine,
             float_ms=medians[0],
             integer_ms=medians[1],
             all_integer_ms=medians[2] if all_integer is not None else None,
-            ratio=medians[0] / medians[1],
-            ratio_interval=ratio_of_rounds(rounds_FR[0], rounds_FR[1]).interval,
+            ratio=faster.by_round,
+            ratio_interval=faster.interval,
         )
         if speed.ratio <= 1:
-            text = (
-                "INT8 is not faster than float32 in %s on this machine: %.2f ms against %.2f ms (batch 1, one thread)"
-            )
-            _log.warning(text, engine, speed.integer_ms, speed.float_ms)
+            text = "INT8 is not faster than float32 in %s on this machine: %.2f times as fast (batch 1, one thread)"
+            _log.warning(text, engine, speed.ratio)
         found.append(speed)
     return tuple(found)
 

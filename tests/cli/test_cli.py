@@ -168,6 +168,7 @@ def test_every_command_has_help_with_an_example_and_json(name: str, capsys: pyte
     printed = capsys.readouterr().out
     assert "--json" in printed
     assert f"vit-edge {name} " in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_help_lists_the_commands_in_order_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

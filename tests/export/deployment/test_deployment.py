@@ -36,6 +36,9 @@ def test_every_step_is_recorded_with_hashes_and_versions(folder: Path) -> None:
     assert {engine["engine"] for engine in record["steps"]["speed"]["result"]["engines"]} == {"onnxruntime", "openvino"}
     assert record["made_with"]["versions"].keys() >= {"torch", "onnx", "onnxruntime", "openvino"}
     assert record["verdict"] in ("pass", "inconclusive", "fail")
+    for engine in record["steps"]["speed"]["result"]["engines"]:
+        low, high = engine["ratio_interval"]
+        assert low <= engine["ratio"] <= high
     assert [claim["subject"] for claim in record["claims"]] == ["accuracy", "speed"]
     assert record["verdict"] == worst_verdict([Claim(**claim) for claim in record["claims"]])
 

@@ -140,7 +140,8 @@ def benchmark(models: tuple[Path, ...], **values: Any) -> Result:
     \b
     Examples:
       vit-edge benchmark model.onnx model.int8.onnx --threads 1 --threads 2
-      vit-edge benchmark model.int8.onnx --threads 1 --scenario server --latency-bound 30
+      vit-edge benchmark model.int8.onnx --threads 1 --scenario server \\
+        --latency-bound 30
       vit-edge benchmark model.int8.onnx --compare last.json --fail-if-slower 5%
     """
     finish = begin(values)

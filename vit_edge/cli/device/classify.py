@@ -75,7 +75,8 @@ def classify(
     \b
     Examples:
       vit-edge classify model.int8.onnx photo.jpg folder/
-      vit-edge classify third_party.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
+      vit-edge classify third_party.onnx photo.jpg --labels names.txt \\
+        --preprocessing preprocessing.json
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
     from vit_edge.image import Limits

@@ -52,9 +52,8 @@ def inspect(file: Path) -> Result:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         reason = f"the manifest is malformed ({type(error).__name__}: {error})"
         raise ModelRejected("cannot inspect", file=file, reason=reason, remedy="export it again") from error
-    return Result(
-        data=data, shown=[_headline(manifest, data), make_table("", ("field", "value"), list(summary.items()))]
-    )
+    table = make_table("", ("field", "value"), list(summary.items()))
+    return Result(data=data, shown=[_headline(manifest, data), table, f"SHA-256: {data['sha256']}"])
 
 
 def _headline(manifest: Manifest, data: dict[str, Any]) -> str:
@@ -132,7 +131,6 @@ def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, str]:
         + (" and ".join(engines) or "no engine"),
         "license": manifest.license or "not stated",
         "provenance": _text(manifest.provenance),
-        "SHA-256": data["sha256"],
     }
 
 

@@ -50,7 +50,8 @@ def convert(source: Path, out: Path, force: bool, **options: Any) -> Result:
 
     \b
     Examples:
-      vit-edge convert model.safetensors --like timm:deit_tiny_patch16_224 --labels classes.txt
+      vit-edge convert model.safetensors --like timm:deit_tiny_patch16_224 \\
+        --labels classes.txt
       vit-edge convert hf:google/vit-base-patch16-224 -o vit.safetensors
       vit-edge convert weights.pth --labels classes.txt --data images/
     """

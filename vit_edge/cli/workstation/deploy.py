@@ -88,8 +88,10 @@ def deploy(
 
     \b
     Examples:
-      vit-edge deploy run/best.safetensors --calibration images/train --data images/test --max-drop 1
-      vit-edge deploy CKPT --calibration cal/ --data test/ --max-drop 1 --on ssh://pi@raspberrypi
+      vit-edge deploy run/best.safetensors --calibration images/train \\
+        --data images/test --max-drop 1
+      vit-edge deploy CKPT --calibration cal/ --data test/ --max-drop 1 \\
+        --on ssh://pi@raspberrypi
       vit-edge deploy --check deploy/record.json
     """
     for module in ("torch", "onnx", "onnxruntime", "scipy", "jinja2"):

@@ -80,7 +80,8 @@ def explain(
     \b
     Examples:
       vit-edge explain model.int8.onnx --reference model.onnx --data images/test
-      vit-edge explain model.int8.onnx --reference model.onnx --data images/test --calibration images/train \\
+      vit-edge explain model.int8.onnx --reference model.onnx \\
+        --data images/test --calibration images/train \\
         --checkpoint run/best.safetensors
     """
     for module in ("onnxruntime", "scipy"):
@@ -161,12 +162,13 @@ def _shown(explanation: Explanation) -> Iterator[Any]:
     """Yield the tables for people: the stages, then the layers once for each engine."""
     rows = [
         (stage.name, stage.engine, _decibels(stage.sqnr_db), _decibels(stage.sqnr_before_db),
-         "-" if stage.agreement is None else f"{stage.agreement:.1f} %", stage.note)
+         "-" if stage.agreement is None else f"{stage.agreement:.1f} %")
         for stage in explanation.stages
     ]  # fmt: skip
-    columns = ("stage", "engine", "SQNR dB", "step dB", "agree", "what changed")
+    columns = ("stage", "engine", "SQNR dB", "step dB", "agree")
     title = f"Error by stage: SQNR against {explanation.stages[0].name}, and against the stage before"
     yield make_table(title, columns, rows)
+    yield from (f"{stage.name} in {stage.engine}: {stage.note}" for stage in explanation.stages)
     for entry in explanation.engines:
         yield _layers_table(explanation, entry)
     yield from (f"note: {note}" for note in explanation.notes)

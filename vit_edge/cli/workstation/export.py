@@ -108,8 +108,10 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     \b
     Examples:
       vit-edge export run/best.safetensors -o model.onnx
-      vit-edge export torchvision.models:swin_t --weights swin.safetensors --labels names.txt
-      vit-edge export other.onnx --labels names.txt --preprocessing preprocessing.json -o model.onnx
+      vit-edge export torchvision.models:swin_t --weights swin.safetensors \\
+        --labels names.txt
+      vit-edge export other.onnx --labels names.txt \\
+        --preprocessing preprocessing.json -o model.onnx
     """
     for module in ("torch", "onnx", "onnxscript", "safetensors"):
         require(module, extra="export,onnxruntime", what="export")
@@ -203,8 +205,9 @@ def _import(source: Path, out: Path, data: Path | None, force: bool, values: dic
     size_bytes, sha256 = len(result.model.data), result.model.sha256
     fields = {"model": str(out), "sha256": sha256, "size_bytes": size_bytes, "changes": list(result.notes)}
     shown = [
+        _sentence(out, size_bytes, "those of the file it was made from", result.parity),
         _parity_table("Compared with the file it was made from", result.parity),
-        f"model: {out} ({megabytes(size_bytes)}, sha256 {sha256})",
+        f"sha256: {sha256}",
     ]
     return Result(data={**fields, "parity": [asdict(entry) for entry in result.parity]}, shown=shown)
 
@@ -229,9 +232,19 @@ def _refuse(source: str, name: str, values: dict[str, Any], why: str) -> None:
 
 def _shown(result: ExportResult) -> Sequence[Any]:
     return [
+        _sentence(result.model, result.size_bytes, "those of PyTorch", result.parity),
         _parity_table("Compared with PyTorch in float32", result.parity),
-        f"model: {result.model} ({megabytes(result.size_bytes)}, sha256 {result.sha256})",
+        f"sha256: {result.sha256}",
     ]
+
+
+def _sentence(model: Path, size_bytes: int, source: str, parity: Sequence[Parity]) -> str:
+    """Return in one sentence what was written and how near its logits are to those of its source."""
+    written = f"{model} ({megabytes(size_bytes)})"
+    if not parity:
+        return written
+    engines = " and ".join(dict.fromkeys(entry.engine for entry in parity))
+    return f"{written}: its logits in {engines} equal {source}, SQNR {min(p.sqnr_db for p in parity):.0f} dB or more"
 
 
 def _parity_table(title: str, parity: Sequence[Parity]) -> Any:

@@ -145,7 +145,8 @@ def quantize(
     \b
     Examples:
       vit-edge quantize model.onnx --calibration images/train --data images/test
-      vit-edge quantize model.onnx --calibration images/train --data images/test --max-drop 1
+      vit-edge quantize model.onnx --calibration images/train \\
+        --data images/test --max-drop 1
     """
     for module in ("onnx", "onnxruntime", "scipy", "threadpoolctl"):
         require(module, extra="export,onnxruntime", what="quantize")
@@ -270,8 +271,7 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
 
 
 def _shown(result: QuantizationResult) -> list[Any]:
-    size = f"{megabytes(result.size_bytes)}, {result.size_ratio:.2f} of the float32 file"
-    shown: list[Any] = []
+    shown: list[Any] = [_sentence(result)]
     if result.target is not None:
         ranges = f"ranges from {result.num_calibration_images} images"
         if result.precision == "int8-dynamic":
@@ -296,7 +296,15 @@ def _shown(result: QuantizationResult) -> list[Any]:
         shown += _budget_lines(result)
     if result.verification is not None:
         shown.append(figures_table(result.verification, with_verdict=result.search is not None))
-    return [*shown, f"model: {result.model} ({size}, sha256 {result.sha256})"]
+    return [*shown, f"sha256: {result.sha256}"]
+
+
+def _sentence(result: QuantizationResult) -> str:
+    """Return the verdict, if a budget was asked for, the size and the speed in one sentence."""
+    verdict = f"{result.verification.verdict}: " if result.search and result.verification else ""
+    size = f"has {result.size_ratio:.2f} of the float32 file's size ({megabytes(result.size_bytes)})"
+    times = ", ".join(f"{one.ratio:.2f} times as fast in {one.engine}" for one in result.speed)
+    return f"{verdict}{result.model} {size}{f' and is {times}' if times else ''}"
 
 
 def _speed_table(result: QuantizationResult) -> Any:

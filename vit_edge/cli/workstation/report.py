@@ -45,9 +45,11 @@ def report(
 
     \b
     Examples:
-      vit-edge verify model.int8.onnx --reference model.onnx --data images/test --json > verified.json
+      vit-edge verify model.int8.onnx --reference model.onnx \\
+        --data images/test --json > verified.json
       vit-edge benchmark model.onnx model.int8.onnx --save speed.json
-      vit-edge report verified.json speed.json model.onnx model.int8.onnx -o report.html
+      vit-edge report verified.json speed.json model.onnx model.int8.onnx \\
+        -o report.html
       vit-edge report deploy/ --model-card --license apache-2.0 -o README.md
     """
     require("jinja2", extra="export", what="report")

@@ -61,7 +61,8 @@ def train(
     \b
     Examples:
       vit-edge train images/ --out run/
-      vit-edge train images/ --from deit.safetensors --recipe finetune --epochs 20 --out run/
+      vit-edge train images/ --from deit.safetensors --recipe finetune \\
+        --epochs 20 --out run/
       vit-edge train --show-recipe --recipe deit > mine.toml
     """
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}

@@ -105,9 +105,12 @@ def verify(
 
     \b
     Examples:
-      vit-edge verify model.int8.onnx --reference model.onnx --data images/test --max-drop 0.5
-      vit-edge verify model.int8.onnx --reference model.onnx --data loose --max-drop 0.5
-      vit-edge verify model.int8.onnx --reference model.onnx --data loose --max-drop 0.5 --flips flips.csv
+      vit-edge verify model.int8.onnx --reference model.onnx \\
+        --data images/test --max-drop 0.5
+      vit-edge verify model.int8.onnx --reference model.onnx --data loose \\
+        --max-drop 0.5
+      vit-edge verify model.int8.onnx --reference model.onnx --data loose \\
+        --max-drop 0.5 --flips flips.csv
     """
     require("scipy", extra="export", what="verify")
     from vit_edge.export.verification.request import open_request
