@@ -58,7 +58,9 @@ def test_uneven_channels_lose_less_to_int8(workspace: Workspace) -> None:
     aligned = reparameterise(uneven, observe_channels(uneven, norms, images))
     for name, graph in (("plain", uneven), ("aligned", aligned)):
         tensors = [op.input for op in find_quantizable_ops(graph) if not op.takes_pixels]
-        quantized = insert_qdq(graph, observe_ranges(graph, tensors, images), scheme=Scheme(weight_bits=8))
+        quantized = insert_qdq(
+            graph, observe_ranges(graph, tensors, images), scheme=Scheme(weight_bits=7)
+        )  # no CPU saturates
         found[name] = sqnr_db(expected, _logits(quantized, images))
     assert found["aligned"] > found["plain"] + 3, found
 
