@@ -238,8 +238,9 @@ class Classifier:
 
         `engine`, `device`, `float_precision` and `threads` are read back from the engine; `placement` is the
         number of nodes of the graph on each of its devices, or "unknown" where it is too old to tell; `fallback` why it
-        is not the device that was asked for, else None; `target_warning` what differs between the CPU that the file was
-        quantized for and this one, else None; `verified` how the file was checked when it was loaded.
+        is not the device that was asked for, else None; `int8_fallback` why the ops of an INT8 file run in float32,
+        else None; `target_warning` what differs between the CPU that the file was quantized for and this one, else
+        None; `verified` how the file was checked when it was loaded.
         """
         engine, manifest = self._engine, self._manifest
         target = target_name(manifest.quantization)
@@ -255,6 +256,7 @@ class Classifier:
             "batch_size": engine.batch_size,
             "placement": "unknown" if engine.placement is None else dict(engine.placement),
             "fallback": engine.fallback,
+            "int8_fallback": engine.int8_fallback,
             "instruction_set": instruction_set(),
             "decode": self._decoding,
             "target": target,

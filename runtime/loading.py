@@ -66,7 +66,8 @@ def load(
     """Return a classifier from a model file: ours (`.onnx`, or OpenVINO's `.xml` next to its `.bin`), or any ONNX one.
 
     - `engine` "auto" is what `vit-edge tune` found fastest for this file on this machine, else the first installed of
-      ONNX Runtime and OpenVINO that has the device and that the file is promised for. Nothing is measured here.
+      ONNX Runtime and OpenVINO that has the device and that the file is promised for, the engines of its target first.
+      Nothing is measured here.
     - `device` is "cpu", a provider of ONNX Runtime ("cuda", "tensorrt", "openvino", "coreml", "qnn", "directml",
       "xnnpack", "webgpu"), or a device of OpenVINO ("gpu", "npu", "auto"). One that is not here raises; with
       `allow_fallback` the CPU runs instead, the log warns, and `describe()` says why.
@@ -239,7 +240,7 @@ def _chosen(model: Model, engine: str, options: EngineOptions) -> tuple[str, Eng
         here = [f"{name} ({', '.join(engines)})" for name, engines in available_devices().items()]
         raise unavailable(options.device, ", ".join(here))
     candidates = able or chosen_engines()
-    return next((name for name in candidates if name in promised_engines(model)), candidates[0]), options
+    return next((name for name in promised_engines(model) if name in candidates), candidates[0]), options
 
 
 def _is_unchecked(model: Model) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from vit_edge.cache import recall, remember
 from vit_edge.files import sha256_hex
 from vit_edge.machine.cpu import MOST_THREADS, cpu_name, instruction_set, usable_threads
+from vit_edge.machine.targets import TARGETS, target_name
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.checks.golden import promised
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, installed_version
@@ -33,8 +34,10 @@ class TunedConfiguration:
 
 
 def promised_engines(model: ModelFile) -> tuple[str, ...]:
-    """Return the installed engines that the file was validated in, in the order of "auto"."""
-    return tuple(name for name in installed_engines() if name in promised(model.manifest))
+    """Return the installed engines that the file was validated in, in the order of "auto": its target's first."""
+    found = [name for name in installed_engines() if name in promised(model.manifest)]
+    wanted = TARGETS.get(target_name(model.manifest.quantization) or "")
+    return tuple(sorted(found, key=lambda name: wanted is not None and name not in wanted.engines))
 
 
 def tuned_configuration(model: ModelFile) -> TunedConfiguration | None:

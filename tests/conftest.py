@@ -155,6 +155,12 @@ def deployment(shared_folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def openvino_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let OpenVINO run every quantized op in INT8, also on a CPU where it would be slower than float32."""
+    monkeypatch.setattr("vit_edge.runtime.engines.ov_graph.lacks_int8_matmul", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real weights and images that lies beside some checkouts; skips where it is absent."""

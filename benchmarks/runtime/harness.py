@@ -30,7 +30,7 @@ from vit_edge.errors import MissingExtra, VitEdgeError
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.runtime.benchmark.candidate import Candidate
 from vit_edge.runtime.benchmark.statistics import latency, ratio
-from vit_edge.runtime.engines import ov
+from vit_edge.runtime.engines import ov, ov_graph
 from vit_edge.runtime.engines.ort import make_session
 from vit_edge.runtime.engines.ov import compile_model
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
@@ -147,7 +147,7 @@ def against_app(
     """
     program, folder = app
     graph = folder / "graph.xml"
-    openvino.save_model(ov.read_graph(ov._core(), model), graph, compress_to_fp16=False)
+    openvino.save_model(ov_graph.read_graph(ov._core(), model), graph, compress_to_fp16=False)
     candidate = Candidate(str(path), model, "openvino", EngineOptions(threads=1, batch_size=1), 1)
     candidate.warm_up()
     ours, theirs = [], []

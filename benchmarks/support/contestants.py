@@ -24,7 +24,7 @@ from vit_edge.image import Pixels
 from vit_edge.metrics import Logits, sqnr_db
 from vit_edge.model_file.artifact import Manifest, ModelFile, open_model
 from vit_edge.runtime.checks.golden import golden_images
-from vit_edge.runtime.engines import ov
+from vit_edge.runtime.engines import ov, ov_graph
 from vit_edge.runtime.engines.protocol import Array, Engine, EngineOptions, make_engine
 
 # OpenVINO takes other kernels where the batch is fixed; the runtime leaves it free.
@@ -246,7 +246,7 @@ def _engine(contestant: Contestant, setting: Setting) -> Engine:
     def compile_model(
         core: Any, model: ModelFile, device: str, settings: dict[str, Any], batch_size: int | None
     ) -> Any:
-        graph = ov.read_graph(core, model) if model.data else core.read_model(contestant.path)
+        graph = ov_graph.read_graph(core, model) if model.data else core.read_model(contestant.path)
         if batch_size is not None:
             graph.reshape([batch_size, *list(graph.input().partial_shape)[1:]])
         return core.compile_model(graph, device, settings)

@@ -27,7 +27,7 @@ def result_tensors(graph: onnx.GraphProto, ops: Iterable[QuantizableOp]) -> dict
 
     Before the bias two graphs of one function can differ: a shift of an op's input is compensated in its bias.
     """
-    vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
+    vectors = {t.name for t in graph.initializer if t.dims and sum(size > 1 for size in t.dims) <= 1}
     made = {name for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -94,7 +94,9 @@ class _Gathered:
     _moments: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def add(self, expected: Array, found: Array) -> None:
-        right, got = (np.asarray(value, np.float64).reshape(-1, value.shape[-1]) for value in (expected, found))
+        if found.ndim > expected.ndim:  # of a convolution over tokens: channels first
+            found = np.moveaxis(found, 1, -1)
+        right, got = (np.asarray(value, np.float64).reshape(-1, expected.shape[-1]) for value in (expected, found))
         self._signal += float(np.square(right).sum())
         if self.columns is not None:
             self._add_scaled(right[:, self.columns], got[:, self.columns])

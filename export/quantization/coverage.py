@@ -18,6 +18,8 @@ import onnx
 from vit_edge.errors import EngineUnavailable, require
 from vit_edge.export.graph.macs import PRODUCTS, macs_by_node
 from vit_edge.files import temporary_folder
+from vit_edge.machine.int8_engines import why_float32
+from vit_edge.machine.targets import target_name
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.engines.protocol import EngineOptions
 
@@ -116,7 +118,10 @@ def coverage(model: ModelFile, engine: str) -> Coverage:
         float32_ops=tuple(sorted(left, key=lambda op: -op.gmac)),
         alone=tuple(alone),
     )
-    _warn(found, model.source)
+    # Known of the engine and this CPU, and said with the file: which engine to use.
+    is_known = not found.num_integer and why_float32(engine, target_name(model.manifest.quantization)) is not None
+    if not is_known:
+        _warn(found, model.source)
     return found
 
 

@@ -126,6 +126,9 @@ def check_target(precision: Precision, target: Target, source: ModelFile) -> Non
     if dynamic and target.symmetric_activations:
         reason = f"{target.device} need constant symmetric ranges; int8-dynamic is for CPUs"
         raise _wrong(reason, "use --precision int8, or the target of a CPU")
+    if dynamic and target.channels_first:
+        reason = f"{target.name} is for constant ranges: its ops are convolutions"
+        raise _wrong(reason, "use --precision int8, or --target portable")
     wanted = BATCH if dynamic else target.static_batch
     fixed = source.manifest.batch
     if precision != "float16" and wanted is not None and fixed not in (None, wanted):

@@ -19,7 +19,7 @@ from vit_edge.errors import DataRejected, Interrupted, UsageError, printable
 from vit_edge.export.graph.macs import macs_by_node
 from vit_edge.export.parity.golden_vectors import promised_engines, with_answers
 from vit_edge.export.quantization.accuracy_budget import SearchTrace, StepCache, ordered_by_noise, search_budget
-from vit_edge.export.quantization.algorithms.recipes import EFFORTS, Recipe
+from vit_edge.export.quantization.algorithms.recipes import EFFORTS, Algorithm, Recipe
 from vit_edge.export.quantization.calibrated_graph import CalibratedGraph, Plan, calibrate, uncalibrated
 from vit_edge.export.quantization.calibration.cache import CalibrationCache, default_folder
 from vit_edge.export.quantization.calibration.images import CalibrationImages
@@ -27,6 +27,7 @@ from vit_edge.export.quantization.coverage import Coverage, coverage
 from vit_edge.export.quantization.float16_file import to_float16_file
 from vit_edge.export.quantization.manifest_record import record_of, with_evaluation
 from vit_edge.export.quantization.options import Precision, QuantizationOptions, check_options, check_target
+from vit_edge.export.quantization.qdq.channels_first import channels_first
 from vit_edge.export.quantization.qdq.integer_chains import only_for_onnxruntime
 from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.quantization.speed import Speed, compare_speed
@@ -224,7 +225,7 @@ def _calibrated(job: _Job) -> CalibratedGraph:
     """Return the float32 graph with ranges and weights for INT8."""
     options, target = job.options, job.target.target
     plan = Plan(
-        algorithms=options.chosen_algorithms,
+        algorithms=_fitting(options.chosen_algorithms, target),
         effort=EFFORTS[options.effort],
         scheme=Scheme(weight_bits=target.weight_bits, activation=target.activation),
         method=options.ranges,
@@ -238,6 +239,11 @@ def _calibrated(job: _Job) -> CalibratedGraph:
     found = calibrate(job.source.graph(), job.images, plan, needs_noise=needs_noise, cache=cache, progress=job.progress)
     _check_calibration(job.images.hashes, job.folder)
     return found
+
+
+def _fitting(algorithms: Sequence[Algorithm], target: Target) -> tuple[Algorithm, ...]:
+    """Return the algorithms without integers in attention where the CPU's integer kernel for it is slower."""
+    return tuple(name for name in algorithms if not (target.channels_first and name == "attention-scores"))
 
 
 def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) -> None:
@@ -294,11 +300,14 @@ def _unproven(job: _Job, found: CalibratedGraph, left: frozenset[str]) -> ModelF
     """Return the INT8 file without golden vectors."""
     source = job.source
     quantized = found.quantized(left)
-    record = record_of(job.target.target, found, left, job.images, job.options)
+    target = job.target.target
+    record = record_of(target, found, left, job.images, job.options)
     entry = dict(source.manifest.input)
     if record["batch"] is not None:
         fix_batch(quantized.graph, record["batch"])
         entry["batch"] = record["batch"]
+    if target.channels_first:
+        quantized = channels_first(quantized)
     skips = only_for_onnxruntime(quantized)
     manifest = replace(
         source.manifest,

@@ -189,8 +189,9 @@ def expectation(logits_BK: Logits, *, engines: Sequence[str], tolerance: Toleran
 
 
 def made_here(engine: Engine) -> dict[str, str]:
-    """Return what decides the last bit of INT8 logits: the engine's version, the CPU and its instructions."""
-    return {"engine_version": engine.version, "cpu": cpu_name(), "instruction_set": instruction_set()}
+    """Return what decides the last bit of INT8 logits: engine version, CPU, instructions, float32 instead of INT8."""
+    made_on = {"engine_version": engine.version, "cpu": cpu_name(), "instruction_set": instruction_set()}
+    return made_on if engine.int8_fallback is None else {**made_on, "ops_in": "float32"}
 
 
 def _tolerance(entry: Mapping[str, Any], engine: Engine, manifest: Manifest) -> Tolerance:

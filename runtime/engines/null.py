@@ -22,6 +22,7 @@ class NullEngine:
     threads = 1
     placement: Mapping[str, int] | None = None
     fallback: str | None = None
+    int8_fallback: str | None = None
 
     def __init__(self, model: Model, options: EngineOptions) -> None:
         self.batch_size = batch_of(model.manifest, options)

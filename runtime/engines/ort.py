@@ -15,6 +15,8 @@ import onnxruntime
 
 from vit_edge.errors import Closed, EngineUnavailable, ModelRejected
 from vit_edge.image import Pixels
+from vit_edge.machine.int8_engines import why_float32
+from vit_edge.machine.targets import target_name
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.runtime.engines.devices import DEVICES, known_as, unavailable
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, Logits, answer, batch_of, log_fallback, private_copy
@@ -65,6 +67,7 @@ class OnnxRuntimeEngine:
         provider = self._session.get_providers()[0]
         self.device = next(name for name, device in DEVICES.items() if device.onnxruntime == provider)
         self.float_precision = _read_precision(self._session)
+        self.int8_fallback = why_float32(self.name, target_name(model.manifest.quantization))
         self.placement: Mapping[str, int] | None = _placement(self._session)
         on_cpu = (self.placement or {}).get(_CPU, 0)
         if provider != _CPU and on_cpu:

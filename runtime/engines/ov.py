@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import openvino
-from openvino import opset13
 
 from vit_edge.errors import Closed, EngineUnavailable, ModelRejected
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile
-from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.engines.devices import DEVICES, known_as, unavailable
+from vit_edge.runtime.engines.ov_graph import avoid_int8, read_graph, runs_slower_in_int8, why_no_int8
 from vit_edge.runtime.engines.protocol import (
     Array,
     EngineOptions,
@@ -28,12 +27,8 @@ from vit_edge.runtime.engines.protocol import (
     private_copy,
 )
 
-__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "is_as_asked", "read_graph"]
+__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "is_as_asked"]
 
-# What the manifest's entry on quantization calls the list of roundings that are there for ONNX Runtime alone.
-_SKIPS = "openvino_skips"
-# ... and the largest values of the tensors that are int8 in OpenVINO alone, by their names.
-_ROUNDS, _LARGEST_PEAK = "openvino_rounds", 1e30
 # Our words for precisions -> those of OpenVINO.
 _PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -53,6 +48,7 @@ class OpenVinoEngine:
         self._compiled, self.fallback = _compile_somewhere(model, options)
         ran = replace(options, device="cpu", float_precision=None) if self.fallback else options
         self.device, nodes = _read_devices(self._compiled)
+        self.int8_fallback = why_no_int8(self._compiled.get_runtime_model(), model.manifest.precision)
         self.placement: Mapping[str, int] | None = nodes
         if not is_as_asked(ran.device, self.device):
             reason = f"OpenVINO runs it on {self.device!r}, not on {ran.device!r}"
@@ -221,57 +217,14 @@ def _compile(core: Any, model: Model, device: str, settings: dict[str, Any], bat
             return core.compile_model(graph, device, settings)
     graph = read_graph(core, model)
     _fix_batch(graph, batch_size)
+    if device == "CPU" and runs_slower_in_int8(graph):
+        settings = settings | avoid_int8(graph)
     return core.compile_model(graph, device, settings)
 
 
 def _fix_batch(graph: Any, batch_size: int | None) -> None:
     if batch_size is not None:
         graph.reshape([batch_size, *list(graph.input(0).get_partial_shape())[1:]])
-
-
-def read_graph(core: Any, model: Model) -> Any:
-    """Return the graph as OpenVINO reads it, with what the manifest says is for OpenVINO alone."""
-    if isinstance(model, IrModel):
-        return core.read_model(model.xml, model.weights)
-    graph = core.read_model(model.data)
-    recorded = model.manifest.quantization or {}
-    _skip(graph, set(recorded.get(_SKIPS, ())))
-    _round(graph, recorded.get(_ROUNDS, {}))
-    return graph
-
-
-def _skip(graph: Any, names: set[str]) -> None:
-    """Take the roundings that end in the DequantizeLinear nodes `names` out of the graph.
-
-    Integers at both sides of a convolution are what ONNX Runtime needs; OpenVINO computes the activation behind it in
-    float before it rounds, at no cost (mobilenet_v3_small: 1.35 ms without these roundings, 2.3 ms with, float 2.1).
-    """
-    for end in graph.get_ordered_ops() if names else ():
-        if end.get_friendly_name() in names and end.get_type_name() == "Multiply":
-            start = end
-            while start.get_type_name() in ("Convert", "Multiply", "Subtract"):
-                start = start.input_value(0).get_node()
-            if start.get_type_name() == "FakeQuantize":
-                for reader in end.output(0).get_target_inputs():
-                    reader.replace_source_output(start.input_value(0))
-
-
-def _round(graph: Any, peaks: Mapping[str, float]) -> None:
-    """Let what reads the tensors of `peaks` read them in int8, evenly around zero up to the peak.
-
-    OpenVINO's attention is faster with queries and keys in integers, ONNX Runtime's is not: the file has them float.
-    """
-    if not all(isinstance(peak, int | float) and 0 < peak < _LARGEST_PEAK for peak in peaks.values()):
-        raise ValueError(f"the manifest's {_ROUNDS} are not sizes of tensors")
-    outputs = [output for node in graph.get_ordered_ops() for output in node.outputs()] if peaks else []
-    for output in outputs:
-        peak = next((peaks[name] for name in sorted(output.get_names()) if name in peaks), None)
-        if peak is not None:
-            readers = list(output.get_target_inputs())
-            low, high = (opset13.constant(np.float32(end)) for end in (-peak * 128 / 127, peak))
-            rounded = opset13.fake_quantize(output, low, high, low, high, 256)
-            for reader in readers:
-                reader.replace_source_output(rounded.output(0))
 
 
 def _failed(verb: str, error: Exception) -> ModelRejected:

@@ -119,8 +119,8 @@ class Engine(Protocol):
     """A loaded model; `run` may be called from several threads at once.
 
     `device`, `float_precision` and `threads` are what was read back, `placement` how many nodes of the graph run where
-    (None where the engine is too old to tell), `fallback` why it is not the device that was asked for, `batch_size` the
-    static shape it was given.
+    (None where the engine is too old to tell), `fallback` why it is not the device that was asked for, `int8_fallback`
+    why the ops of an INT8 file run in float32 (None if they do not), `batch_size` the static shape it was given.
     """
 
     name: str
@@ -131,6 +131,7 @@ class Engine(Protocol):
     batch_size: int | None
     placement: Mapping[str, int] | None
     fallback: str | None
+    int8_fallback: str | None
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes], owned by the caller, from uint8 [batch, height, width, 3]."""

@@ -27,7 +27,7 @@ from vit_edge.runtime.engines.protocol import EngineOptions
 from vit_edge.runtime.loading import load_model
 
 PAGE = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-NAMES = ("portable", "x86-vnni", "arm-dotprod", "openvino-npu", "tensorrt", "qnn")
+NAMES = ("portable", "x86-vnni", "openvino-avx2", "arm-dotprod", "openvino-npu", "tensorrt", "qnn")
 
 
 def table(heading: str) -> list[dict[str, str]]:
@@ -91,7 +91,7 @@ def warned(tiny: bytes, name: object, caplog: pytest.LogCaptureFixture, **option
 
 def test_the_targets_are_those_of_the_issue() -> None:
     assert tuple(TARGETS) == NAMES
-    assert {name for name, entry in TARGETS.items() if entry.weight_bits == 7} == {"portable"}
+    assert {name for name, entry in TARGETS.items() if entry.weight_bits == 7} == {"portable", "openvino-avx2"}
     assert {name for name, entry in TARGETS.items() if entry.verified} == {"portable", "x86-vnni"}
     for entry in TARGETS.values():
         assert entry.reason
@@ -103,7 +103,7 @@ def test_the_targets_are_those_of_the_issue() -> None:
 def test_seven_bit_weights_fit_the_sums_that_eight_bit_ones_overflow() -> None:
     for entry in TARGETS.values():
         largest = 2 * 255 * (2 ** (entry.weight_bits - 1) - 1)
-        assert (largest <= np.iinfo(np.int16).max) is (entry.name == "portable")
+        assert (largest <= np.iinfo(np.int16).max) is (entry.name in ("portable", "openvino-avx2"))
 
 
 def test_the_page_says_of_each_target_what_the_code_does() -> None:
@@ -173,11 +173,27 @@ def test_a_name_is_taken_as_it_is_and_an_unknown_one_lists_them_all() -> None:
 
 
 def test_auto_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_target("auto").target is choose_target({"cpu": cpu.cpu_report()})
+    engines = [{"name": "openvino", "installed": True, "error": None}]
+    assert resolve_target("auto").target is choose_target({"cpu": cpu.cpu_report(), "engines": engines})
     pretend(monkeypatch, "x86_64", "avx2")
     resolved = resolve_target("auto")
-    assert (resolved.target.name, resolved.chosen_from) == ("portable", "auto")
+    assert (resolved.target.name, resolved.chosen_from) == ("openvino-avx2", "auto")
     assert "VNNI" in resolved.reason
+
+
+def test_the_target_for_openvino_is_chosen_only_if_that_engine_runs_on_a_cpu_without_vnni() -> None:
+    for names, installed, error, complete, expected in (
+        (("avx2",), True, None, True, "openvino-avx2"),
+        (("avx2",), False, None, True, "portable"),
+        (("avx2",), True, "cannot be imported", True, "portable"),
+        (("avx2",), True, None, False, "portable"),  # it may have AVX-VNNI
+        (("avx",), True, None, True, "portable"),
+        (("avx2", "avx512bw"), True, None, True, "portable"),  # kernels that nobody measured
+        (("avx2", "avx_vnni"), True, None, True, "x86-vnni"),
+    ):
+        found = report("x86_64", *names, complete=complete)
+        found["engines"] = [{"name": "openvino", "installed": installed, "error": error}]
+        assert choose_target(found).name == expected
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from typing import Any, Literal
 from vit_edge import __version__
 from vit_edge.errors import version_of
 from vit_edge.files import has_home
-from vit_edge.machine.cpu import cpu_report, is_arm
+from vit_edge.machine.cpu import Instructions, cpu_report, is_arm
+from vit_edge.machine.int8_engines import lacks_int8_matmul
 from vit_edge.machine.targets import TARGETS, choose
 from vit_edge.model_file.onnx_schema import one_node
 
@@ -128,7 +129,12 @@ def examine() -> dict[str, Any]:
 
 def findings(report: Mapping[str, Any]) -> list[Finding]:
     """Return what a report shows to be wrong or improvable, problems first."""
-    found = [*_engine_findings(report), *_cpu_findings(report["cpu"]), *_memory_findings(report["memory"])]
+    found = [
+        *_engine_findings(report),
+        *_cpu_findings(report["cpu"]),
+        *_int8_findings(report),
+        *_memory_findings(report["memory"]),
+    ]
     if report["python"]["bits"] < 64:
         what = f"Python has {report['python']['bits']} bits"
         advice = "install a 64-bit system: engines have no wheels for others"
@@ -164,6 +170,19 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
         advice = f"quantize for that device with --target {other['name']} (unverified), and name it with --device"
         found.append(Finding(kind="advice", what=other["reason"], advice=advice))
     return found
+
+
+def _int8_findings(report: Mapping[str, Any]) -> list[Finding]:
+    """Return the advice for OpenVINO on a CPU whose INT8 kernels it does not use for MatMul."""
+    found = Instructions(
+        names=frozenset(report["cpu"]["instructions"]), complete=bool(report["cpu"].get("instructions_complete"))
+    )
+    runs = any(e["name"] == "openvino" and e["installed"] and not e["error"] for e in report["engines"])
+    if not runs or not lacks_int8_matmul(report["cpu"]["machine"], found):
+        return []
+    what = "openvino runs INT8 files in float32 here: the CPU has no VNNI, and INT8 MatMul would be slower"
+    advice = "run portable files in onnxruntime, or quantize with --target openvino-avx2"
+    return [Finding(kind="advice", what=what, advice=advice)]
 
 
 def _cpu_findings(cpu: Mapping[str, Any]) -> list[Finding]:

@@ -10,6 +10,7 @@ Where the demands come from, documentation as of 2026:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from vit_edge.errors import InputError, UsageError
 from vit_edge.files import is_file, read_file
 from vit_edge.machine import cpu
+from vit_edge.machine.int8_engines import lacks_int8_matmul
 
 __all__ = [
     "DEFAULT_TARGET",
@@ -47,6 +49,7 @@ class Target:
     `activation` "uint8" has a zero point, "int8" is symmetric with zero point 0. `static_batch` None keeps the batch
     dynamic. `instructions`: any one of these makes integer products exact and fast; empty where none is needed.
     `verified` is whether vit-edge ran its files on such hardware. `limits` is what else the hardware's tools ask.
+    `channels_first` is whether products are written as 1x1 convolutions, for kernels that only convolutions have.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Target:
     verified: bool
     reason: str
     limits: tuple[str, ...] = ()
+    channels_first: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (7, 8) or self.activation not in ("uint8", "int8"):
@@ -79,7 +83,8 @@ class Target:
         fixed = batch_size or self.static_batch
         batch = "any batch" if fixed is None else f"batch fixed at {fixed}"
         kind = "symmetric int8" if self.symmetric_activations else "uint8"
-        return f"{self.label}: {self.weight_bits}-bit weights, {kind} activations, {batch}, for {self.device}"
+        form = ", 1x1 convolutions" if self.channels_first else ""
+        return f"{self.label}: {self.weight_bits}-bit weights, {kind} activations{form}, {batch}, for {self.device}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +118,19 @@ _ALL = (
         instructions=cpu.VNNI,
         verified=True,
         reason="VNNI and AMX sum four uint8 times int8 in 32 bits, so all 8 bits of a weight can be used",
+    ),
+    Target(
+        name="openvino-avx2",
+        weight_bits=7,
+        activation="uint8",
+        static_batch=1,
+        device="x86 CPUs with AVX2 and no VNNI, through OpenVINO",
+        engines=("openvino",),
+        instructions=("avx2",),
+        verified=False,
+        reason="OpenVINO gains from INT8 without VNNI in convolutions only, so each product is a 1x1 convolution",
+        limits=("ONNX Runtime runs the file in float32: it needs integers at both sides of a convolution",),
+        channels_first=True,
     ),
     Target(
         name="arm-dotprod",
@@ -190,7 +208,9 @@ def resolve_target(text: str | os.PathLike[str]) -> Resolved:
     if name in TARGETS:
         return Resolved(target=TARGETS[name], chosen_from="name", reason=TARGETS[name].reason)
     if name == "auto":
-        chosen, reason = choose({"cpu": cpu.cpu_report()})
+        installed = importlib.util.find_spec("openvino") is not None
+        engines = [{"name": "openvino", "installed": installed, "error": None}]
+        chosen, reason = choose({"cpu": cpu.cpu_report(), "engines": engines})
         return Resolved(target=chosen, chosen_from="auto", reason=reason)
     if not (name.lower().endswith(".json") or Path(name).name != name or is_file(name)):
         target(name)
@@ -210,7 +230,8 @@ def choose_target(report: Mapping[str, Any]) -> Target:
 def choose(report: Mapping[str, Any]) -> tuple[Target, str]:
     """Return what `choose_target` does, and why.
 
-    It is a CPU's: that is where vit-edge's runtime runs a file. Targets for NPUs and GPUs are given by name.
+    It is a CPU's: that is where vit-edge's runtime runs a file. Targets for NPUs and GPUs are given by name. One for
+    OpenVINO is chosen only if the report has that engine.
     """
     machine, present, complete = _cpu_of(report)
     has = [name for name in (*cpu.VNNI, "i8mm", "asimddp") if name in present]
@@ -218,6 +239,9 @@ def choose(report: Mapping[str, Any]) -> tuple[Target, str]:
         return TARGETS["x86-vnni"], f"the CPU has {has[0]}: {TARGETS['x86-vnni'].reason}"
     if cpu.is_arm(machine) and any(name in TARGETS["arm-dotprod"].instructions for name in has):
         return TARGETS["arm-dotprod"], f"the CPU has {has[0]}: {TARGETS['arm-dotprod'].reason}"
+    found = cpu.Instructions(names=present, complete=complete)
+    if "avx2" in present and lacks_int8_matmul(machine, found) and _has_openvino(report):
+        return TARGETS["openvino-avx2"], f"the CPU has AVX2 and OpenVINO: {TARGETS['openvino-avx2'].reason}"
     if cpu.is_x86(machine):
         why = "the CPU has no VNNI" if complete else "this system does not report whether the CPU has VNNI"
         return TARGETS["portable"], f"{why}: 8-bit weights could saturate in 16-bit sums, 7-bit ones cannot"
@@ -260,6 +284,12 @@ def _saturates(name: str, *, complete: bool) -> str:
 def _better_here(name: str) -> str:
     chosen = choose_target({"cpu": cpu.cpu_report()})
     return f"{name} was not measured there; for this CPU, quantize with --target {chosen.name}"
+
+
+def _has_openvino(report: Mapping[str, Any]) -> bool:
+    engines = report.get("engines")
+    entries = [entry for entry in engines if isinstance(entry, Mapping)] if isinstance(engines, list) else []
+    return any(e.get("name") == "openvino" and e.get("installed") and not e.get("error") for e in entries)
 
 
 def _cpu_of(report: Mapping[str, Any]) -> tuple[str, frozenset[str], bool]:

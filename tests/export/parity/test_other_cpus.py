@@ -126,6 +126,7 @@ class DefinedByOnnx:
     """An engine that computes every operator as ONNX defines it, in numpy: no kernel of an engine has a say in it."""
 
     name, device, float_precision, batch_size = "onnxruntime", "cpu", "float32", None
+    int8_fallback = None
     version = "onnx.reference"
 
     def __init__(self, model: Path) -> None:

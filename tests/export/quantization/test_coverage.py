@@ -19,6 +19,7 @@ from vit_edge.model_file.artifact import Manifest, ModelFile, open_model, pack
 from vit_edge.runtime.engines import ort
 
 ENGINES = ("onnxruntime", "openvino")
+pytestmark = pytest.mark.usefixtures("openvino_in_int8")
 IN, OUT, TOKENS = 32, 16, 5
 
 

@@ -40,6 +40,7 @@ from vit_edge.runtime.engines.protocol import EngineOptions, make_engine
 
 Array = npt.NDArray[Any]
 ENGINES = ("onnxruntime", "openvino")
+pytestmark = pytest.mark.usefixtures("openvino_in_int8")
 RNG = np.random.default_rng(0)
 WIDE, OUT = 32, 24
 

@@ -92,6 +92,7 @@ def _told(path: Path, *more: str) -> list[str]:
     return [str(path), "--labels", "labels.txt", "--preprocessing", "how.json", "--calibration", "cal", *more]
 
 
+@pytest.mark.usefixtures("openvino_in_int8")
 def test_a_network_made_elsewhere_becomes_the_file_that_export_makes_of_it_in_integers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.output import Result, command, file_argument, make_table, megabytes
 from vit_edge.errors import ModelRejected, require
+from vit_edge.machine.int8_engines import engine_advice
 from vit_edge.machine.releases import oldest_release
 from vit_edge.machine.targets import TARGETS, target_name
 
@@ -79,6 +80,7 @@ def _describe(model: ModelFile) -> dict[str, Any]:
         "output": _shape(graph.output[0]),
         "more_outputs": [_shape(value) for value in graph.output[1:]],
         "target": _target(model.manifest),
+        "engine_advice": _advice(model.manifest),
         "manifest": manifest,
     }
 
@@ -92,6 +94,7 @@ def _describe_ir(model: IrModel) -> dict[str, Any]:
         "sha256": model.sha256,
         "size_bytes": size_bytes,
         "target": target,
+        "engine_advice": None,
         "manifest": manifest,
     }
 
@@ -106,6 +109,11 @@ def _target(manifest: Manifest) -> dict[str, Any] | None:
         "verified": TARGETS[name].verified,
         "implies": TARGETS[name].describe(batch_size=manifest.batch),
     }
+
+
+def _advice(manifest: Manifest) -> str | None:
+    """Return which engine to use on which class of CPU, if the file leaves a choice."""
+    return engine_advice(target_name(manifest.quantization)) if manifest.precision == "int8" else None
 
 
 def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, str]:
@@ -123,6 +131,7 @@ def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, str]:
         "accuracy": _evaluation(manifest.evaluation),
         "preprocessing": _text(manifest.preprocessing.to_dict()),
         "target": data["target"]["implies"] if data["target"] else "any CPU",
+        **({"engine": data["engine_advice"]} if data["engine_advice"] else {}),
         "quantization": _text(_without_lists(quantization)) if quantization else "none",
         "calibration images": str(len(quantization.get("images", ()))),
         "architecture": _text(manifest.architecture),

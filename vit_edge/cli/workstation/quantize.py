@@ -23,6 +23,7 @@ from vit_edge.cli.output import (
 )
 from vit_edge.cli.workstation.verify import certifiable_text, figures_data, figures_table
 from vit_edge.errors import Interrupted, UsageError, VerificationFailed, require
+from vit_edge.machine.int8_engines import engine_advice
 from vit_edge.machine.targets import DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
         "target": result.target.name if result.target else None,
         "target_verified": result.target.verified if result.target else None,
         "target_reason": result.target_reason,
+        "engine_advice": _advice(result),
         "recipe": result.recipe,
         "algorithms": list(result.algorithms),
         "num_calibration_images": result.num_calibration_images,
@@ -278,6 +280,7 @@ def _shown(result: QuantizationResult) -> list[Any]:
             ranges = "ranges computed at run time, batch 1"
         shown += [
             f"target: {result.target.describe()}",
+            *([f"run the file in: {advice}"] if (advice := _advice(result)) else []),
             f"{result.num_ops} ops run in INT8, {ranges}",
             f"algorithms: {', '.join(result.algorithms) or 'none'}",
         ]
@@ -305,6 +308,11 @@ def _sentence(result: QuantizationResult) -> str:
     size = f"has {result.size_ratio:.2f} of the float32 file's size ({megabytes(result.size_bytes)})"
     times = ", ".join(f"{one.ratio:.2f} times as fast in {one.engine}" for one in result.speed)
     return f"{verdict}{result.model} {size}{f' and is {times}' if times else ''}"
+
+
+def _advice(result: QuantizationResult) -> str | None:
+    """Return which engine to use on which class of CPU."""
+    return engine_advice(result.target.name) if result.target and result.precision == "int8" else None
 
 
 def _speed_table(result: QuantizationResult) -> Any:
