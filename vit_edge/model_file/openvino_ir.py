@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from vit_edge.errors import ModelRejected, NotTrusted, printable
-from vit_edge.files import kind_of, read_file, sha256_hex
+from vit_edge.files import kind_of, read_file, read_partner, sha256_hex
 from vit_edge.model_file.artifact import Manifest, warn_of_assumed
 
 __all__ = ["NO_SEAL", "IrModel", "open_ir", "seal_ir"]
@@ -67,12 +67,10 @@ def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = N
             raise ModelRejected(
                 "cannot use the model file", file=name, reason="the weights are not given", remedy=remedy
             )
-        weights = _read_weights(Path(source).with_suffix(".bin"))
-    try:
-        found = _digest(xml, weights)
-    except ValueError as error:
-        found = str(error)
-    if found.encode() != _SEAL.findall(xml)[0]:
+        weights = _read_weights(xml, Path(source).with_suffix(".bin"))
+    elif not _belongs(xml, weights):
+        weights = None
+    if weights is None:
         reason = "the two files are not those that were sealed: one was changed, damaged or exchanged"
         remedy = "copy both again from where they were made"
         raise NotTrusted("will not load the model file", file=name, reason=reason, remedy=remedy)
@@ -81,8 +79,22 @@ def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = N
     return IrModel(xml=xml, weights=weights, manifest=manifest, source=name)
 
 
-def _read_weights(path: Path) -> bytes:
-    return read_file(path, what="weights of the model file", max_bytes=_MAX_BIN_BYTES, error=ModelRejected)
+def _read_weights(xml: bytes, path: Path) -> bytes | None:
+    """Return the weights under the seal of the `.xml`; None if there are others at their place."""
+    return read_partner(
+        path,
+        what="weights of the model file",
+        max_bytes=_MAX_BIN_BYTES,
+        error=ModelRejected,
+        belongs=lambda weights: _belongs(xml, weights),
+    )
+
+
+def _belongs(xml: bytes, weights: bytes) -> bool:
+    try:
+        return _digest(xml, weights).encode() in _SEAL.findall(xml)
+    except ValueError:  # more than one seal
+        return False
 
 
 def _digest(xml: bytes, weights: bytes) -> str:
