@@ -38,7 +38,7 @@ from vit_edge.runtime.engines.protocol import (
 from vit_edge.runtime.onnx_import.importer import is_third_party, read_third_party
 from vit_edge.runtime.tuned_configuration import promised_engines, tuned_configuration
 
-__all__ = ["Verify", "check_decode", "load", "load_model", "open_any", "run_checked"]
+__all__ = ["Verify", "admit", "check_decode", "load", "load_model", "open_any", "run_checked"]
 
 Verify: TypeAlias = Literal["full", "hash", "none"]
 _COMPUTES_NOTHING = "null"
@@ -181,7 +181,7 @@ def load_model(
     With `warn` False nothing is logged about a target other than this CPU: for callers that just made the file.
     """
     policy = policy or current_policy()
-    check_graph(model, allow_ops=policy.allow_ops) if isinstance(model, ModelFile) else check_ir(model)
+    _check_contents(model, policy)
     name = target_name(model.manifest.quantization)
     difference = mismatch(name) if name else None
     if difference and warn:
@@ -199,6 +199,27 @@ def load_model(
     _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
     checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
     return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, limits=limits, checked=checked)
+
+
+def admit(model: Model, *, engines: Sequence[str]) -> None:
+    """Try a file in these engines as `load_model` does first: for work that runs its graph in other ways too.
+
+    Nothing is loaded in this process. Raises ModelRejected or GoldenMismatch.
+    """
+    policy = current_policy()
+    _check_contents(model, policy)
+    for engine in engines:
+        verify: Verify = "full" if engine in promised(model.manifest) else "hash"
+        trial = Trial(model=model, sha256=model.sha256, engine=engine, options=EngineOptions(), verify=verify)
+        try:
+            _try_first(trial, policy.sandbox)
+        except (GoldenMismatch, ModelRejected) as error:
+            error.file = error.file or model.source
+            raise
+
+
+def _check_contents(model: Model, policy: LoadPolicy) -> None:
+    check_graph(model, allow_ops=policy.allow_ops) if isinstance(model, ModelFile) else check_ir(model)
 
 
 def _try_first(trial: Trial, sandbox: Sandbox) -> None:

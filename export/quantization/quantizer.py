@@ -40,9 +40,9 @@ from vit_edge.machine.targets import Resolved, Target, resolve_target
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.acceptance import accept_own
-from vit_edge.runtime.checks.load_policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import without_sandbox
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
-from vit_edge.runtime.loading import load_model
+from vit_edge.runtime.loading import admit, load_model
 from vit_edge.runtime.notebook import html_table
 
 __all__ = ["QuantizationResult", "quantize"]
@@ -162,7 +162,8 @@ def _opened(
     target = resolve_target(options.target)
     _check_source(source, options.precision)
     check_target(options.precision, target.target, source)
-    # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
+    # Hostile or damaged graphs end here, not in fresh golden vectors.
+    admit(source, engines=[*dict.fromkeys(("onnxruntime", *promised_engines(source)))])
     load_model(source, options=EngineOptions()).close()
     paths = [] if calibration is None else find_images(calibration)
     written = may_write(out, force=force, made_from=source.source)
@@ -256,7 +257,7 @@ def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, Mode
         if job.request is not None:
             return None, finished, job.verify(finished)
         for engine in promised_engines(finished):  # a verification loads the file too
-            load_model(finished, engine=engine, options=EngineOptions(), warn=False, policy=NO_SANDBOX).close()
+            load_model(finished, engine=engine, options=EngineOptions(), warn=False, policy=without_sandbox()).close()
             accept_own(finished, engine=engine)
         return None, finished, None
     order = ordered_by_noise(found.noise, macs_by_node(found.graph) or {})
