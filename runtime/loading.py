@@ -20,7 +20,7 @@ from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
 from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_with
-from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
+from vit_edge.runtime.checks.operators import check_contents, check_sizes
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (
@@ -181,7 +181,7 @@ def load_model(
     With `warn` False nothing is logged about a target other than this CPU: for callers that just made the file.
     """
     policy = policy or current_policy()
-    _check_contents(model, policy)
+    check_contents(model, allow_ops=policy.allow_ops)
     name = target_name(model.manifest.quantization)
     difference = mismatch(name) if name else None
     if difference and warn:
@@ -207,7 +207,7 @@ def admit(model: Model, *, engines: Sequence[str]) -> None:
     Nothing is loaded in this process. Raises ModelRejected or GoldenMismatch.
     """
     policy = current_policy()
-    _check_contents(model, policy)
+    check_contents(model, allow_ops=policy.allow_ops)
     for engine in engines:
         verify: Verify = "full" if engine in promised(model.manifest) else "hash"
         trial = Trial(model=model, sha256=model.sha256, engine=engine, options=EngineOptions(), verify=verify)
@@ -216,10 +216,6 @@ def admit(model: Model, *, engines: Sequence[str]) -> None:
         except (GoldenMismatch, ModelRejected) as error:
             error.file = error.file or model.source
             raise
-
-
-def _check_contents(model: Model, policy: LoadPolicy) -> None:
-    check_graph(model, allow_ops=policy.allow_ops) if isinstance(model, ModelFile) else check_ir(model)
 
 
 def _try_first(trial: Trial, sandbox: Sandbox) -> None:

@@ -166,6 +166,7 @@ def _opened(
     admit(source, engines=[*dict.fromkeys(("onnxruntime", *promised_engines(source)))])
     load_model(source, options=EngineOptions()).close()
     paths = [] if calibration is None else find_images(calibration)
+    _warn_of_one_class(paths, source.manifest.labels)
     written = may_write(out, force=force, made_from=source.source)
     request = None if data is None else _request(source, data, options)
     evaluation = request.reference_run.path_of if request is not None else {}
@@ -247,6 +248,15 @@ def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) ->
         raise DataRejected("cannot calibrate", file=folder, reason=reason, remedy="give images like those in use")
     if len(hashes) < _FEW_IMAGES:
         _log.warning("few calibration images (%d): ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
+
+
+def _warn_of_one_class(paths: Sequence[Path], labels: Sequence[str]) -> None:
+    folders = {path.parent.name for path in paths}
+    if len(labels) > 1 and len(folders) == 1 and folders <= {*labels}:
+        text = (
+            "all %d calibration images are of the class %r: ranges may not suit the others; give images of all classes"
+        )
+        _log.warning(text, len(paths), printable(folders.pop()))
 
 
 def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, ModelFile, Verification | None]:

@@ -20,7 +20,9 @@ __all__ = ["NO_SEAL", "IrModel", "open_ir", "seal_ir"]
 # What stands in the rt_info until the seal is known.
 NO_SEAL = "0" * 64
 _SEAL = re.compile(rb'<seal value="([0-9a-f]{64})" ?/>')
-_MAX_XML_BYTES, _MAX_BIN_BYTES = 100_000_000, 2**40
+# 20,000 layers take about 600 bytes and 20 tags each, and a manifest at most 8 golden images of 1 MB.
+_MAX_XML_BYTES, _MAX_XML_TAGS = 2**25, 1_000_000
+_MAX_BIN_BYTES = 2**40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +110,8 @@ def _manifest(xml: bytes, name: str) -> Manifest:
     try:
         if b"<!" in xml:  # OpenVINO writes no declarations, and entities could grow without bound
             raise ValueError("the file declares entities")
+        if (tags := xml.count(b"<")) > _MAX_XML_TAGS:  # each element takes about 100 bytes once it is read
+            raise ValueError(f"the file has {tags:,} tags; at most {_MAX_XML_TAGS:,} are read")
         entry = ElementTree.fromstring(xml).find("rt_info/vit_edge/manifest")
         if entry is None:
             raise ValueError("the file has a seal but no manifest")

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 
 from tests.faults.fuzzing.command_kills import kill_commands
+from tests.faults.hostile_models import resealed_ir
 from tests.support.networks import write_checkpoint
 from vit_edge import cache
 from vit_edge.checkpoint import load_checkpoint, save_checkpoint
@@ -39,7 +40,7 @@ from vit_edge.export.tracing import external_data
 from vit_edge.export.tracing.formats import write_folder
 from vit_edge.files import write_atomic, write_together
 from vit_edge.model_file.artifact import ModelFile, open_model, reseal
-from vit_edge.model_file.openvino_ir import NO_SEAL, open_ir, seal_ir
+from vit_edge.model_file.openvino_ir import open_ir
 from vit_edge.model_file.weights import weights_entry
 from vit_edge.model_file.writing import write_model
 from vit_edge.runtime.tuned_configuration import TunedConfiguration, save_configuration, tuned_configuration
@@ -64,7 +65,7 @@ def make_writers(source: Path) -> dict[str, Writer]:
     checkpoint, model = load_checkpoint(source / "c.safetensors"), open_model(source / "m.onnx", warn=False)
     others = {**dict(enumerate((model, _renamed(model))))}
     xml, weights = (source / "m.xml").read_bytes(), (source / "m.bin").read_bytes()
-    pairs = [(xml, weights), (_sealed_again(xml, weights + bytes(64)), weights + bytes(64))]
+    pairs = [(xml, weights), (resealed_ir(xml, weights + bytes(64)), weights + bytes(64))]
     large = [_with_weights_outside(model, more=bytes(64 * n)) for n in range(2)]
     states = [{"weights": torch.full((5000,), float(n))} for n in range(2)]
     files = {"model.onnx": model.data, "inside/config.json": b"{}"}
@@ -114,11 +115,6 @@ def make_writers(source: Path) -> dict[str, Writer]:
             read=lambda folder: tuned_configuration(model) or _broken(),
         ),
     }  # fmt: skip
-
-
-def _sealed_again(xml: bytes, weights: bytes) -> bytes:
-    old = xml.split(b'<seal value="')[1][:64]
-    return seal_ir(xml.replace(old, NO_SEAL.encode()), weights)
 
 
 def _renamed(model: ModelFile) -> ModelFile:
