@@ -20,7 +20,7 @@ from vit_edge.model_file.openvino_ir import IrModel, open_ir
 from vit_edge.runtime.checks.acceptance import Trial, accept, is_known
 from vit_edge.runtime.checks.golden import check_golden, check_images, promised, recorded_version
 from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_with
-from vit_edge.runtime.checks.operators import check_graph, check_ir, check_sizes
+from vit_edge.runtime.checks.operators import check_contents, check_sizes
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (
@@ -38,7 +38,7 @@ from vit_edge.runtime.engines.protocol import (
 from vit_edge.runtime.onnx_import.importer import is_third_party, read_third_party
 from vit_edge.runtime.tuned_configuration import promised_engines, tuned_configuration
 
-__all__ = ["Verify", "check_decode", "load", "load_model", "open_any", "run_checked"]
+__all__ = ["Verify", "admit", "check_decode", "load", "load_model", "open_any", "run_checked"]
 
 Verify: TypeAlias = Literal["full", "hash", "none"]
 _COMPUTES_NOTHING = "null"
@@ -182,7 +182,7 @@ def load_model(
     With `warn` False nothing is logged about another CPU or missing golden vectors, for a file that was just made.
     """
     policy = policy or current_policy()
-    check_graph(model, allow_ops=policy.allow_ops) if isinstance(model, ModelFile) else check_ir(model)
+    check_contents(model, allow_ops=policy.allow_ops)
     name = target_name(model.manifest.quantization)
     difference = mismatch(name) if name else None
     if difference and warn:
@@ -202,6 +202,23 @@ def load_model(
     _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
     checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
     return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, limits=limits, checked=checked)
+
+
+def admit(model: Model, *, engines: Sequence[str]) -> None:
+    """Try a file in these engines as `load_model` does first: for work that runs its graph in other ways too.
+
+    Nothing is loaded in this process. Raises ModelRejected or GoldenMismatch.
+    """
+    policy = current_policy()
+    check_contents(model, allow_ops=policy.allow_ops)
+    for engine in engines:
+        verify: Verify = "full" if engine in promised(model.manifest) else "hash"
+        trial = Trial(model=model, sha256=model.sha256, engine=engine, options=EngineOptions(), verify=verify)
+        try:
+            _try_first(trial, policy.sandbox)
+        except (GoldenMismatch, ModelRejected) as error:
+            error.file = error.file or model.source
+            raise
 
 
 def _try_first(trial: Trial, sandbox: Sandbox) -> None:

@@ -13,7 +13,7 @@ import onnx
 from vit_edge.export.graph.intermediate_tensors import Activations
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile
-from vit_edge.runtime.checks.operators import check_graph
+from vit_edge.runtime.loading import admit
 from vit_edge.vit_config import ViTConfig
 
 __all__ = ["attention_maps"]
@@ -30,7 +30,7 @@ def attention_maps(model: ModelFile, images_NHWC: Pixels) -> npt.NDArray[np.floa
     config = _config_of(model.manifest.architecture)
     if config is None or model.weights is not None:
         return None
-    check_graph(model)
+    admit(model, engines=["onnxruntime"])
     graph = model.graph()
     inputs = list(model.manifest.network_input(images_NHWC))
     for tensor in _softmaxes(graph):

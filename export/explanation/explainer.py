@@ -25,7 +25,7 @@ from vit_edge.image import Pixels
 from vit_edge.metrics import Logits, decibels, sqnr_db
 from vit_edge.model_file.artifact import PIXELS_INPUT, ModelFile, open_model
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.checks.load_policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import without_sandbox
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
 from vit_edge.runtime.notebook import html_table
@@ -209,7 +209,7 @@ class _Breakdown:
         images_NHWC, parts = self.images_NHWC, []
         options = EngineOptions(threads=self._prepared.options.threads)
         with load_model(
-            model, engine=engine, options=options, verify="hash", warn=False, policy=NO_SANDBOX
+            model, engine=engine, options=options, verify="hash", warn=False, policy=without_sandbox()
         ) as classifier:
             for start in range(0, len(images_NHWC), _BATCH):
                 self._progress(stage, start, len(images_NHWC))

@@ -16,6 +16,7 @@ from vit_edge.files import is_file
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.engines.protocol import chosen_engines, refuse_null
+from vit_edge.runtime.loading import admit
 
 if TYPE_CHECKING:
     from vit_edge.export.tracing.network import Network
@@ -79,7 +80,9 @@ def prepare_explanation(
         if file.weights is not None:
             reason = "the weights are in a second file, being over 2 GiB; layers are compared within one file"
             raise UsageError("cannot explain", file=file.source, reason=reason, remedy="`vit-edge verify` alone")
-    chosen_engines(options.engines)
+    engines = [*dict.fromkeys(("onnxruntime", *chosen_engines(options.engines)))]
+    for file in (candidate, source):
+        admit(file, engines=engines)
     found = find_evaluation_images(data, source.manifest.labels, unlabelled=True).paths
     number = min(options.num_images, len(found))
     calibration = None

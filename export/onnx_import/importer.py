@@ -42,6 +42,7 @@ from vit_edge.model_file.onnx_schema import parse
 from vit_edge.model_file.writing import write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import expectation, golden_images
+from vit_edge.runtime.checks.load_policy import current_policy
 from vit_edge.runtime.checks.operators import check_graph
 from vit_edge.runtime.engines.protocol import installed_engines
 from vit_edge.runtime.notebook import html_table
@@ -225,7 +226,7 @@ def _parsed(data: bytes) -> tuple[onnx.ModelProto, onnx.ModelProto]:
 
 def _check_operators(model: ModelFile) -> None:
     try:
-        check_graph(model)
+        check_graph(model, allow_ops=current_policy().allow_ops)
     except ModelRejected as error:
         raise _rejected(error.reason, "export the model again with operators of image classifiers") from error
 

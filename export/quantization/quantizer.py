@@ -41,9 +41,9 @@ from vit_edge.machine.targets import Resolved, Target, resolve_target
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.acceptance import accept_own
-from vit_edge.runtime.checks.load_policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import without_sandbox
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines
-from vit_edge.runtime.loading import load_model
+from vit_edge.runtime.loading import admit, load_model
 from vit_edge.runtime.notebook import html_table
 
 __all__ = ["QuantizationResult", "quantize"]
@@ -163,9 +163,11 @@ def _opened(
     target = resolve_target(options.target)
     _check_source(source, options.precision)
     check_target(options.precision, target.target, source)
-    # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
+    # Hostile or damaged graphs end here, not in fresh golden vectors.
+    admit(source, engines=[*dict.fromkeys(("onnxruntime", *promised_engines(source)))])
     load_model(source, options=EngineOptions()).close()
     paths = [] if calibration is None else find_images(calibration)
+    _warn_of_one_class(paths, source.manifest.labels)
     written = may_write(out, force=force, made_from=source.source)
     request = None if data is None else _request(source, data, options)
     evaluation = request.reference_run.path_of if request is not None else {}
@@ -254,6 +256,15 @@ def _check_calibration(hashes: Sequence[str], folder: str | os.PathLike[str]) ->
         _log.warning("few calibration images (%d): ranges from fewer than %d vary", len(hashes), _FEW_IMAGES)
 
 
+def _warn_of_one_class(paths: Sequence[Path], labels: Sequence[str]) -> None:
+    folders = {path.parent.name for path in paths}
+    if len(labels) > 1 and len(folders) == 1 and folders <= {*labels}:
+        text = (
+            "all %d calibration images are of the class %r: ranges may not suit the others; give images of all classes"
+        )
+        _log.warning(text, len(paths), printable(folders.pop()))
+
+
 def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, ModelFile, Verification | None]:
     """Return the file to write: that of the accuracy search if there is a budget, else that of the recipe."""
     make = partial(_candidate, job, found)
@@ -262,7 +273,7 @@ def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, Mode
         if job.request is not None:
             return None, finished, job.verify(finished)
         for engine in promised_engines(finished):  # a verification loads the file too
-            load_model(finished, engine=engine, options=EngineOptions(), warn=False, policy=NO_SANDBOX).close()
+            load_model(finished, engine=engine, options=EngineOptions(), warn=False, policy=without_sandbox()).close()
             accept_own(finished, engine=engine)
         return None, finished, None
     order = ordered_by_noise(found.noise, macs_by_node(found.graph) or {})

@@ -17,7 +17,7 @@ from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.statistics import Ratio, ratio
 from vit_edge.runtime.benchmark.timing import time_calls
 from vit_edge.runtime.checks.golden import golden_images
-from vit_edge.runtime.checks.load_policy import NO_SANDBOX
+from vit_edge.runtime.checks.load_policy import without_sandbox
 from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, chosen_engines
 from vit_edge.runtime.loading import load_model
@@ -88,7 +88,8 @@ def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> npt
     stage = f"measuring in {engine}"
     options = EngineOptions(threads=1)
     loaded = [
-        load_model(file, engine=engine, options=options, verify="hash", warn=False, policy=NO_SANDBOX) for file in files
+        load_model(file, engine=engine, options=options, verify="hash", warn=False, policy=without_sandbox())
+        for file in files
     ]
     try:
         height, width = files[0].manifest.preprocessing.crop

@@ -45,7 +45,8 @@ from vit_edge.export.tracing.tracer import trace
 from vit_edge.files import is_file, sha256_hex, write_together
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.releases import highest_versions
-from vit_edge.model_file.artifact import PIXELS_INPUT, Activation, Manifest, ModelFile, open_model, pack, weights_entry
+from vit_edge.model_file.artifact import PIXELS_INPUT, Activation, Manifest, ModelFile, open_model, pack
+from vit_edge.model_file.weights import weights_entry
 from vit_edge.model_file.writing import write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images

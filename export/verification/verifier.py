@@ -180,11 +180,23 @@ def _near_copies(model: ModelFile, run: PairedRun) -> tuple[str, ...]:
 
 
 def _check_reference(run: PairedRun, reference: ModelFile) -> None:
-    """Raise DataRejected if the float32 model is no better than chance: then INT8 is not to blame."""
+    """Raise DataRejected if the float32 model is no better than chance, or far below what its manifest records."""
     right, num_classes = int(np.sum(run.answers.reference_BT[:, 0] == run.labels_B)), len(reference.manifest.labels)
     stats = require("scipy.stats", extra="export", what="verify")
     by_chance = stats.binomtest(right, len(run.labels_B), 1 / num_classes, alternative="greater").pvalue
     if len(run.labels_B) >= _ENOUGH_TO_DOUBT and num_classes > 1 and by_chance > 0.05:
-        reason = f"the float32 reference is correct on {right} of {len(run.labels_B)} images, no better than chance"
-        remedy = "check the labels and the preprocessing: compare the class names with those of `vit-edge inspect`"
-        raise DataRejected("cannot verify on these images", file=reference.source, reason=reason, remedy=remedy)
+        raise _wrong_labels(reference, f"correct on {right} of {len(run.labels_B)} images, no better than chance")
+    recorded = (reference.manifest.evaluation or {}).get("top1")
+    if not isinstance(recorded, int | float) or not 0 < recorded <= 100:
+        return
+    # Harder images cost some points; only wrong labels or preprocessing cost more than half.
+    below_half = stats.binomtest(right, len(run.labels_B), recorded / 200, alternative="less").pvalue
+    if below_half < 0.05:
+        figures = f"correct on {right} of {len(run.labels_B)} images, far below the {recorded:.1f} % in its manifest"
+        raise _wrong_labels(reference, figures)
+
+
+def _wrong_labels(reference: ModelFile, figures: str) -> DataRejected:
+    remedy = "check the labels and the preprocessing: compare the class names with those of `vit-edge inspect`"
+    reason = f"the float32 reference is {figures}"
+    return DataRejected("cannot verify on these images", file=reference.source, reason=reason, remedy=remedy)

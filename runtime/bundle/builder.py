@@ -24,11 +24,11 @@ from typing import Any
 import vit_edge
 from vit_edge.errors import ModelRejected
 from vit_edge.files import may_write, sha256_hex, write_atomic
-from vit_edge.model_file.artifact import ModelFile
 from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.bundle.app_main import ABOUT, FALLBACK, FOLDER, SCHEMA
 from vit_edge.runtime.checks.golden import promised
-from vit_edge.runtime.checks.operators import check_graph, check_ir
+from vit_edge.runtime.checks.load_policy import current_policy
+from vit_edge.runtime.checks.operators import check_contents
 from vit_edge.runtime.engines.protocol import ENGINES, EngineOptions, Model, installed_engines
 from vit_edge.runtime.loading import load_model, open_any
 
@@ -106,7 +106,7 @@ def _promised(model: Model) -> tuple[str, ...]:
 
 def _checked(model: Model, engines: tuple[str, ...]) -> tuple[str, ...]:
     """Load the model in the engines that are installed, golden check and all; returns which these were."""
-    check_graph(model) if isinstance(model, ModelFile) else check_ir(model)
+    check_contents(model, allow_ops=current_policy().allow_ops)
     here = tuple(name for name in engines if name in installed_engines())
     for name in here:
         load_model(model, engine=name, options=EngineOptions(), warn=False).close()

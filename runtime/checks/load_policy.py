@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 from vit_edge.errors import UsageError
 
-__all__ = ["NO_SANDBOX", "LoadPolicy", "Sandbox", "current_policy", "load_policy", "policy_with"]
+__all__ = ["NO_SANDBOX", "LoadPolicy", "Sandbox", "current_policy", "load_policy", "policy_with", "without_sandbox"]
 
 Sandbox: TypeAlias = Literal["auto", "always", "never"]
 
@@ -31,7 +31,7 @@ class LoadPolicy:
             raise UsageError("cannot load", reason=reason, remedy='give names of operators, such as ["GridSample"]')
 
 
-# For what this process made, or what came with the code that runs.
+# For what came with the code that runs.
 NO_SANDBOX = LoadPolicy(sandbox="never")
 _policy: ContextVar[LoadPolicy | None] = ContextVar("vit_edge_load_policy", default=None)
 
@@ -39,6 +39,11 @@ _policy: ContextVar[LoadPolicy | None] = ContextVar("vit_edge_load_policy", defa
 def current_policy() -> LoadPolicy:
     """Return the policy of the command that runs, else the default."""
     return _policy.get() or LoadPolicy()
+
+
+def without_sandbox() -> LoadPolicy:
+    """Return the current policy for files that this process made, or has tried already."""
+    return replace(current_policy(), sandbox="never")
 
 
 def policy_with(sandbox: Sandbox | None, allow_ops: Sequence[str] | None, *, is_signed: bool = False) -> LoadPolicy:

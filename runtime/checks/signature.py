@@ -15,9 +15,10 @@ from typing import Any
 
 from vit_edge.errors import InputError, NotTrusted, UsageError, VitEdgeError, escaped, printable, require
 from vit_edge.files import read_file, sha256_hex, temporary_folder, write_atomic
-from vit_edge.model_file.artifact import MANIFEST_KEY, MODEL_BYTES, Manifest, is_plain_name
+from vit_edge.model_file.artifact import MANIFEST_KEY, MODEL_BYTES, Manifest
 from vit_edge.model_file.onnx_schema import parse
 from vit_edge.model_file.openvino_ir import IrModel
+from vit_edge.model_file.weights import is_plain_name
 from vit_edge.runtime.engines.protocol import Model
 
 __all__ = ["check_is_signed", "sign", "signature_path", "verify_signature"]

@@ -13,11 +13,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from vit_edge.model_file.onnx_schema import INT64
+from vit_edge.runtime.checks.operators import MAX_TENSOR_VALUES
 
 __all__ = ["size_problems"]
 
-# ViT-B/16 on 896 x 896 pixels has attention maps of 118 million values an image; 2^27 float32 values are 512 MiB.
-_MAX_TENSOR_VALUES = 2**27
 # ViT-g/14 on 518 x 518 pixels needs 1.6e12 multiply-accumulates an image; 1e13 take a fast core minutes.
 _MAX_MACS = 10**13
 # Shapes and axes are tensors of a few values; larger ones are data.
@@ -87,10 +86,10 @@ def size_problems(graph: Any) -> Iterator[str]:
             continue
         for name, shape in zip(node.output, shapes, strict=False):
             values = math.prod(shape)
-            if values > _MAX_TENSOR_VALUES or min(shape, default=0) < 0:
+            if values > MAX_TENSOR_VALUES or min(shape, default=0) < 0:
                 yield (
                     f"node {node.name!r} ({node.op_type}) makes {values:,} values for one image; "
-                    f"at most {_MAX_TENSOR_VALUES:,} are allowed"
+                    f"at most {MAX_TENSOR_VALUES:,} are allowed"
                 )
             sizes.shapes[name] = shape
         macs += needed

@@ -13,7 +13,8 @@ from typing import Any
 
 from vit_edge.errors import ModelRejected
 from vit_edge.files import read_file, sha256_hex
-from vit_edge.model_file.artifact import MODEL_BYTES, is_plain_name
+from vit_edge.model_file.artifact import MODEL_BYTES
+from vit_edge.model_file.weights import is_plain_name
 
 __all__ = ["take_in_weights"]
 

@@ -10,8 +10,9 @@ import onnx
 from onnx import numpy_helper
 
 from vit_edge.model_file.artifact import MANIFEST_KEY, open_model, seal
+from vit_edge.model_file.openvino_ir import NO_SEAL, seal_ir
 
-__all__ = ["appended", "breaks_in_a_batch", "resealed"]
+__all__ = ["appended", "breaks_in_a_batch", "resealed", "resealed_ir"]
 
 
 def resealed(path: Path, change: Callable[[onnx.ModelProto], object]) -> bytes:
@@ -24,6 +25,12 @@ def resealed(path: Path, change: Callable[[onnx.ModelProto], object]) -> bytes:
     data = seal(model.SerializeToString())
     open_model(data, warn=False)  # what is tested is what comes after the seal
     return data
+
+
+def resealed_ir(xml: bytes, weights: bytes) -> bytes:
+    """Return the `.xml` of an IR under a new seal over it and these weights."""
+    old = xml.split(b'<seal value="')[1][:64]
+    return seal_ir(xml.replace(old, NO_SEAL.encode()), weights)
 
 
 def breaks_in_a_batch(model: onnx.ModelProto) -> None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from tests.faults.hostile_models import appended, resealed
+from tests.faults.hostile_models import appended, resealed, resealed_ir
 from vit_edge.errors import ModelRejected
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import open_model
@@ -96,6 +96,70 @@ def test_a_graph_over_a_limit_is_refused_before_any_engine_sees_it(small_model: 
         with pytest.raises(ModelRejected, match=reason):
             load(data, engine=engine)  # type: ignore[arg-type]
     assert time.process_time() - before < 5
+
+
+def in_xml(old: str, new: str) -> Callable[[str], str]:
+    return lambda xml: xml.replace(old, new, 1)
+
+
+_LAYER = '<layer id="9" name="n" type="{}" version="opset1">{}</layer>'
+_PORT = '<port id="0" precision="FP32"><dim>{}</dim><dim>7</dim></port>'
+_DATA = '<data element_type="{}" shape="{}" offset="{}" size="{}" />'
+
+
+def layer(text: str, times: int = 1) -> Callable[[str], str]:
+    return in_xml("<layers>", f"<layers>{text * times}")
+
+
+def ports(dim: str, times: int = 1) -> Callable[[str], str]:
+    return layer(_LAYER.format("ReLU", f"<output>{_PORT.format(dim) * times}</output>"))
+
+
+def constant(kind: str = "f32", shape: str = "2", offset: str = "0", size: str = "8") -> Callable[[str], str]:
+    return layer(_LAYER.format("Const", _DATA.format(kind, shape, offset, size)))
+
+
+IRS: dict[str, tuple[Callable[[str], str], str]] = {
+    "tags": (in_xml("</edges>", "</edges>" + "<a/>" * 1_000_000), "tags; at most 1,000,000 are read"),
+    "layers": (layer(_LAYER.format("ReLU", ""), 20_000), r"20,\d+ layers; at most 20,000"),
+    "edges": (in_xml("<edges>", "<edges>" + "<edge />" * 40_000), r"40,\d+ edges; at most 40,000"),
+    "inputs": (layer(_LAYER.format("Parameter", "")), "2 inputs; at most 1"),
+    "outputs": (layer(_LAYER.format("Result", ""), 6), "7 outputs; at most 6"),
+    "another layer": (layer(_LAYER.format("ReadValue", "")), "opset1.ReadValue, which is not allowed"),
+    "an extension": (in_xml('version="opset1"', 'version="extension"'), "extension.*which is not allowed"),
+    "a loop": (layer(_LAYER.format("ReLU", "<body/>")), "which is not allowed"),
+    "ports": (ports("1", 1001), "'n' has 1,001 ports; at most 1,000"),
+    "a large port": (ports("99999999"), "a port of 699,999,993 values for one image"),
+    "a shape of text": (ports("x"), r"a port of the shape \['x', '7'\]"),
+    "a shape of many digits": (ports("9" * 5000), "a port of the shape"),
+    "a constant over the end": (constant(offset="99999999"), "8 bytes at 99999999 for the shape"),
+    "a constant before the start": (constant(offset="-8"), "8 bytes at -8 for the shape"),
+    "a constant too short for its shape": (constant(shape="1024,1024"), r"8 bytes at 0 for the shape \[1024, 1024\]"),
+    "a constant of an unknown type": (constant(kind="string"), "no known type, place or shape"),
+    "a constant without a place": (constant(offset=""), "no known type, place or shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", IRS)
+def test_an_ir_over_a_limit_is_refused_before_the_engine_sees_it(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("the sandbox was started"))
+    change, reason = IRS[fault]
+    weights = (small_model / "m.bin").read_bytes()
+    (tmp_path / "m.bin").write_bytes(weights)
+    (tmp_path / "m.xml").write_bytes(resealed_ir(change((small_model / "m.xml").read_text()).encode(), weights))
+    with pytest.raises(ModelRejected, match=reason) as caught:
+        load(tmp_path / "m.xml")
+    assert caught.value.exit_code == 3
+
+
+def test_an_ir_that_is_changed_back_still_loads(small_model: Path, tmp_path: Path) -> None:
+    weights = (small_model / "m.bin").read_bytes() + bytes(64)  # more than any constant needs
+    (tmp_path / "m.bin").write_bytes(weights)
+    (tmp_path / "m.xml").write_bytes(resealed_ir((small_model / "m.xml").read_bytes(), weights))
+    with load(tmp_path / "m.xml") as classifier:
+        assert classifier.describe()["engine"] == "openvino"
 
 
 GOLDEN: dict[str, tuple[dict[str, Any], str]] = {

@@ -17,8 +17,10 @@ from vit_edge.cli import main
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.machine import user_key
 from vit_edge.model_file.artifact import open_model
-from vit_edge.runtime import load
+from vit_edge.runtime import installed_engines, load
 from vit_edge.runtime.checks import acceptance, sandbox
+from vit_edge.runtime.checks.load_policy import LoadPolicy, load_policy, without_sandbox
+from vit_edge.runtime.loading import admit
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +137,59 @@ def test_an_operator_is_allowed_only_by_the_user_and_the_output_says_so(
     printed = json.loads(capsys.readouterr().out)
     assert printed["allowed_operators"] == ["Acos"]
     assert printed["warnings"] == ["allowed besides the operator allow-list: Acos"]
+
+
+def test_work_that_runs_a_file_in_other_ways_tries_it_first_in_each_engine(
+    small_model: Path, trials: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(small_model / "m.onnx", warn=False)
+    for _ in range(2):
+        admit(model, engines=installed_engines())
+        assert len(trials) == len(installed_engines())
+        monkeypatch.setattr(acceptance, "_accepted_here", set())
+    with load_policy(LoadPolicy(sandbox="always")):
+        admit(model, engines=["onnxruntime", "null"])
+        assert len(trials) == len(installed_engines()) + 1
+    with load_policy(LoadPolicy(sandbox="never")):
+        admit(model, engines=installed_engines())
+        assert len(trials) == len(installed_engines()) + 1
+        assert without_sandbox().sandbox == "never"
+
+
+@pytest.mark.parametrize("command", ["quantize", "explain", "verify", "benchmark", "tune", "bundle", "deploy --check"])
+def test_every_command_tries_a_file_that_nobody_knows_in_the_sandbox(
+    deployment: Path, tmp_path: Path, trials: list[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The sandbox refuses here: nothing of the file may have run in this process before."""
+
+    def refused(*_: Any, **__: Any) -> str:
+        raise ModelRejected("no", reason="refused by the sandbox", remedy="none")
+
+    def ran(*_: Any, **__: Any) -> None:
+        raise AssertionError("the file ran in this process")
+
+    monkeypatch.setattr(sandbox, "run_apart", refused)
+    monkeypatch.setattr("onnxruntime.InferenceSession", ran)
+    monkeypatch.setattr("openvino.Core.compile_model", ran)
+    out, data = deployment / "out", deployment / "data"
+    arguments: dict[str, list[object]] = {
+        "quantize": [out / "model.onnx", "--calibration", deployment / "calibration", "--out", tmp_path / "q.onnx"],
+        "explain": [
+            out / "model.int8.onnx",
+            "--reference",
+            out / "model.onnx",
+            "--data",
+            data,
+            "--out",
+            tmp_path / "p",
+        ],
+        "verify": [out / "model.int8.onnx", "--reference", out / "model.onnx", "--data", data],
+        "benchmark": [out / "model.onnx"],
+        "tune": [out / "model.onnx"],
+        "bundle": [out / "model.onnx", "--out", tmp_path / "app.pyz"],
+        "deploy --check": [out / "record.json"],
+    }
+    assert main([*command.split(), *map(str, arguments[command])]) == 3
 
 
 def test_choices_that_mean_nothing_are_refused(small_model: Path) -> None:

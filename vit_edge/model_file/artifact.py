@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +25,7 @@ from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.golden_fields import check_golden_fields
 from vit_edge.model_file.onnx_schema import parse, property_bytes
+from vit_edge.model_file.weights import checked_weights, is_plain_name
 
 if TYPE_CHECKING:
     import onnx
@@ -43,7 +43,6 @@ __all__ = [
     "FilePrecision",
     "Manifest",
     "ModelFile",
-    "is_plain_name",
     "open_model",
     "pack",
     "reseal",
@@ -51,7 +50,6 @@ __all__ = [
     "seal_state",
     "unsealed",
     "warn_of_assumed",
-    "weights_entry",
 ]
 
 SCHEMA = 1
@@ -72,7 +70,7 @@ FilePrecision: TypeAlias = Literal["float32", "float16", "int8", "int8-dynamic"]
 _SEAL_PREFIX = property_bytes(SEAL_KEY, "0" * 64)[:-64]
 _SEAL_BYTES = len(_SEAL_PREFIX) + 64
 # One protobuf message holds at most 2 GiB; larger networks have one file of weights in the same folder.
-MODEL_BYTES, _MAX_WEIGHTS_BYTES = 2**31 - 1, 2**40
+MODEL_BYTES = 2**31 - 1
 _log = logging.getLogger(__name__)
 _OPTIONAL_TEXT, _OPTIONAL_OBJECT = (str, NoneType), (Mapping, NoneType)
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -320,36 +318,11 @@ def open_model(
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
     if manifest.weights is not None:
-        if weights is None and not isinstance(source, bytes):
-            weights = _read_weights(Path(source).parent / manifest.weights["file"])
-        _check_weights(manifest.weights, weights, name, check=check)
+        place = None if isinstance(source, bytes) else Path(source)
+        weights = checked_weights(manifest.weights, weights, name, place=place, check=check)
     if warn:
         warn_of_assumed(manifest.assumed, name)
     return ModelFile(data=data, proto=proto, manifest=manifest, source=name, weights=weights)
-
-
-def weights_entry(file: str, weights: bytes) -> dict[str, Any]:
-    """Return the manifest's entry for the file that holds the weights of a large model."""
-    return {"file": file, "sha256": sha256_hex(weights), "size_bytes": len(weights)}
-
-
-def _read_weights(path: Path) -> bytes:
-    """Return the bytes of the weights; a link is followed, as hub caches have them: the hash decides, not the place."""
-    return read_file(path, what="weights of the model file", max_bytes=_MAX_WEIGHTS_BYTES, error=ModelRejected)
-
-
-def _check_weights(entry: Mapping[str, Any], weights: bytes | None, name: str, *, check: bool) -> None:
-    if weights is None:
-        reason = f"the weights are in {entry['file']!r}, which was not given"
-        raise _rejected(name, reason, "open the model by path, with that file in the same folder")
-    if check and entry != weights_entry(entry["file"], weights):
-        reason = f"{entry['file']} is not the file that was sealed with the model: it was changed, damaged or exchanged"
-        raise NotTrusted("will not load the model file", file=name, reason=reason, remedy="copy both files again")
-
-
-def is_plain_name(name: object) -> bool:
-    """Return whether this names a file in the same folder on every system."""
-    return isinstance(name, str) and re.fullmatch(r"[^/\\:*\x00-\x1f]{1,255}", name) is not None and name[0] != "."
 
 
 def warn_of_assumed(assumed: Sequence[str], source: str | os.PathLike[str]) -> None:
@@ -383,7 +356,7 @@ def reseal(path: str | os.PathLike[str]) -> ModelFile:
         manifest = Manifest.from_json(next(entry.value for entry in kept if entry.key == MANIFEST_KEY))
     except ValueError as error:
         raise _rejected(name, str(error), "export it again with `vit-edge export`") from error
-    weights = _read_weights(Path(path).parent / manifest.weights["file"]) if manifest.weights else None
+    weights = checked_weights(manifest.weights, None, name, place=Path(path)) if manifest.weights else None
     return open_model(seal(proto.SerializeToString(deterministic=True)), weights=weights)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from vit_edge.errors import ModelRejected, NotTrusted, printable
-from vit_edge.files import kind_of, read_file, sha256_hex
+from vit_edge.files import kind_of, read_file, read_partner, sha256_hex
 from vit_edge.model_file.artifact import Manifest, warn_of_assumed
 
 __all__ = ["NO_SEAL", "IrModel", "open_ir", "seal_ir"]
@@ -20,7 +20,9 @@ __all__ = ["NO_SEAL", "IrModel", "open_ir", "seal_ir"]
 # What stands in the rt_info until the seal is known.
 NO_SEAL = "0" * 64
 _SEAL = re.compile(rb'<seal value="([0-9a-f]{64})" ?/>')
-_MAX_XML_BYTES, _MAX_BIN_BYTES = 100_000_000, 2**40
+# 20,000 layers take about 600 bytes and 20 tags each, and a manifest at most 8 golden images of 1 MB.
+_MAX_XML_BYTES, _MAX_XML_TAGS = 2**25, 1_000_000
+_MAX_BIN_BYTES = 2**40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +69,10 @@ def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = N
             raise ModelRejected(
                 "cannot use the model file", file=name, reason="the weights are not given", remedy=remedy
             )
-        weights = _read_weights(Path(source).with_suffix(".bin"))
-    try:
-        found = _digest(xml, weights)
-    except ValueError as error:
-        found = str(error)
-    if found.encode() != _SEAL.findall(xml)[0]:
+        weights = _read_weights(xml, Path(source).with_suffix(".bin"))
+    elif not _belongs(xml, weights):
+        weights = None
+    if weights is None:
         reason = "the two files are not those that were sealed: one was changed, damaged or exchanged"
         remedy = "copy both again from where they were made"
         raise NotTrusted("will not load the model file", file=name, reason=reason, remedy=remedy)
@@ -81,8 +81,22 @@ def open_ir(source: str | os.PathLike[str] | bytes, *, weights: bytes | None = N
     return IrModel(xml=xml, weights=weights, manifest=manifest, source=name)
 
 
-def _read_weights(path: Path) -> bytes:
-    return read_file(path, what="weights of the model file", max_bytes=_MAX_BIN_BYTES, error=ModelRejected)
+def _read_weights(xml: bytes, path: Path) -> bytes | None:
+    """Return the weights under the seal of the `.xml`; None if there are others at their place."""
+    return read_partner(
+        path,
+        what="weights of the model file",
+        max_bytes=_MAX_BIN_BYTES,
+        error=ModelRejected,
+        belongs=lambda weights: _belongs(xml, weights),
+    )
+
+
+def _belongs(xml: bytes, weights: bytes) -> bool:
+    try:
+        return _digest(xml, weights).encode() in _SEAL.findall(xml)
+    except ValueError:  # more than one seal
+        return False
 
 
 def _digest(xml: bytes, weights: bytes) -> str:
@@ -96,6 +110,8 @@ def _manifest(xml: bytes, name: str) -> Manifest:
     try:
         if b"<!" in xml:  # OpenVINO writes no declarations, and entities could grow without bound
             raise ValueError("the file declares entities")
+        if (tags := xml.count(b"<")) > _MAX_XML_TAGS:  # each element takes about 100 bytes once it is read
+            raise ValueError(f"the file has {tags:,} tags; at most {_MAX_XML_TAGS:,} are read")
         entry = ElementTree.fromstring(xml).find("rt_info/vit_edge/manifest")
         if entry is None:
             raise ValueError("the file has a seal but no manifest")

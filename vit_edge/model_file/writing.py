@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vit_edge.files import write_together
+from vit_edge.files import remove_set_aside, write_together
 from vit_edge.model_file.artifact import ModelFile
 
 __all__ = ["write_model"]
@@ -16,4 +16,6 @@ def write_model(path: Path, model: ModelFile) -> None:
     others = {path.with_name(entry["file"]): model.weights} if entry and model.weights is not None else {}
     write_together({**others, path: model.data})
     if not others:  # what an older and larger model left there
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+        older = path.with_name(f"{path.name}.data")
+        remove_set_aside(older)
+        older.unlink(missing_ok=True)

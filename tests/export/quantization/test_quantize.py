@@ -156,11 +156,12 @@ def test_few_or_equal_images_are_warned_of_or_refused(
     workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = find_images(CALIBRATION)[0]
-    (tmp_path / "cal").mkdir()
-    shutil.copy(image, tmp_path / "cal" / "0.png")
+    (tmp_path / "cal" / "3").mkdir(parents=True)
+    shutil.copy(image, tmp_path / "cal" / "3" / "0.png")
     quantize(workspace.float_model, calibration=tmp_path / "cal", out=tmp_path / "m.onnx")
     assert "few calibration images (1)" in caplog.text
-    shutil.copy(image, tmp_path / "cal" / "1.png")
+    assert "all 1 calibration images are of the class '3'" in caplog.text
+    shutil.copy(image, tmp_path / "cal" / "3" / "1.png")
     with pytest.raises(DataRejected, match="all 2 images are the same"):
         quantize(workspace.float_model, calibration=tmp_path / "cal", out=tmp_path / "n.onnx")
 

@@ -15,8 +15,9 @@ from vit_edge.errors import ModelRejected, NotTrusted, UsageError
 from vit_edge.export import ExportOptions, export_onnx, quantize
 from vit_edge.export.tracing import external_data
 from vit_edge.export.tracing.network import reference_logits
-from vit_edge.model_file.artifact import open_model, pack, weights_entry
+from vit_edge.model_file.artifact import open_model, pack
 from vit_edge.model_file.openvino_ir import open_ir
+from vit_edge.model_file.weights import weights_entry
 from vit_edge.runtime import load
 from vit_edge.runtime.checks.golden import golden_images
 

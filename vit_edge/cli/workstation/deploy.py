@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.device.remote import Remote, on_devices
-from vit_edge.cli.options import option_group
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, make_table, progress_bar
 from vit_edge.cli.workstation.deploy_devices import device_data, measured_there, seed, shares
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
@@ -58,6 +58,7 @@ _TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, 
                  help="TOML or JSON: resize, crop, interpolation, mean, std."),
 )  # fmt: skip
 @on_devices(own=True)
+@load_options
 def deploy(
     source: str | None,
     calibration: Path | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vit_edge.cli.options import option_group
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.errors import MissingExtra, printable, require
 from vit_edge.files import may_write
@@ -58,6 +58,7 @@ _MOST_IMAGES = 1000
                  help="Time the layers in onnxruntime or openvino; repeatable  [default: all installed]."),
     threads_option(),
 )  # fmt: skip
+@load_options
 def explain(
     model: Path,
     reference: Path,

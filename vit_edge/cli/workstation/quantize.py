@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vit_edge.cli.messages import print_message
-from vit_edge.cli.options import option_group
+from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import (
     Result,
     command,
@@ -134,6 +134,7 @@ _NUM_NAMED = 8
     click.option("--no-speed", is_flag=True, help="Do not measure the speed on this machine."),
     click.option("--force", is_flag=True, help="Replace an existing file."),
 )
+@load_options
 def quantize(
     model: Path, calibration: Path | None, data: Path | None, out: Path | None, force: bool, **values: Any
 ) -> Result:
