@@ -40,10 +40,10 @@ _log = logging.getLogger(__name__)
 
 
 class Predictor(Protocol):
-    """Anything that gives logits: a classifier here, or a model on a device."""
+    """Anything that gives logits or embeddings: a model loaded here, or on a device."""
 
-    def logits(self, images_NHWC: Pixels) -> Logits:
-        """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]."""
+    def run(self, images_NHWC: Pixels) -> Logits:
+        """Return float32 [batch, classes or width] from uint8 RGB images [batch, height, width, 3]."""
 
 
 # Given the name of an engine, the candidate loaded in it, on a device for example.
@@ -165,7 +165,7 @@ class ReferenceRun:
         with load_model(self.reference, engine=engine, options=EngineOptions(threads=self.threads)) as classifier:
 
             def predict(_number: int, images_NHWC: Pixels) -> Logits:
-                logits_BK = classifier.logits(images_NHWC)
+                logits_BK = classifier.run(images_NHWC)
                 if self._keeps:
                     computed.append(logits_BK)
                 return logits_BK
@@ -208,7 +208,7 @@ def run_both(
     ):
         for number, images_NHWC in enumerate(reference.batches()):
             progress(f"verifying in {engine}", done, reference.images.num_images)
-            answers.append(pair_answers(expected(number, images_NHWC), predictor.logits(images_NHWC)))
+            answers.append(pair_answers(expected(number, images_NHWC), predictor.run(images_NHWC)))
             done += len(images_NHWC)
     progress(f"verifying in {engine}", reference.images.num_images, reference.images.num_images)
     return reference.against(answers, engine)

@@ -34,6 +34,7 @@ SURFACE = {
         "Benchmark",
         "BenchmarkOptions",
         "Classifier",
+        "Encoder",
         "EngineName",
         "Latency",
         "Limits",
@@ -44,6 +45,7 @@ SURFACE = {
         "Timings",
         "installed_engines",
         "load",
+        "load_encoder",
         "measure",
     ],
     "vit_edge.errors": [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vit_edge.export.parity.parity import Parity
 
 _PATH = click.Path(path_type=Path)
-_OUTPUTS = ("logits", "probabilities", "top5", "features", "attention")
+_OUTPUTS = ("logits", "probabilities", "top5", "features", "attention", "embedding", "tokens")
 
 
 def _batch_size(_context: click.Context, _parameter: click.Parameter, value: str) -> int | None:
@@ -67,8 +67,10 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
         show_default=True,
         callback=_outputs,
         metavar="NAME,...",
-        help=f"Outputs of the graph: {', '.join(_OUTPUTS)}. The logits are always included.",
+        help=f"Outputs of the graph: {', '.join(_OUTPUTS)}. embedding makes an encoder, without the head; any other file "
+        "includes the logits.",
     ),
+    click.option("--normalize", is_flag=True, help="Scale the vector of an encoder to length 1, in the graph."),
     click.option(
         "--batch-size",
         default="dynamic",
@@ -108,6 +110,7 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     \b
     Examples:
       vit-edge export run/best.safetensors -o model.onnx
+      vit-edge export run/best.safetensors --outputs embedding --normalize -o encoder.onnx
       vit-edge export torchvision.models:swin_t --weights swin.safetensors --labels names.txt
       vit-edge export other.onnx --labels names.txt --preprocessing preprocessing.json -o model.onnx
     """
@@ -125,6 +128,7 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
         min_onnxruntime=values["min_onnxruntime"],
         format=values["format_"],
         fuse=not values["no_fuse"],
+        normalize=values["normalize"],
     )
     target = out or Path(_DEFAULT_OUT[options.format])
     may_write_format(target, options, force=force, made_from=source if is_file(source) else None)
@@ -170,6 +174,7 @@ _NOT_FOR_ONNX = {
     "min_onnxruntime": "1.17",
     "format_": "onnx",
     "no_fuse": False,
+    "normalize": False,
     "like": None,
     "weights": None,
 }
