@@ -132,7 +132,11 @@ def _export(
     progress("tracing", 0, len(_STAGES))
     traced = _traced(network, options, target)
 
-    manifest, weights, macs = replace(_manifest(network, options, traced.width), weights=traced.entry), traced.weights, traced.macs
+    manifest, weights, macs = (
+        replace(_manifest(network, options, traced.width), weights=traced.entry),
+        traced.weights,
+        traced.macs,
+    )
     manifest = replace(manifest, macs=None if macs is None else {"float32": macs})
     model = open_model(pack(traced.graph, manifest), weights=weights, warn=False)
     del traced  # it and the model hold all weights each

@@ -170,9 +170,9 @@ class DeployedViT(nn.Module):
 
     With `embedding` the network has no head and gives what the head reads, [batch, width] (of a distilled network the
     mean of both tokens), in length 1 if that is "normalized". Extras are "features", what the head reads, "tokens"
-    [batch, tokens, width] in the order of `VisionTransformer.forward_features`, and "attention" [batch, heads, rows, columns]: that of the last block to
-    each patch, from the class token, or the mean over the patches where they are what is pooled. Without `pixels` the
-    images are normalised float32 [batch, 3, height, width].
+    [batch, tokens, width] in the order of `VisionTransformer.forward_features`, and "attention" [batch, heads, rows,
+    columns]: that of the last block to each patch, from the class token, or the mean over the patches where they are
+    what is pooled. Without `pixels` the images are normalised float32 [batch, 3, height, width].
     """
 
     def __init__(

@@ -11,9 +11,7 @@ from vit_edge.machine.releases import highest_versions
 __all__ = ["OUTPUT_CHOICES", "ExportOptions", "Format", "Input", "Output"]
 
 Input: TypeAlias = Literal["uint8-nhwc", "float32-nchw"]
-Output: TypeAlias = Literal[
-    "logits", "probabilities", "top5", "features", "attention", "embedding", "tokens"
-]
+Output: TypeAlias = Literal["logits", "probabilities", "top5", "features", "attention", "embedding", "tokens"]
 Format: TypeAlias = Literal["onnx", "openvino", "huggingface"]
 OUTPUT_CHOICES: tuple[Output, ...] = get_args(Output)
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -30,8 +28,8 @@ class ExportOptions:
 
     `batch_size` None keeps the batch dynamic. `outputs` always begin with the logits, which golden vectors and the
     runtime read. With "embedding" among them the file is that of an encoder, without the head: the vector comes first,
-    then "tokens" and "attention"; `normalize` gives the vector length 1. With `fuse` a Vision Transformer is traced as its fused inference graph.
-    `min_onnxruntime` is the oldest ONNX Runtime that must be able to run the file.
+    then "tokens" and "attention"; `normalize` gives the vector length 1. With `fuse` a Vision Transformer is traced as
+    its fused inference graph. `min_onnxruntime` is the oldest ONNX Runtime that must be able to run the file.
     """
 
     batch_size: int | None = None

@@ -69,9 +69,7 @@ def _timings(model: LoadedModel, path: Path) -> Timings:
     started = time.perf_counter()
     model.run(prepared.pixels[None])
     inference_ms = (time.perf_counter() - started) * 1000
-    return Timings(
-        decode_ms=prepared.decode_ms, resize_ms=prepared.resize_ms, inference_ms=inference_ms, answer_ms=0.0
-    )
+    return Timings(decode_ms=prepared.decode_ms, resize_ms=prepared.resize_ms, inference_ms=inference_ms, answer_ms=0.0)
 
 
 def _summary(timings: Sequence[Timings], rejected: int) -> EndToEnd:

@@ -211,7 +211,9 @@ def _interface_problems(graph: Any, model: ModelFile) -> Iterator[str]:
         yield f"the input {name!r} has shape {shape}; the manifest says {manifest.input} of {rows_columns}"
     name, dtype, shape = _signature(graph.output[0])
     if (dtype, shape[1:]) != (FLOAT, [manifest.num_values]):
-        expected_values = f"an embedding of {manifest.num_values}" if manifest.is_encoder else f"{manifest.num_values} labels"
+        expected_values = (
+            f"an embedding of {manifest.num_values}" if manifest.is_encoder else f"{manifest.num_values} labels"
+        )
         yield f"the output {name!r} has shape {shape}; the manifest has {expected_values}"
 
 

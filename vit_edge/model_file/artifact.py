@@ -198,7 +198,13 @@ class Manifest:
         known["preprocessing"] = self.preprocessing.to_dict()
         for name in ("labels", "assumed", "outputs"):
             known[name] = list(known[name])
-        defaults: dict[str, Any] = {"assumed": [], "macs": None, "weights": None, "activation": "softmax", "embedding": None}
+        defaults: dict[str, Any] = {
+            "assumed": [],
+            "macs": None,
+            "weights": None,
+            "activation": "softmax",
+            "embedding": None,
+        }
         known = {name: value for name, value in known.items() if name not in defaults or value != defaults[name]}
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 

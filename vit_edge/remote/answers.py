@@ -1,4 +1,4 @@
-"""A model on a device as something that gives logits or embeddings here: images go there prepared, statistics are made here."""
+"""A model on a device that gives its logits or embeddings here: images go there prepared, statistics are made here."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
         show_default=True,
         callback=_outputs,
         metavar="NAME,...",
-        help=f"Outputs of the graph: {', '.join(_OUTPUTS)}. embedding makes an encoder, without the head; any other file "
-        "includes the logits.",
+        help=f"Outputs of the graph: {', '.join(_OUTPUTS)}. embedding makes an encoder, without the head; "
+        "all other files include the logits.",
     ),
     click.option("--normalize", is_flag=True, help="Scale the vector of an encoder to length 1, in the graph."),
     click.option(
