@@ -14,6 +14,7 @@ SURFACE = {
     "vit_edge.export": [
         "Deployment",
         "DeploymentOptions",
+        "EncoderVerification",
         "Explanation",
         "ExplanationOptions",
         "ExportOptions",
@@ -28,6 +29,7 @@ SURFACE = {
         "import_onnx",
         "quantize",
         "verify",
+        "verify_encoder",
     ],
     "vit_edge.runtime": [
         "Answer",

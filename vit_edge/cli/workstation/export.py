@@ -90,6 +90,18 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
     click.option("--weights", type=_PATH, help="Weights for package.module:factory."),
 )
 @option_group(
+    "Zero-shot classifiers",
+    click.option(
+        "--zero-shot",
+        type=_PATH,
+        metavar="FILE",
+        help="Class names, one a line: make a classifier of them from the CLIP or SigLIP folder SOURCE.",
+    ),
+    click.option(
+        "--template", metavar="TEXT", help='Text for a label, which replaces {}  [default: "a photo of a {}"].'
+    ),
+)
+@option_group(
     "Third-party ONNX models and torch networks",
     click.option(
         "--activation",
@@ -111,6 +123,7 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     Examples:
       vit-edge export run/best.safetensors -o model.onnx
       vit-edge export run/best.safetensors --outputs embedding --normalize -o encoder.onnx
+      vit-edge export clip-vit-base-patch32/ --zero-shot labels.txt -o classifier.onnx
       vit-edge export torchvision.models:swin_t --weights swin.safetensors --labels names.txt
       vit-edge export other.onnx --labels names.txt --preprocessing preprocessing.json -o model.onnx
     """
@@ -149,6 +162,9 @@ def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
 
     for name in ("layout", "logits"):
         _refuse(source, name, values, "is for third-party ONNX models")
+    if values["zero_shot"] is not None:
+        return _zero_shot(source, values)
+    _refuse(source, "template", values, "is for --zero-shot")
     if not is_factory(source):
         _refuse(source, "weights", values, "is for package.module:factory; any other source has its weights")
         _refuse(source, "activation", values, "is for package.module:factory and third-party ONNX models")
@@ -166,6 +182,25 @@ def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _zero_shot(source: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the classifier of the labels in a file, from a CLIP or SigLIP folder."""
+    from vit_edge.conversion.label_names import read_labels
+    from vit_edge.export.zero_shot import DEFAULT_TEMPLATE, zero_shot_classifier
+
+    for name in ("labels", "preprocessing", "image_size", "like", "weights", "activation"):
+        _refuse(source, name, values, "is not for --zero-shot: the folder has all of it")
+    labels = read_labels(values["zero_shot"])
+    found = zero_shot_classifier(source, labels=labels, template=values["template"] or DEFAULT_TEMPLATE)
+    return {
+        "source": found.module,
+        "name": found.name,
+        "preprocessing": found.preprocessing,
+        "labels": found.labels,
+        "activation": found.activation,
+        "assumed": found.assumed,
+    }
+
+
 # Options of the tracer, which an ONNX graph does not need, and their defaults.
 _NOT_FOR_ONNX = {
     "batch_size": None,
@@ -177,6 +212,8 @@ _NOT_FOR_ONNX = {
     "normalize": False,
     "like": None,
     "weights": None,
+    "zero_shot": None,
+    "template": None,
 }
 
 
