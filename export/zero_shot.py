@@ -127,7 +127,7 @@ def _check_texts(labels: Sequence[str], template: str) -> None:
         reason = f"the template is {template!r}"
         raise UsageError("cannot export", reason=reason, remedy='write {} in place of the label: "a photo of a {}"')
     if len(labels) < 2 or twice:
-        reason = f"{twice[0]!r} is there twice" if twice else f"there is {len(labels)} label"
+        reason = f"{twice[0]!r} is given twice" if twice else f"there is {len(labels)} label"
         raise UsageError("cannot export", reason=reason, remedy="give two or more different labels, one a line")
 
 
@@ -135,7 +135,7 @@ def _read_model(root: Path) -> tuple[Any, str]:
     """Return the model in float32 and its kind; no code from the folder runs, and no pickle is read."""
     transformers = require("transformers", extra="huggingface", what="encode the texts")
     if not (root / "config.json").is_file():
-        reason = "it is no folder of a CLIP or SigLIP model of transformers"
+        reason = "the folder holds no CLIP or SigLIP model of transformers"
         remedy = "give a folder with config.json, model.safetensors and the tokenizer files"
         raise UsageError("cannot export with --zero-shot", file=root, reason=reason, remedy=remedy)
     try:
@@ -172,7 +172,7 @@ def _tokens(model: Any, kind: str, root: Path, texts: Sequence[str]) -> Iterator
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(root, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        reason = f"its tokenizer cannot be read ({' '.join(str(error).split())[:200]})"
+        reason = f"the tokenizer cannot be read ({' '.join(str(error).split())[:200]})"
         remedy = "copy tokenizer.json and tokenizer_config.json into the folder"
         raise CheckpointRejected("cannot encode the texts", file=root, reason=reason, remedy=remedy) from error
     # SigLIP was trained on texts of full length; CLIP reads up to the end of each.

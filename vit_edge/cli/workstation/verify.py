@@ -113,7 +113,7 @@ def verify(
     Images need no labels: only those whose prediction changes count. They are written to flips.csv; fill in their
     labels and run the command again with --flips.
 
-    The files of encoders are compared by the neighbours that each image keeps among the others, without labels.
+    The files of encoders are compared by the nearest neighbours that each image keeps; labels are not needed.
 
     With --on, MODEL runs on a device; the reference and the statistics run here. `vit-edge explain` shows where the
     error comes from.
