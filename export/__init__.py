@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from vit_edge.export.quantization.quantizer import QuantizationResult, quantize
     from vit_edge.export.tracing.exporter import ExportResult, export_onnx
     from vit_edge.export.tracing.options import ExportOptions
+    from vit_edge.export.verification.encoder_results import EncoderVerification
+    from vit_edge.export.verification.encoder_verifier import verify_encoder
     from vit_edge.export.verification.results import Verification
     from vit_edge.export.verification.verifier import verify
 
 __all__ = [
     "Deployment",
     "DeploymentOptions",
+    "EncoderVerification",
     "Explanation",
     "ExplanationOptions",
     "ExportOptions",
@@ -37,11 +40,13 @@ __all__ = [
     "import_onnx",
     "quantize",
     "verify",
+    "verify_encoder",
 ]
 
 _MODULES = {
     "Deployment": "deployment.deployer",
     "DeploymentOptions": "deployment.deployer",
+    "EncoderVerification": "verification.encoder_results",
     "Explanation": "explanation.explainer",
     "ExplanationOptions": "explanation.inputs",
     "ExportOptions": "tracing.options",
@@ -56,6 +61,7 @@ _MODULES = {
     "import_onnx": "onnx_import.importer",
     "quantize": "quantization.quantizer",
     "verify": "verification.verifier",
+    "verify_encoder": "verification.encoder_verifier",
 }
 
 

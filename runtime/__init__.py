@@ -12,8 +12,9 @@ from vit_edge.runtime.benchmark.runner import measure
 from vit_edge.runtime.benchmark.scenarios import Scenario
 from vit_edge.runtime.benchmark.statistics import Latency
 from vit_edge.runtime.classifier import Answer, Classifier, Prediction, Timings
+from vit_edge.runtime.encoder import Encoder
 from vit_edge.runtime.engines.protocol import EngineName, installed_engines
-from vit_edge.runtime.loading import load
+from vit_edge.runtime.loading import load, load_encoder
 from vit_edge.runtime.serving.pool import Pool
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Benchmark",
     "BenchmarkOptions",
     "Classifier",
+    "Encoder",
     "EngineName",
     "Latency",
     "Limits",
@@ -31,5 +33,6 @@ __all__ = [
     "Timings",
     "installed_engines",
     "load",
+    "load_encoder",
     "measure",
 ]

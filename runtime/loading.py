@@ -1,4 +1,4 @@
-"""The one way a model file becomes a classifier, for the command line, applications and tests alike.
+"""The one way a model file becomes a classifier or an encoder, for the command line, applications and tests alike.
 
 Size limit, one read, seal, manifest, operator allow-list, target against this CPU, a trial in a sandbox unless this
 machine has accepted the file before, the engine from those very bytes, what runs read back, golden check.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, ParamSpec, TypeAlias, cast, get_args
 
 from vit_edge.errors import GoldenMismatch, ModelRejected, UsageError, escaped
 from vit_edge.image import Decoding, Limits, Preprocessing
@@ -22,6 +22,7 @@ from vit_edge.runtime.checks.golden import check_golden, check_images, promised,
 from vit_edge.runtime.checks.load_policy import LoadPolicy, Sandbox, current_policy, policy_with
 from vit_edge.runtime.checks.operators import check_contents, check_sizes
 from vit_edge.runtime.classifier import Classifier
+from vit_edge.runtime.encoder import Encoder, as_encoder
 from vit_edge.runtime.engines.devices import unavailable
 from vit_edge.runtime.engines.protocol import (
     Engine,
@@ -35,13 +36,24 @@ from vit_edge.runtime.engines.protocol import (
     installed_engines,
     make_engine,
 )
+from vit_edge.runtime.loaded_model import LoadedModel
 from vit_edge.runtime.onnx_import.importer import is_third_party, read_third_party
 from vit_edge.runtime.tuned_configuration import promised_engines, tuned_configuration
 
-__all__ = ["Verify", "admit", "check_decode", "load", "load_model", "open_any", "run_checked"]
+__all__ = [
+    "Verify",
+    "admit",
+    "check_decode",
+    "load",
+    "load_encoder",
+    "load_model",
+    "open_any",
+    "run_checked",
+]
 
 Verify: TypeAlias = Literal["full", "hash", "none"]
 _COMPUTES_NOTHING = "null"
+_P = ParamSpec("_P")
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +76,9 @@ def load(
     require_signature: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a model file: ours (`.onnx`, or OpenVINO's `.xml` next to its `.bin`), or any ONNX one.
+
+    The file of an encoder gives an `Encoder`; `load_encoder`, which takes the same options, has that type.
+
 
     - `engine` "auto" is what `vit-edge tune` found fastest for this file on this machine, else the first installed of
       ONNX Runtime and OpenVINO that has the device and that the file is promised for, the engines of its target first.
@@ -109,7 +124,26 @@ def load(
     model = open_any(
         source, preprocessing=preprocessing, labels=labels, verify=verify, require_signature=require_signature
     )
-    return load_model(model, engine=engine, options=options, verify=verify, decode=decode, limits=limits, policy=policy)
+    loaded = load_model(
+        model, engine=engine, options=options, verify=verify, decode=decode, limits=limits, policy=policy
+    )
+    return cast("Classifier", loaded)  # what nearly every file is: the types of applications stay simple
+
+
+def _of_encoders(load_any: Callable[_P, object]) -> Callable[_P, Encoder]:
+    """Return `load_any` with the type of what it gives for encoders, which is checked."""
+
+    def load_encoder(*args: _P.args, **kwargs: _P.kwargs) -> Encoder:
+        """Return an encoder from a model file, with the options of `load`; raises UsageError if it is a classifier."""
+        source = args[0] if args else kwargs.get("source")
+        loaded = load_any(*args, **kwargs)
+        assert isinstance(loaded, LoadedModel)
+        return as_encoder(loaded, "the bytes given" if isinstance(source, bytes) else str(source))
+
+    return load_encoder
+
+
+load_encoder = _of_encoders(load)
 
 
 def open_any(
@@ -176,8 +210,8 @@ def load_model(
     limits: Limits | None = None,
     warn: bool = True,
     policy: LoadPolicy | None = None,
-) -> Classifier:
-    """Return a classifier from a model file that was opened already; raises as `load` does.
+) -> LoadedModel:
+    """Return the classifier or encoder of a model file that was opened already; raises as `load` does.
 
     With `warn` False nothing is logged about another CPU or missing golden vectors, for a file that was just made.
     """
@@ -201,7 +235,8 @@ def load_model(
         _log.warning("%s: the file has no golden vectors for %s", model.source, loaded.name)
     _log.info("%s runs in %s %s, %d threads", model.source, loaded.name, loaded.version, loaded.threads)
     checked = {"verified": verified, "allowed_operators": list(policy.allow_ops)}
-    return Classifier(loaded, model.manifest, sha256=trial.sha256, decoding=decode, limits=limits, checked=checked)
+    kind = Encoder if model.manifest.is_encoder else Classifier
+    return kind(loaded, model.manifest, sha256=trial.sha256, decoding=decode, limits=limits, checked=checked)
 
 
 def admit(model: Model, *, engines: Sequence[str]) -> None:

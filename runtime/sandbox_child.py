@@ -48,9 +48,9 @@ def _load(path: Path, job: dict[str, Any]) -> None:
         model = replace(model, is_third_party=job["third_party"])
     loaded, _ = run_checked(model, engine=job["engine"], options=EngineOptions(**job["options"]), verify=job["verify"])
     height, width = model.manifest.preprocessing.crop
-    logits = loaded.run(golden_images([1], height=height, width=width))
-    if logits.shape != (1, len(model.manifest.labels)):
-        reason = f"the logits have the shape {list(logits.shape)}, not [1, {len(model.manifest.labels)}]"
+    found = loaded.run(golden_images([1], height=height, width=width))
+    if found.shape != (1, model.manifest.num_values):
+        reason = f"the {model.manifest.output} has the shape {list(found.shape)}, not [1, {model.manifest.num_values}]"
         raise ModelRejected(WHAT, reason=reason, remedy=REMEDY)
 
 

@@ -48,7 +48,7 @@ class Workspace:
 
 
 # What takes long to make, or is not in every clone: `--quick` leaves out the tests that need it.
-SLOW_FIXTURES = {"workspace", "digits", "small_model", "deployment", "shared_data", "wheel"}
+SLOW_FIXTURES = {"workspace", "digits", "small_model", "small_encoder", "deployment", "shared_data", "wheel"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -139,6 +139,19 @@ def small_model(shared_folder: Path) -> Path:
             checkpoint = write_checkpoint(folder / "c.safetensors")
             export_onnx(checkpoint, out=folder / "m.xml", options=ExportOptions(format="openvino"))
             export_onnx(checkpoint, out=folder / "m.onnx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_encoder(shared_folder: Path) -> Path:
+    """Return a folder with a small encoder, `e.onnx` and `e.int8.onnx`, and images. Copy what you change."""
+    from tests.support.encoders import make_encoder
+
+    folder = shared_folder / "small_encoder"
+    with FileLock(shared_folder / "small_encoder.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            make_encoder(folder)
     return folder
 
 

@@ -173,7 +173,7 @@ class VisionTransformer(nn.Module):
     def forward_heads(self, images_BCYX: Tensor) -> tuple[Tensor, ...]:
         """Return the logits of each head: of the class token, and of a distilled network's second token."""
         x_BTD = self.forward_features(images_BCYX)
-        logits_BK: Tensor = self.head(self._pool(x_BTD))
+        logits_BK: Tensor = self.head(self.pool(x_BTD))
         return (logits_BK, self.head_dist(x_BTD[:, 1])) if self.config.distilled else (logits_BK,)
 
     def forward_features(self, images_BCYX: Tensor) -> Tensor:
@@ -197,7 +197,8 @@ class VisionTransformer(nn.Module):
         out_BTD: Tensor = self.norm_pre(self.dropout(x_BTD))
         return out_BTD
 
-    def _pool(self, x_BTD: Tensor) -> Tensor:
+    def pool(self, x_BTD: Tensor) -> Tensor:
+        """Return what the head reads, [B, D] or twice that wide, from the tokens of `forward_features`."""
         mean_BD = x_BTD[:, self.config.num_prefix_tokens :].mean(dim=1)
         pooled_BD = {
             "class": lambda: x_BTD[:, 0],

@@ -185,7 +185,7 @@ class _Job:
             force=True,
             progress=self.progress,
         )
-        assert result.verification is not None  # there is a budget, and there are evaluation images
+        assert isinstance(result.verification, Verification)  # there are evaluation images, and it is a classifier
         kept = {key: value for key, value in asdict(result).items() if key not in ("verification", "speed", "model")}
         return {**kept, "verification": _verification_data(result.verification)}
 

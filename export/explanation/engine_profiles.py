@@ -58,6 +58,7 @@ class _OnnxRuntime:
         from vit_edge.runtime.engines.ort import make_session
 
         folder.mkdir()
+        self._output = model.manifest.output
         self._graph, self._optimised = model.graph().graph, folder / "optimised.onnx"
         self._feed, self._num_runs = _feed(model), 0
         self._session = make_session(
@@ -65,7 +66,7 @@ class _OnnxRuntime:
         )
 
     def run(self) -> None:
-        self._session.run(["logits"], self._feed)
+        self._session.run([self._output], self._feed)
         self._num_runs += 1
 
     def profile(self) -> Profile:

@@ -213,7 +213,7 @@ class _Breakdown:
         ) as classifier:
             for start in range(0, len(images_NHWC), _BATCH):
                 self._progress(stage, start, len(images_NHWC))
-                parts.append(classifier.logits(images_NHWC[start : start + _BATCH]))
+                parts.append(classifier.run(images_NHWC[start : start + _BATCH]))
         self._progress(stage, len(images_NHWC), len(images_NHWC))
         return np.concatenate(parts)
 

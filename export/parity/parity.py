@@ -15,7 +15,7 @@ from vit_edge.errors import VerificationFailed
 from vit_edge.export.parity.isolated_run import answer_elsewhere
 from vit_edge.image import Pixels
 from vit_edge.metrics import activated, sqnr_db
-from vit_edge.model_file.artifact import Activation, ModelFile
+from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.runtime.checks.golden import Tolerance, differences
 from vit_edge.runtime.engines.protocol import Array, Logits
 
@@ -104,7 +104,7 @@ def check_parity(
     Raises VerificationFailed where one is beyond the tolerance; `first_apart` then says which tensor parts first, given
     the model, the engine and the image with the largest difference. Without `tolerance` it is that of float32.
     """
-    tolerance = tolerance or float32_tolerance(reference(images_NHWC)["logits"])
+    tolerance = tolerance or float32_tolerance(reference(images_NHWC)[model.manifest.output])
     compared = partial(_compared, model, reference, engines, first_apart)
     golden = compared(tolerance, [np.resize(images_NHWC, (size, *images_NHWC.shape[1:])) for size in BATCHES])
     shots: dict[str, list[tuple[Logits, Logits]]] = {engine: [] for engine in engines}
@@ -131,16 +131,16 @@ def _compared(
     batches: Sequence[Pixels],
 ) -> dict[str, list[tuple[Logits, Logits]]]:
     """Return expected and found logits of each batch by engine; raises VerificationFailed beyond the tolerance."""
-    expected = [reference(batch) for batch in batches]
+    expected, first = [reference(batch) for batch in batches], model.manifest.output
     pairs = {}
     for engine in engines:
         found = answer_elsewhere(model, engine=engine, batches=batches, outputs=model.manifest.outputs)
         for batch, right, got in zip(batches, expected, found, strict=True):
-            problems = [*_problems(right, got, tolerance, model.manifest.activation)]
+            problems = [*_problems(right, got, tolerance, model.manifest)]
             if problems:
-                part = first_apart(model, engine, batch[[_worst(right["logits"], got["logits"])]])
+                part = first_apart(model, engine, batch[[_worst(right[first], got[first])]])
                 raise _not_the_network(f"{engine} at batch {len(batch)}: {'; '.join(problems)}{part}")
-        pairs[engine] = [(right["logits"], got["logits"]) for right, got in zip(expected, found, strict=True)]
+        pairs[engine] = [(right[first], got[first]) for right, got in zip(expected, found, strict=True)]
     return pairs
 
 
@@ -165,16 +165,19 @@ def _figures(engine: str, inputs: Literal["golden", "images"], expected_BK: Logi
 
 
 def _problems(
-    expected: Mapping[str, Array], found: Mapping[str, Array], tolerance: Tolerance, activation: Activation
+    expected: Mapping[str, Array], found: Mapping[str, Array], tolerance: Tolerance, manifest: Manifest
 ) -> Iterator[str]:
     """Yield what is beyond the tolerance: tensors that PyTorch gives too, and outputs that contradict the logits."""
-    yield from differences(expected["logits"], found["logits"], tolerance)
-    for name in sorted(expected.keys() & found.keys() - {"logits"}):
+    first = manifest.output
+    yield from differences(expected[first], found[first], tolerance)
+    for name in sorted(expected.keys() & found.keys() - {first}):
         flat = [np.asarray(side[name], np.float32).reshape(len(side[name]), -1) for side in (expected, found)]
         size = float(np.abs(flat[0]).max())
         inner = replace(tolerance, least_spread=size, top1_gap=None)
         yield from (f"{name}: {problem}" for problem in differences(flat[0], flat[1], inner))
-    probabilities_BK = activated(found["logits"], activation)
+    if first != "logits":
+        return
+    probabilities_BK = activated(found["logits"], manifest.activation)
     if "probabilities" in found and np.abs(found["probabilities"] - probabilities_BK).max() > 1e-5:
         yield "the probabilities are not those of the logits"
     if "top5" in found:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vit_edge.errors import InputError, VitEdgeError
-from vit_edge.export.verification.results import Verification
+from vit_edge.export.verification.encoder_results import AnyVerification, EncoderVerification
 from vit_edge.export.verification.verdict import SEVERITY, Verdict
 from vit_edge.files import read_file, sha256_hex, write_atomic
 from vit_edge.model_file.artifact import ModelFile
@@ -30,14 +30,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchStep:
-    """One verified file: how many ops are quantized, and its figures in the engine that decided."""
+    """One verified file: how many ops are quantized, and its figures in the engine that decided.
+
+    A classifier has a drop and agreement, an encoder the percentage of neighbours kept; the other figures are None.
+    """
 
     num_integer: int
     verdict: Verdict
-    drop_points: float
-    drop_upper_bound_points: float
-    agreement: float
     sqnr_db: float
+    drop_points: float | None = None
+    drop_upper_bound_points: float | None = None
+    agreement: float | None = None
+    neighbours: float | None = None
+    neighbours_lower_bound: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,12 +105,12 @@ def step_sizes(num_ops: int) -> list[int]:
 def search_budget(
     order: Sequence[str],
     make: Callable[[frozenset[str]], ModelFile],
-    verify: Callable[[ModelFile], Verification],
+    verify: Callable[[ModelFile], AnyVerification],
     *,
     cache: StepCache | None = None,
     deadline: float | None = None,
     progress: Progress = silent,
-) -> tuple[SearchTrace, ModelFile, Verification]:
+) -> tuple[SearchTrace, ModelFile, AnyVerification]:
     """Return the trace of the search, and the last file that passed with its verification.
 
     If the first step does not pass, the file with all ops quantized is verified too, to show how far off it is. `make`
@@ -139,11 +144,11 @@ class _Search:
     def __init__(
         self,
         make: Callable[[frozenset[str]], ModelFile],
-        verify: Callable[[ModelFile], Verification],
+        verify: Callable[[ModelFile], AnyVerification],
         cache: StepCache | None,
     ) -> None:
         self.steps: list[SearchStep] = []
-        self.best: tuple[ModelFile, Verification | None, frozenset[str]] | None = None
+        self.best: tuple[ModelFile, AnyVerification | None, frozenset[str]] | None = None
         self._make, self._verify, self._cache = make, verify, cache
 
     def passes(self, left: frozenset[str], size: int) -> bool:
@@ -160,7 +165,7 @@ class _Search:
             self._cache.keep(model, step)
         return step.verdict == "pass"
 
-    def conclude(self, num_ops: int) -> tuple[ModelFile, Verification, frozenset[str]]:
+    def conclude(self, num_ops: int) -> tuple[ModelFile, AnyVerification, frozenset[str]]:
         """Return the best file, or if none passed the one with all ops quantized, with its verification."""
         model, found, left = self.best or (self._make(frozenset()), None, frozenset())
         found = found or self._verify(model)
@@ -170,7 +175,18 @@ class _Search:
         return model, found, left
 
 
-def _step(size: int, found: Verification) -> SearchStep:
+def _step(size: int, found: AnyVerification) -> SearchStep:
+    if isinstance(found, EncoderVerification):
+        decisive = found.decisive
+        return SearchStep(
+            num_integer=size,
+            verdict=found.verdict,
+            sqnr_db=decisive.sqnr_db,
+            drop_points=decisive.knn and decisive.knn.drop_points,
+            drop_upper_bound_points=decisive.knn and decisive.knn.drop_upper_bound_points,
+            neighbours=decisive.kept.percent,
+            neighbours_lower_bound=decisive.kept.lower_bound,
+        )
     worst = found.decisive
     return SearchStep(
         num_integer=size,

@@ -13,7 +13,7 @@ from vit_edge.export.quantization.calibration.images import CalibrationImages
 from vit_edge.export.quantization.calibration.observers import Range
 from vit_edge.export.quantization.options import QuantizationOptions
 from vit_edge.export.quantization.qdq.dynamic_ranges import BATCH
-from vit_edge.export.verification.results import Verification
+from vit_edge.export.verification.encoder_results import AnyVerification, EncoderVerification
 from vit_edge.files import finite
 from vit_edge.machine.targets import Target
 from vit_edge.model_file.artifact import ModelFile, open_model
@@ -21,7 +21,7 @@ from vit_edge.model_file.artifact import ModelFile, open_model
 __all__ = ["record_of", "with_evaluation"]
 
 # Of a verification: paths of this machine, and what is too long or of no use later.
-_NOT_KEPT = ("changed", "images_needed", "worst_classes")
+_NOT_KEPT = ("changed", "images_needed", "moved", "worst_classes")
 
 
 def record_of(
@@ -57,7 +57,7 @@ def _rounded(observed: Range) -> list[float]:
     return [float(np.float32(observed.low)), float(np.float32(observed.high))]
 
 
-def with_evaluation(model: ModelFile, verification: Verification | None, trace: SearchTrace | None) -> ModelFile:
+def with_evaluation(model: ModelFile, verification: AnyVerification | None, trace: SearchTrace | None) -> ModelFile:
     """Return the file with its figures in the manifest, and a verdict if there was an accuracy search."""
     if verification is None:
         return model
@@ -70,9 +70,15 @@ def with_evaluation(model: ModelFile, verification: Verification | None, trace: 
         evaluation |= {
             "verdict": verification.verdict,
             "max_drop_points": verification.max_drop_points,
-            "min_agreement": verification.min_agreement,
+            **_limit(verification),
             "steps": [asdict(step) for step in trace.steps],
             "cut_short": trace.cut_short,
         }
     manifest = replace(model.manifest, evaluation=finite(evaluation))
     return open_model(model.with_manifest(manifest), warn=False)
+
+
+def _limit(verification: AnyVerification) -> dict[str, float | None]:
+    if isinstance(verification, EncoderVerification):
+        return {"min_neighbours": verification.min_neighbours}
+    return {"min_agreement": verification.min_agreement}

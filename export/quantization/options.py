@@ -37,6 +37,7 @@ _OPTION_OF = {
     "batch_size": "batch-size",
     "max_drop_points": "max-drop",
     "min_agreement": "min-agreement",
+    "min_neighbours": "min-neighbours",
     "time_limit_s": "time-limit",
 }
 # Without calibration images int8-dynamic can honour only these two.
@@ -64,6 +65,7 @@ class QuantizationOptions:
     batch_size: int = 1
     max_drop_points: float | None = None
     min_agreement: float | None = None
+    min_neighbours: float | None = None
     unlabelled: bool = False
     time_limit_s: float | None = None
     use_cache: bool = True
@@ -90,15 +92,17 @@ class QuantizationOptions:
 
     @property
     def without_labels(self) -> bool:
-        """Return whether labels are ignored: on request, or because only agreement has a budget."""
-        return self.unlabelled or (self.max_drop_points is None and self.min_agreement is not None)
+        """Return whether labels are ignored: on request, or because only agreement or neighbours have a budget."""
+        by_images = self.min_agreement is not None or self.min_neighbours is not None
+        return self.unlabelled or (self.max_drop_points is None and by_images)
 
     @property
     def budget(self) -> Budget | None:
         """Return the accuracy budget, None if there is none."""
-        if self.max_drop_points is None and self.min_agreement is None:
+        limits = (self.max_drop_points, self.min_agreement, self.min_neighbours)
+        if limits == (None, None, None):
             return None
-        return Budget(max_drop_points=self.max_drop_points, min_agreement=self.min_agreement)
+        return Budget(max_drop_points=limits[0], min_agreement=limits[1], min_neighbours=limits[2])
 
 
 def check_options(options: QuantizationOptions, *, calibrated: bool, evaluated: bool) -> None:
@@ -113,10 +117,11 @@ def check_options(options: QuantizationOptions, *, calibrated: bool, evaluated: 
         _check_dynamic(options, calibrated=calibrated)
     if options.budget is None and options.time_limit_s is not None:
         raise _wrong(
-            "a time limit ends the accuracy search, and no budget is given", "add --max-drop or --min-agreement"
+            "a time limit ends the accuracy search, and no budget is given",
+            "add --max-drop, --min-agreement or --min-neighbours",
         )
     if options.budget is not None and not evaluated:
-        remedy = "give --data; with --min-agreement the images need no labels"
+        remedy = "give --data; with --min-agreement or --min-neighbours the images need no labels"
         raise _wrong("an accuracy budget needs evaluation images", remedy)
 
 

@@ -32,9 +32,9 @@ from vit_edge.export.quantization.qdq.integer_chains import only_for_onnxruntime
 from vit_edge.export.quantization.qdq.placement import Scheme
 from vit_edge.export.quantization.speed import Speed, compare_speed
 from vit_edge.export.tracing.outputs import fix_batch
+from vit_edge.export.verification.encoder_results import AnyVerification
+from vit_edge.export.verification.encoder_verifier import run_any_verification
 from vit_edge.export.verification.request import Model, VerificationRequest, open_request, opened
-from vit_edge.export.verification.results import Verification
-from vit_edge.export.verification.verifier import run_verification
 from vit_edge.files import may_write, sha256_hex, write_atomic
 from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import Resolved, Target, resolve_target
@@ -77,7 +77,7 @@ class QuantizationResult:
     coverage: tuple[Coverage, ...] = ()
     speed: tuple[Speed, ...] = ()
     search: SearchTrace | None = None
-    verification: Verification | None = None
+    verification: AnyVerification | None = None
 
     def __repr__(self) -> str:
         kept = f", {len(self.float32_ops)} in float32" if self.float32_ops else ""
@@ -140,11 +140,11 @@ class _Job:
     deadline: float | None
     progress: Progress
 
-    def verify(self, candidate: ModelFile) -> Verification:
+    def verify(self, candidate: ModelFile) -> AnyVerification:
         """Return how the candidate compares with the source, in the engines that it was checked in."""
         assert self.request is not None
         request = replace(self.request, model=candidate, engines=promised_engines(candidate))
-        return run_verification(request, progress=self.progress)
+        return run_any_verification(request, progress=self.progress)
 
 
 def _opened(
@@ -193,6 +193,7 @@ def _request(source: ModelFile, data: str | os.PathLike[str], options: Quantizat
         data=data,
         max_drop_points=options.max_drop_points,
         min_agreement=options.min_agreement,
+        min_neighbours=options.min_neighbours,
         unlabelled=options.without_labels,
     )
 
@@ -265,7 +266,7 @@ def _warn_of_one_class(paths: Sequence[Path], labels: Sequence[str]) -> None:
         _log.warning(text, len(paths), printable(folders.pop()))
 
 
-def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, ModelFile, Verification | None]:
+def _chosen(job: _Job, found: CalibratedGraph) -> tuple[SearchTrace | None, ModelFile, AnyVerification | None]:
     """Return the file to write: that of the accuracy search if there is a budget, else that of the recipe."""
     make = partial(_candidate, job, found)
     if job.options.budget is None:
@@ -338,7 +339,7 @@ def _result(
     found: CalibratedGraph,
     finished: ModelFile,
     trace: SearchTrace | None,
-    verification: Verification | None,
+    verification: AnyVerification | None,
 ) -> QuantizationResult:
     left = found.float32_ops | frozenset(() if trace is None else trace.float32_ops)
     finished = replace(finished, source=printable(job.out))

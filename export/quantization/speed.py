@@ -18,8 +18,8 @@ from vit_edge.runtime.benchmark.statistics import Ratio, ratio
 from vit_edge.runtime.benchmark.timing import time_calls
 from vit_edge.runtime.checks.golden import golden_images
 from vit_edge.runtime.checks.load_policy import without_sandbox
-from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, chosen_engines
+from vit_edge.runtime.loaded_model import LoadedModel
 from vit_edge.runtime.loading import load_model
 
 __all__ = ["Speed", "compare_speed", "ratio_of_rounds"]
@@ -107,5 +107,5 @@ def _medians(files: Sequence[ModelFile], engine: str, progress: Progress) -> npt
             classifier.close()
 
 
-def _ask(classifier: Classifier, image_NHWC: Pixels, _number: int) -> None:
-    classifier.logits(image_NHWC)
+def _ask(classifier: LoadedModel, image_NHWC: Pixels, _number: int) -> None:
+    classifier.run(image_NHWC)

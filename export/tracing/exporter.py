@@ -36,6 +36,7 @@ from vit_edge.export.tracing.network import (
     from_module,
     reference_extras,
     reference_logits,
+    reference_model,
     traced_form,
 )
 from vit_edge.export.tracing.openvino_ir import convert_to_ir
@@ -126,10 +127,17 @@ def _export(
 ) -> ExportResult:
     if options.format == "huggingface":
         require_vit(network.architecture)
+    if options.is_encoder and network.ends_in_activation:
+        reason = f"the network ends in {network.activation}: its output is no embedding"
+        raise UsageError("cannot export", file=network.name, reason=reason, remedy="return the features from forward()")
     progress("tracing", 0, len(_STAGES))
     traced = _traced(network, options, target)
 
-    manifest, weights, macs = replace(_manifest(network, options), weights=traced.entry), traced.weights, traced.macs
+    manifest, weights, macs = (
+        replace(_manifest(network, options, traced.width), weights=traced.entry),
+        traced.weights,
+        traced.macs,
+    )
     manifest = replace(manifest, macs=None if macs is None else {"float32": macs})
     model = open_model(pack(traced.graph, manifest), weights=weights, warn=False)
     del traced  # it and the model hold all weights each
@@ -173,13 +181,14 @@ class _Golden:
 
 def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Golden:
     height, width = network.preprocessing.crop
-    reference = reference_logits(network.model, network.preprocessing, ends_in_activation=network.ends_in_activation)
+    model = reference_model(network, options)
+    reference = reference_logits(model, network.preprocessing, ends_in_activation=network.ends_in_activation)
     seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     expected_BK = reference(images_NHWC)
-    exact_BK = exact_logits(network.model, network.preprocessing, images_NHWC)
+    exact_BK = exact_logits(model, network.preprocessing, images_NHWC)
     tolerance = float32_tolerance(expected_BK, exact_BK)
-    expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance)
+    expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance, output=options.outputs[0])
     fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
     return _Golden(images_NHWC=images_NHWC, expected_BK=expected_BK, tolerance=tolerance, fields=fields)
 
@@ -206,6 +215,7 @@ class _Traced:
     """The finished graph, serialized, without a manifest; for one over 2 GiB also the weights and their entry."""
 
     graph: bytes
+    width: int
     macs: int | None
     weights: bytes | None
     entry: Mapping[str, Any] | None
@@ -218,7 +228,7 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
         height=height,
         width=width,
         pixels=options.input == "uint8-nhwc",
-        outputs=["logits", *(name for name in EXTRAS if name in options.outputs)],
+        outputs=[options.outputs[0], *(name for name in EXTRAS if name in options.outputs)],
         highest_opset=highest_versions(options.min_onnxruntime)[0],
     )
     if network.ends_in_activation and drop_activation(model.graph, "logits") != network.activation:
@@ -230,6 +240,7 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
     weights = move_weights_out(model.graph, file=file)
     return _Traced(
         graph=model.SerializeToString(deterministic=True),
+        width=model.graph.output[0].type.tensor_type.shape.dim[1].dim_value,
         macs=macs_per_image(model),
         weights=weights,
         entry=None if weights is None else weights_entry(file, weights),
@@ -237,11 +248,12 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
 
 
 def _reference(network: Network, options: ExportOptions) -> Reference:
-    logits = reference_logits(network.model, network.preprocessing, ends_in_activation=network.ends_in_activation)
+    model, name = reference_model(network, options), options.outputs[0]
+    first = reference_logits(model, network.preprocessing, ends_in_activation=network.ends_in_activation)
     if not isinstance(network.model, VisionTransformer) or not set(EXTRAS) & set(options.outputs):
-        return lambda images_NHWC: {"logits": logits(images_NHWC)}
+        return lambda images_NHWC: {name: first(images_NHWC)}
     extras = reference_extras(network.model, network.preprocessing)
-    return lambda images_NHWC: {"logits": logits(images_NHWC), **extras(images_NHWC)}
+    return lambda images_NHWC: {name: first(images_NHWC), **extras(images_NHWC)}
 
 
 def _explain(network: Network, options: ExportOptions, model: ModelFile, engine: str, image_NHWC: Pixels) -> str:
@@ -250,7 +262,9 @@ def _explain(network: Network, options: ExportOptions, model: ModelFile, engine:
     return describe_first_apart(model, traced, engine=engine, others=others, image_NHWC=image_NHWC)
 
 
-def _manifest(network: Network, options: ExportOptions) -> Manifest:
+def _manifest(network: Network, options: ExportOptions, width: int) -> Manifest:
+    """Return the manifest of the file; `width` is that of its first output."""
+    embedding = {"width": width, "normalized": options.normalize} if options.is_encoder else None
     is_float32 = options.input == "float32-nchw"
     layout: Mapping[str, object] = {"dtype": "float32", "layout": "NCHW"} if is_float32 else {}
     batch = {} if options.batch_size is None else {"batch": options.batch_size}
@@ -260,15 +274,16 @@ def _manifest(network: Network, options: ExportOptions) -> Manifest:
         name=network.name,
         architecture=network.architecture,
         preprocessing=network.preprocessing,
-        labels=network.labels,
+        labels=() if options.is_encoder else network.labels,
         precision="float32",
         input={**PIXELS_INPUT, **name, **layout, **batch},
         outputs=options.output_names,
-        activation=network.activation,
+        activation="none" if options.is_encoder else network.activation,
         license=network.license,
         base_model=network.base_model,
-        evaluation=network.evaluation,
-        assumed=network.assumed,
+        evaluation=None if options.is_encoder else network.evaluation,
+        assumed=tuple(name for name in network.assumed if not (options.is_encoder and name == "labels")),
+        embedding=embedding,
         provenance={
             **network.provenance,
             "form": "fused" if is_fused else "plain",

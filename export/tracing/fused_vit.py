@@ -12,6 +12,7 @@ Registers stand first here: attention does not know the order of its tokens, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,22 @@ from torch.nn import functional
 from vit_edge.image import Preprocessing
 from vit_edge.vit import Block, LayerScale, VisionTransformer, ViTConfig
 
-__all__ = ["DeployedViT"]
+__all__ = ["DeployedViT", "Embedding", "unit_length"]
+
+# How an encoder gives its vector.
+Embedding: TypeAlias = Literal["plain", "normalized"]
 
 # quick_gelu(x) = x sigmoid(1.702 x) is silu(1.702 x) / 1.702: both factors go into the products around it.
 _QUICK_GELU = 1.702
+
+
+# float32 still squares it; vectors of networks are far longer.
+_SHORTEST = 1e-12
+
+
+def unit_length(vectors_BD: Tensor) -> Tensor:
+    """Return the vectors divided by their length, as `torch.nn.functional.normalize` does."""
+    return vectors_BD / torch.linalg.vector_norm(vectors_BD, dim=-1, keepdim=True).clamp_min(_SHORTEST)
 
 
 class QuantizableOp(nn.Module):
@@ -155,9 +168,11 @@ class DeployedBlock(nn.Module):
 class DeployedViT(nn.Module):
     """Map uint8 images [batch, height, width, 3], RGB, to float32 logits [batch, classes], and `extras` after them.
 
-    Extras are "features", what the head reads, and "attention" [batch, heads, rows, columns]: that of the last block to
-    each patch, from the class token, or the mean over the patches where they are what is pooled. Without `pixels` the
-    images are normalised float32 [batch, 3, height, width].
+    With `embedding` the network has no head and gives what the head reads, [batch, width] (of a distilled network the
+    mean of both tokens), in length 1 if that is "normalized". Extras are "features", what the head reads, "tokens"
+    [batch, tokens, width] in the order of `VisionTransformer.forward_features`, and "attention" [batch, heads, rows,
+    columns]: that of the last block to each patch, from the class token, or the mean over the patches where they are
+    what is pooled. Without `pixels` the images are normalised float32 [batch, 3, height, width].
     """
 
     def __init__(
@@ -167,33 +182,57 @@ class DeployedViT(nn.Module):
         *,
         pixels: bool = True,
         extras: Sequence[str] = (),
+        embedding: Embedding | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.extras = model.config, tuple(extras)
+        self.config, self.extras, self.embedding = model.config, tuple(extras), embedding
         self.patches = PatchMatMul(model, preprocessing, pixels=pixels)
         # CLIP's norm is read by the residual sum too: its scale and shift have no product to go into.
         self.norm_pre = model.norm_pre
-        asking = [slice(0, _num_tokens(model.config))] * (model.config.depth - 1) + [_pooled(model.config)]
+        every, self.pooled = slice(0, _num_tokens(model.config)), _pooled(model.config)
+        asking = [every] * (model.config.depth - 1) + [every if "tokens" in self.extras else self.pooled]
         blocks = zip(model.blocks, asking, strict=True)
         self.block = nn.ModuleList(DeployedBlock(block, model.config, asking=tokens) for block, tokens in blocks)
         # Features are for others to read: their norm keeps its scale and shift.
-        self.norm = model.norm if "features" in self.extras else Normalisation(model.config)
-        self.head = QuantizableOp(*_heads(model, after_norm="features" not in self.extras))
+        is_read = embedding is not None or "features" in self.extras
+        self.norm = model.norm if is_read else Normalisation(model.config)
+        if embedding is None:
+            self.head = QuantizableOp(*_heads(model, after_norm=not is_read))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         x_BTD = self.norm_pre(self.patches(images))
         for block in self.block:
             x_BTD, weights_BNTT = block(x_BTD)
         if self.config.final_norm == "before_pooling":
-            pooled_BD = self._pool(self.norm(x_BTD))
-        else:
-            pooled_BD = self.norm(self._pool(x_BTD))
-        logits_BK: Tensor = self.head(pooled_BD)
-        extras = {"features": lambda: pooled_BD, "attention": lambda: self._attention(weights_BNTT)}
-        return (logits_BK, *(extras[name]() for name in self.extras)) if self.extras else logits_BK
+            x_BTD = self.norm(x_BTD)
+        pooled_BD = self._pool(x_BTD[:, self.pooled] if "tokens" in self.extras else x_BTD)
+        if self.config.final_norm == "after_pooling":
+            pooled_BD = self.norm(pooled_BD)
+        first_BK: Tensor = self._embedding(pooled_BD) if self.embedding is not None else self.head(pooled_BD)
+        extras = {
+            "features": lambda: pooled_BD,
+            "attention": lambda: self._attention(weights_BNTT),
+            "tokens": lambda: self._in_order(x_BTD),
+        }
+        return (first_BK, *(extras[name]() for name in self.extras)) if self.extras else first_BK
+
+    def _embedding(self, pooled_BD: Tensor) -> Tensor:
+        if self.config.distilled:
+            pooled_BD = pooled_BD.reshape(-1, 2, self.config.width).mean(dim=1)
+        return unit_length(pooled_BD) if self.embedding == "normalized" else pooled_BD
+
+    def _in_order(self, x_BTD: Tensor) -> Tensor:
+        """Return the tokens as the network has them: its registers stand behind the class token."""
+        num_registers, num_prefix = self.config.num_registers, self.config.num_prefix_tokens
+        if not num_registers:
+            return x_BTD
+        first = (x_BTD[:, num_registers:num_prefix], x_BTD[:, :num_registers], x_BTD[:, num_prefix:])
+        return torch.cat(first, dim=1)
 
     def _attention(self, weights_BNTT: Tensor) -> Tensor:
         rows, columns = self.config.grid
+        if "tokens" in self.extras:  # every token asked
+            weights_BNTT = weights_BNTT[:, :, self.pooled]
         to_patches_BNTT = weights_BNTT[..., self.config.num_prefix_tokens :]
         from_one_BNT = to_patches_BNTT.mean(dim=2) if self.config.pooling == "mean" else to_patches_BNTT[:, :, :1]
         return from_one_BNT.reshape(-1, self.config.num_heads, rows, columns)

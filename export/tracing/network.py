@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vit_edge.checkpoint import Checkpoint
 from vit_edge.errors import CheckpointRejected, ModelRejected, UsageError
-from vit_edge.export.tracing.fused_vit import DeployedViT
+from vit_edge.export.tracing.fused_vit import DeployedViT, Embedding, unit_length
 from vit_edge.export.tracing.head import logits_of
 from vit_edge.export.tracing.options import ExportOptions
 from vit_edge.image import Pixels, Preprocessing
@@ -33,11 +33,12 @@ __all__ = [
     "from_module",
     "reference_extras",
     "reference_logits",
+    "reference_model",
     "traced_form",
 ]
 
 # Outputs that come from inside the network; the others are computed from its logits.
-EXTRAS = ("features", "attention")
+EXTRAS = ("features", "attention", "tokens")
 _NUM_NAMED = 5
 
 
@@ -149,11 +150,43 @@ def traced_form(network: Network, options: ExportOptions) -> nn.Module:
     pixels = options.input == "uint8-nhwc"
     if isinstance(network.model, VisionTransformer) and options.fuse:
         with torch.no_grad():
-            return DeployedViT(network.model, network.preprocessing, pixels=pixels, extras=extras).eval()
+            return DeployedViT(
+                network.model, network.preprocessing, pixels=pixels, extras=extras, embedding=_embedding(options)
+            ).eval()
     if extras:
         reason = f"{' and '.join(extras)} come with the fused inference graph of a Vision Transformer only"
         raise UsageError("cannot export", file=network.name, reason=reason, remedy="leave them out of --outputs")
-    return PlainNetwork(network.model, network.preprocessing, pixels=pixels).eval()
+    return PlainNetwork(reference_model(network, options), network.preprocessing, pixels=pixels).eval()
+
+
+def reference_model(network: Network, options: ExportOptions) -> nn.Module:
+    """Return the module that gives the first output: the network itself, or that of its embedding."""
+    if not options.is_encoder:
+        return network.model
+    return EmbeddingNetwork(network.model, is_normalized=options.normalize).eval()
+
+
+def _embedding(options: ExportOptions) -> Embedding | None:
+    if not options.is_encoder:
+        return None
+    return "normalized" if options.normalize else "plain"
+
+
+class EmbeddingNetwork(nn.Module):
+    """A Vision Transformer without its head, or any network that gives vectors; they have length 1 if asked for."""
+
+    def __init__(self, model: nn.Module, *, is_normalized: bool) -> None:
+        super().__init__()
+        self.model, self.is_normalized = model, is_normalized
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        if isinstance(self.model, VisionTransformer):
+            tokens_BTD = self.model.forward_features(images_NCHW)
+            is_distilled = self.model.config.distilled
+            vectors_BD: Tensor = tokens_BTD[:, :2].mean(dim=1) if is_distilled else self.model.pool(tokens_BTD)
+        else:
+            vectors_BD = self.model(images_NCHW)
+        return unit_length(vectors_BD) if self.is_normalized else vectors_BD
 
 
 class PlainNetwork(nn.Module):
@@ -195,7 +228,8 @@ def reference_logits(
 
 def exact_logits(model: nn.Module, preprocessing: Preprocessing, images_NHWC: Pixels) -> npt.NDArray[np.float64] | None:
     """Return the logits in float64, None for networks that are not our own: they may ask for float32 inside."""
-    if not isinstance(model, VisionTransformer):
+    own = model.model if isinstance(model, EmbeddingNetwork) else model
+    if not isinstance(own, VisionTransformer):
         return None
     with torch.inference_mode():
         images_NCHW = torch.from_numpy(preprocessing.normalise(images_NHWC)).double()
@@ -204,7 +238,7 @@ def exact_logits(model: nn.Module, preprocessing: Preprocessing, images_NHWC: Pi
 
 
 def reference_extras(model: VisionTransformer, preprocessing: Preprocessing) -> Callable[[Pixels], dict[str, Array]]:
-    """Return PyTorch's features and attention, as `DeployedViT` names them, as a function of uint8 images."""
+    """Return PyTorch's extras, as `DeployedViT` names them, as a function of uint8 images."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -216,12 +250,14 @@ def reference_extras(model: VisionTransformer, preprocessing: Preprocessing) -> 
         if model.config.distilled:
             hooks.append(model.head_dist.register_forward_pre_hook(keep("head_dist")))
         with torch.inference_mode():
-            model(torch.from_numpy(preprocessing.normalise(images_NHWC)))
+            images_NCHW = torch.from_numpy(preprocessing.normalise(images_NHWC))
+            model(images_NCHW)
+            tokens = model.forward_features(images_NCHW)
             features = torch.cat([seen[name] for name in ("head", "head_dist") if name in seen], dim=1)
             attention = _attention_to_patches(model, seen["last"])
         for hook in hooks:
             hook.remove()
-        return {"features": features.numpy(), "attention": attention.numpy()}
+        return {"features": features.numpy(), "attention": attention.numpy(), "tokens": tokens.numpy()}
 
     return run
 

@@ -77,7 +77,7 @@ def main(name: str) -> int:
     read = core.read_model((folder / _XML).read_bytes(), (folder / _BIN).read_bytes())
     compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for path in list(folder.glob("*.npy")):
-        found = compiled({model.manifest.input["name"]: np.load(path)})["logits"]
+        found = compiled({model.manifest.input["name"]: np.load(path)})[model.manifest.output]
         np.save(folder / f"{path.stem}{_LOGITS}", found)
     return 0
 

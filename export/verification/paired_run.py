@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -24,12 +24,14 @@ from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, 
 from vit_edge.runtime.loading import load_model
 
 __all__ = [
+    "EvaluatedImages",
     "EvaluationImages",
     "OpenCandidate",
     "PairedRun",
     "Predictor",
     "ReferenceRun",
     "find_evaluation_images",
+    "paired_outputs",
     "run_both",
 ]
 
@@ -40,10 +42,10 @@ _log = logging.getLogger(__name__)
 
 
 class Predictor(Protocol):
-    """Anything that gives logits: a classifier here, or a model on a device."""
+    """Anything that gives logits or embeddings: a model loaded here, or on a device."""
 
-    def logits(self, images_NHWC: Pixels) -> Logits:
-        """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]."""
+    def run(self, images_NHWC: Pixels) -> Logits:
+        """Return float32 [batch, classes or width] from uint8 RGB images [batch, height, width, 3]."""
 
 
 # Given the name of an engine, the candidate loaded in it, on a device for example.
@@ -76,11 +78,9 @@ class EvaluationImages:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PairedRun:
-    """The predictions of both models in one engine; each distinct image once, with the hash of its pixels."""
+class EvaluatedImages:
+    """The images that were run; each distinct one once, with the hash of its pixels."""
 
-    engine: str
-    answers: PairedAnswers
     paths: tuple[Path, ...]
     hashes: tuple[str, ...]
     fingerprints: tuple[str, ...]
@@ -92,13 +92,24 @@ class PairedRun:
         return dict(zip(self.hashes, self.paths, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedRun(EvaluatedImages):
+    """The predictions of both models in one engine, and the images that they belong to."""
+
+    engine: str
+    answers: PairedAnswers
+
+
 def find_evaluation_images(
     data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool
 ) -> EvaluationImages:
-    """Return the images in `data`, with labels unless `unlabelled` or not in class folders; raises DataRejected."""
+    """Return the images in `data`, with labels unless `unlabelled` or not in class folders; raises DataRejected.
+
+    Without `class_names`, those of an encoder, any classes will do.
+    """
     try:
         if not unlabelled and not lies_loose(data, splits=EVALUATION_SPLITS):
-            found = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names)
+            found = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names or None)
             return EvaluationImages(paths=found.paths, labels=found.labels)
     except DataRejected as error:
         read_unlabelled(data, splits=EVALUATION_SPLITS)  # raises what is wrong with more than the labels
@@ -117,7 +128,7 @@ class ReferenceRun:
     def __init__(self, reference: ModelFile, images: EvaluationImages, *, threads: int | None = None) -> None:
         """Decode no image yet."""
         height, width = reference.manifest.preprocessing.crop
-        logits_bytes = 4 * len(reference.manifest.labels) * len(installed_engines())
+        logits_bytes = 4 * reference.manifest.num_values * len(installed_engines())
         self.reference, self.images, self.threads = reference, images, threads
         self._keeps = images.num_images * (3 * height * width + logits_bytes) <= _MOST_KEPT_BYTES
         self._batches: list[Pixels] = []
@@ -165,7 +176,7 @@ class ReferenceRun:
         with load_model(self.reference, engine=engine, options=EngineOptions(threads=self.threads)) as classifier:
 
             def predict(_number: int, images_NHWC: Pixels) -> Logits:
-                logits_BK = classifier.logits(images_NHWC)
+                logits_BK = classifier.run(images_NHWC)
                 if self._keeps:
                     computed.append(logits_BK)
                 return logits_BK
@@ -174,11 +185,10 @@ class ReferenceRun:
         if self._keeps:
             self._logits[engine] = computed
 
-    def against(self, answers: Sequence[PairedAnswers], engine: str) -> PairedRun:
-        """Return a candidate's answers, batch by batch, with the images that they belong to."""
-        return PairedRun(
-            engine=engine,
-            answers=join_answers(answers),
+    @property
+    def evaluated(self) -> EvaluatedImages:
+        """Return the different images, once all of them were run."""
+        return EvaluatedImages(
             paths=self.images.paths,
             hashes=self._hashes,
             fingerprints=self._fingerprints,
@@ -199,8 +209,24 @@ def run_both(
     With `candidate` the model runs where this opens it; the reference always runs here. Raises DataRejected if images
     cannot be used, GoldenMismatch and more if a model cannot be loaded.
     """
+    outputs = paired_outputs(reference, model, engine=engine, progress=progress, candidate=candidate)
+    answers = join_answers([pair_answers(*both) for both in outputs])
+    images = reference.evaluated
+    known = {field.name: getattr(images, field.name) for field in fields(images)}
+    return PairedRun(**known, engine=engine, answers=answers)
+
+
+def paired_outputs(
+    reference: ReferenceRun,
+    model: ModelFile,
+    *,
+    engine: str,
+    progress: Progress,
+    candidate: OpenCandidate | None = None,
+) -> Iterator[tuple[Logits, Logits]]:
+    """Yield what the reference and `model` give for one batch of different images after the other, as `run_both`."""
     refuse_null(engine)
-    options, answers, done = EngineOptions(threads=reference.threads), list[PairedAnswers](), 0
+    options, done = EngineOptions(threads=reference.threads), 0
     progress(f"verifying in {engine}", 0, reference.images.num_images)
     with (
         reference.predicting(engine) as expected,
@@ -208,10 +234,9 @@ def run_both(
     ):
         for number, images_NHWC in enumerate(reference.batches()):
             progress(f"verifying in {engine}", done, reference.images.num_images)
-            answers.append(pair_answers(expected(number, images_NHWC), predictor.logits(images_NHWC)))
+            yield expected(number, images_NHWC), predictor.run(images_NHWC)
             done += len(images_NHWC)
     progress(f"verifying in {engine}", reference.images.num_images, reference.images.num_images)
-    return reference.against(answers, engine)
 
 
 class _Decoded:

@@ -26,6 +26,7 @@ Labels = Literal["all", "flips", "none"]
 Path: TypeAlias = str | os.PathLike[str]
 Model: TypeAlias = Path | ModelFile
 DEFAULT_MAX_DROP_POINTS = 1.0
+DEFAULT_MIN_NEIGHBOURS = 90.0
 _log = logging.getLogger(__name__)
 
 
@@ -68,6 +69,7 @@ def open_request(
     data: Path,
     max_drop_points: float | None = None,
     min_agreement: float | None = None,
+    min_neighbours: float | None = None,
     unlabelled: bool = False,
     flips: Path | None = None,
     carry_labels: bool = False,
@@ -79,9 +81,7 @@ def open_request(
     check_comparable(candidate, source)
     images = find_evaluation_images(data, source.manifest.labels, unlabelled=unlabelled or flips is not None)
     labels: Labels = "flips" if flips is not None else "all" if images.labelled else "none"
-    # Agreement alone decides only if nothing else was requested and there are no labels.
-    if max_drop_points is None and (labels != "none" or min_agreement is None):
-        max_drop_points = DEFAULT_MAX_DROP_POINTS
+    budget = _budget(candidate, labels, max_drop_points, min_agreement, min_neighbours)
     both = None if carry_labels else models_sha256(candidate, source)
     return VerificationRequest(
         model=candidate,
@@ -89,12 +89,50 @@ def open_request(
         data=os.fspath(data),
         images=images,
         labels=labels,
-        budget=Budget(max_drop_points=max_drop_points, min_agreement=min_agreement),
+        budget=budget,
         reference_run=ReferenceRun(source, images, threads=threads),
         flips=None if flips is None else read_flips(flips, source.manifest.labels, models_sha256=both),
         carry_labels=carry_labels,
         engines=chosen_engines(engines),
     )
+
+
+def _budget(
+    model: ModelFile,
+    labels: Labels,
+    max_drop_points: float | None,
+    min_agreement: float | None,
+    min_neighbours: float | None,
+) -> Budget:
+    """Return the budget, with the default of classifiers or encoders; raises UsageError if it is for the other kind."""
+    if model.manifest.is_encoder:
+        _check_encoder_budget(model, labels, max_drop_points, min_agreement)
+        if max_drop_points is None and min_neighbours is None:
+            min_neighbours = DEFAULT_MIN_NEIGHBOURS
+        return Budget(max_drop_points=max_drop_points, min_neighbours=min_neighbours)
+    if min_neighbours is not None:
+        reason = "min neighbours is for encoders; the file is a classifier"
+        remedy = "use the drop of top-1 or the agreement (--max-drop, --min-agreement)"
+        raise UsageError("cannot verify", file=model.source, reason=reason, remedy=remedy)
+    # Agreement alone decides only if nothing else was requested and there are no labels.
+    if max_drop_points is None and (labels != "none" or min_agreement is None):
+        max_drop_points = DEFAULT_MAX_DROP_POINTS
+    return Budget(max_drop_points=max_drop_points, min_agreement=min_agreement)
+
+
+def _check_encoder_budget(
+    model: ModelFile, labels: Labels, max_drop_points: float | None, min_agreement: float | None
+) -> None:
+    """Raise UsageError if an option needs predictions, which an encoder does not make."""
+    problem = None
+    if min_agreement is not None:
+        problem = ("the file is an encoder and makes no predictions that could agree", "use --min-neighbours")
+    elif labels == "flips":
+        problem = ("the file is an encoder and has no changed predictions to label", "leave --flips out")
+    elif max_drop_points is not None and labels != "all":
+        problem = ("a drop of k-NN accuracy needs labelled images", "use --min-neighbours, or labelled images")
+    if problem is not None:
+        raise UsageError("cannot verify", file=model.source, reason=problem[0], remedy=problem[1])
 
 
 def opened(model: Model) -> ModelFile:
@@ -113,7 +151,7 @@ def check_comparable(model: ModelFile, reference: ModelFile) -> None:
         reason = f"the file is {reference.manifest.precision}; a reference is float32"
         remedy = "give the file that `vit-edge export` wrote"
         raise UsageError("cannot use the reference", file=reference.source, reason=reason, remedy=remedy)
-    for name in ("labels", "preprocessing"):
+    for name in ("labels", "preprocessing", "embedding"):
         if getattr(model.manifest, name) != getattr(reference.manifest, name):
             reason = f"the {name} differ from those of {reference.source}"
             remedy = "give the float32 file that this one was made from"

@@ -6,6 +6,7 @@ that the whole keeps its 5 % (an intersection-union test: Berger, Technometrics 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.errors import UsageError, require
+from vit_edge.export.verification.neighbours import (
+    EncoderComparison,
+    Shares,
+    best_certifiable_neighbours,
+    fewest_images_for_neighbours,
+    images_needed_for_neighbours,
+)
 from vit_edge.metrics import (
     CONFIDENCE,
     UNKNOWN,
@@ -28,7 +36,16 @@ from vit_edge.metrics import (
     images_needed_for_agreement,
 )
 
-__all__ = ["SEVERITY", "Budget", "Certifiable", "Verdict", "certifiable", "decide", "decide_from_logits"]
+__all__ = [
+    "SEVERITY",
+    "Budget",
+    "Certifiable",
+    "Verdict",
+    "certifiable",
+    "decide",
+    "decide_encoder",
+    "decide_from_logits",
+]
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 SEVERITY: dict[Verdict, int] = {"pass": 0, "inconclusive": 1, "fail": 2}
@@ -38,20 +55,27 @@ _SMALLEST_DROP_POINTS = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """The accuracy budget: points of top-1 that may be lost, percent of predictions that must stay; None: no limit."""
+    """The accuracy budget: points of top-1 that may be lost, percent of predictions that must stay; None: no limit.
+
+    Of an encoder it is the percentage of neighbours that must stay, and the points of k-NN accuracy that may be lost.
+    """
 
     max_drop_points: float | None = None
     min_agreement: float | None = None
+    min_neighbours: float | None = None
 
     def __post_init__(self) -> None:
         drop, agreement = self.max_drop_points, self.min_agreement
-        if drop is None and agreement is None:
-            remedy = "give a max drop, a min agreement, or both"
+        if drop is None and agreement is None and self.min_neighbours is None:
+            remedy = "give a max drop, a min agreement or, for an encoder, min neighbours"
             raise UsageError("cannot verify", reason="there is no accuracy budget", remedy=remedy)
         if drop is not None and not _SMALLEST_DROP_POINTS <= drop < 100:
             raise UsageError("cannot verify", reason=f"max drop is {drop}", remedy="give 0.01 to 100 points")
         if agreement is not None and not 0 <= agreement <= 100:
             raise UsageError("cannot verify", reason=f"min agreement is {agreement}", remedy="give 0 to 100 percent")
+        if self.min_neighbours is not None and not 0 <= self.min_neighbours <= 100:
+            reason = f"min neighbours is {self.min_neighbours}"
+            raise UsageError("cannot verify", reason=reason, remedy="give 0 to 100 percent")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,17 +88,23 @@ class Certifiable:
     images: int
     best_points: float
     best_agreement: float
+    best_neighbours: float
     too_few: bool
     images_needed: int | None
 
 
 def certifiable(images: int, budget: Budget) -> Certifiable:
     """Return what a verification on this many images can certify, before any of them is run."""
-    enough = [_enough_for_drop(images, budget), _enough_for_agreement(images, budget)]
+    enough = [
+        _enough_for_drop(images, budget),
+        _enough_for_agreement(images, budget),
+        _enough_for_neighbours(images, budget),
+    ]
     return Certifiable(
         images=images,
         best_points=best_certifiable_points(images),
         best_agreement=best_certifiable_agreement(images),
+        best_neighbours=best_certifiable_neighbours(images),
         too_few=not all(enough),
         images_needed=_fewest(budget),
     )
@@ -86,7 +116,21 @@ def decide(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
     The verdict is `pass` if the bounds are within the budget, and `fail` if the measured figures are not. With too few
     images for any pass, it is `fail` only if the loss itself is certain, and else `inconclusive`.
     """
-    decided = [_decide_drop(found, budget), _decide_agreement(found, budget)]
+    return _together([_decide_drop(found, budget), _decide_agreement(found, budget)])
+
+
+def decide_encoder(found: EncoderComparison, kept_B: Shares, budget: Budget) -> tuple[Verdict, int | None]:
+    """Return the verdict on an encoder, and how many images would pass at the measured rates, by the same rules.
+
+    `kept_B` is the share of its neighbours that each image keeps.
+    """
+    decided = [_decide_neighbours(found, kept_B, budget)]
+    if found.knn is not None:
+        decided.append(_decide_drop(found.knn, budget))
+    return _together(decided)
+
+
+def _together(decided: Sequence[tuple[Verdict, int | None]]) -> tuple[Verdict, int | None]:
     verdict = max((verdict for verdict, _ in decided), key=SEVERITY.__getitem__)
     open_ = [needed for kind, needed in decided if kind == "inconclusive"]
     if verdict != "inconclusive" or None in open_:
@@ -140,12 +184,27 @@ def _decide_agreement(found: Comparison, budget: Budget) -> tuple[Verdict, int |
     return "inconclusive", at_rate if enough or at_rate is not None else fewest_images_for_agreement(limit)
 
 
+def _decide_neighbours(found: EncoderComparison, kept_B: Shares, budget: Budget) -> tuple[Verdict, int | None]:
+    limit, kept = budget.min_neighbours, found.kept
+    if limit is None or kept.lower_bound >= limit:
+        return "pass", None
+    enough = _enough_for_neighbours(found.images, budget)
+    if kept.percent < limit and (enough or kept.upper_bound < limit):
+        return "fail", None
+    at_rate = images_needed_for_neighbours(kept_B, min_neighbours=limit)
+    return "inconclusive", at_rate if enough or at_rate is not None else fewest_images_for_neighbours(limit)
+
+
 def _enough_for_drop(images: int, budget: Budget) -> bool:
     return budget.max_drop_points is None or best_certifiable_points(images) <= budget.max_drop_points
 
 
 def _enough_for_agreement(images: int, budget: Budget) -> bool:
     return budget.min_agreement is None or best_certifiable_agreement(images) >= budget.min_agreement
+
+
+def _enough_for_neighbours(images: int, budget: Budget) -> bool:
+    return budget.min_neighbours is None or best_certifiable_neighbours(images) >= budget.min_neighbours
 
 
 def _surely_lost(worse: int, better: int) -> bool:
@@ -161,5 +220,7 @@ def _fewest(budget: Budget) -> int | None:
         fewest.append(fewest_images(max_drop_points=budget.max_drop_points))
     if budget.min_agreement is not None:
         fewest.append(fewest_images_for_agreement(budget.min_agreement))
+    if budget.min_neighbours is not None:
+        fewest.append(fewest_images_for_neighbours(budget.min_neighbours))
     known = [number for number in fewest if number is not None]
     return max(known) if len(known) == len(fewest) else None

@@ -14,7 +14,7 @@ from vit_edge.data import refuse_overlap, set_hash
 from vit_edge.data.near_duplicates import near_duplicates
 from vit_edge.errors import DataRejected, printable, require
 from vit_edge.export.verification.flips import changes, class_titles, flips_csv, may_write_flips
-from vit_edge.export.verification.paired_run import PairedRun, run_both
+from vit_edge.export.verification.paired_run import EvaluatedImages, PairedRun, run_both
 from vit_edge.export.verification.request import Model, VerificationRequest, open_request
 from vit_edge.export.verification.results import ClassLoss, EngineResult, Verification
 from vit_edge.export.verification.verdict import SEVERITY, certifiable, decide
@@ -23,7 +23,7 @@ from vit_edge.metrics import compare_answers
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 
-__all__ = ["run_verification", "verify", "write_flips"]
+__all__ = ["near_copies", "run_verification", "verify", "write_flips"]
 
 _NUM_NAMED = 20
 # With fewer images, wrong labels look like bad luck.
@@ -90,7 +90,7 @@ def run_verification(request: VerificationRequest, *, progress: Progress = silen
         data=request.data,
         data_sha256=set_hash(runs[0].hashes),
         models_sha256=request.models_sha256,
-        near_copies=_near_copies(request.model, runs[0]),
+        near_copies=near_copies(request.model, runs[0]),
         results=tuple(results),
     )
 
@@ -105,6 +105,23 @@ def write_flips(verification: Verification, path: str | os.PathLike[str], *, for
     found = {r.engine: r.changed for r in verification.results}
     write_atomic(target, flips_csv(found, folder=verification.data, models_sha256=verification.models_sha256))
     return verification.num_changed
+
+
+def near_copies(model: ModelFile, run: EvaluatedImages) -> tuple[str, ...]:
+    """Return the images that look like a re-encoded calibration image, with a warning."""
+    calibration = (model.manifest.quantization or {}).get("fingerprints")
+    if not calibration:  # a file of an older version has none
+        return ()
+    try:
+        positions = sorted({position for _, position in near_duplicates(calibration, run.fingerprints)})
+    except (TypeError, ValueError) as error:
+        _log.warning("%s: the fingerprints of the calibration images cannot be used (%s)", model.source, error)
+        return ()
+    paths = tuple(printable(run.paths[position]) for position in positions)
+    if paths:
+        named = ", ".join(paths[:_NUM_NAMED]) + (" ..." if len(paths) > _NUM_NAMED else "")
+        _log.warning("%d evaluation images look like re-encoded calibration images: %s", len(paths), named)
+    return paths
 
 
 def _each_engine(request: VerificationRequest, progress: Progress) -> Iterator[PairedRun]:
@@ -160,23 +177,6 @@ def _worst_classes(run: PairedRun, labels_B: npt.NDArray[np.int64], titles: Sequ
         )
         for k in worst
     )
-
-
-def _near_copies(model: ModelFile, run: PairedRun) -> tuple[str, ...]:
-    """Return the images that look like a re-encoded calibration image, with a warning."""
-    calibration = (model.manifest.quantization or {}).get("fingerprints")
-    if not calibration:  # a file of an older version has none
-        return ()
-    try:
-        positions = sorted({position for _, position in near_duplicates(calibration, run.fingerprints)})
-    except (TypeError, ValueError) as error:
-        _log.warning("%s: the fingerprints of the calibration images cannot be used (%s)", model.source, error)
-        return ()
-    paths = tuple(printable(run.paths[position]) for position in positions)
-    if paths:
-        named = ", ".join(paths[:_NUM_NAMED]) + (" ..." if len(paths) > _NUM_NAMED else "")
-        _log.warning("%d evaluation images look like re-encoded calibration images: %s", len(paths), named)
-    return paths
 
 
 def _check_reference(run: PairedRun, reference: ModelFile) -> None:

@@ -17,8 +17,8 @@ from vit_edge.runtime.benchmark.energy import Meter
 from vit_edge.runtime.benchmark.statistics import Floats, Latency, latency
 from vit_edge.runtime.benchmark.timing import time_calls, turns
 from vit_edge.runtime.checks.golden import golden_images
-from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, Model
+from vit_edge.runtime.loaded_model import LoadedModel
 from vit_edge.runtime.loading import load_model
 
 __all__ = ["UNMEASURED", "Candidate", "Round", "WarmUp", "sample_in_turns"]
@@ -66,13 +66,13 @@ class Candidate:
         return len(own) + len(self.model.weights or b"")
 
     @property
-    def classifiers(self) -> list[Classifier]:
-        """Return the classifiers that answer side by side."""
+    def classifiers(self) -> list[LoadedModel]:
+        """Return the models that answer side by side."""
         return [self.classifier]
 
     def ask(self, number: int) -> None:
-        """Classify one of the prepared batches."""
-        self.classifier.logits(self.prepared[number % len(self.prepared)])
+        """Run one of the prepared batches."""
+        self.classifier.run(self.prepared[number % len(self.prepared)])
 
     def warm_up(self) -> None:
         """Answer without measuring until the median of a window is within 3 % of the one before, twice in a row."""
@@ -146,7 +146,7 @@ def sample_in_turns(
         progress("measuring", number + 1, _ROUNDS)
 
 
-def _prepared(classifier: Classifier, batch_size: int) -> list[Pixels]:
+def _prepared(classifier: LoadedModel, batch_size: int) -> list[Pixels]:
     """Return several different batches, to be asked in turn."""
     height, width = classifier.manifest.preprocessing.crop
     images = golden_images(range(4 * batch_size), height=height, width=width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from vit_edge.errors import DataRejected, ImageRejected
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.benchmark.candidate import Candidate
 from vit_edge.runtime.benchmark.statistics import Latency, latency
-from vit_edge.runtime.classifier import Timings
+from vit_edge.runtime.classifier import Classifier, Timings
+from vit_edge.runtime.loaded_model import LoadedModel
 
 __all__ = ["EndToEnd", "measure_stages"]
 
@@ -46,7 +48,7 @@ def measure_stages(
     rejected = 0
     for number, path in enumerate(paths):
         try:
-            timings = [candidate.classifier(path).timings for candidate in candidates]
+            timings = [_timings(candidate.classifier, path) for candidate in candidates]
         except ImageRejected:
             rejected += 1
             continue
@@ -57,6 +59,17 @@ def measure_stages(
         reason = f"none of its {len(paths)} images can be used"
         raise DataRejected("cannot measure", file=folder, reason=reason, remedy="give a folder with images")
     return [_summary(each, rejected) for each in found]
+
+
+def _timings(model: LoadedModel, path: Path) -> Timings:
+    """Return the stages of one image; an encoder has no labels to find."""
+    if isinstance(model, Classifier):
+        return model(path).timings
+    prepared = model.prepare(path)
+    started = time.perf_counter()
+    model.run(prepared.pixels[None])
+    inference_ms = (time.perf_counter() - started) * 1000
+    return Timings(decode_ms=prepared.decode_ms, resize_ms=prepared.resize_ms, inference_ms=inference_ms, answer_ms=0.0)
 
 
 def _summary(timings: Sequence[Timings], rejected: int) -> EndToEnd:

@@ -19,8 +19,8 @@ from vit_edge.errors import VitEdgeError
 from vit_edge.machine.cpu import usable_threads
 from vit_edge.runtime.benchmark.candidate import Candidate, Round
 from vit_edge.runtime.benchmark.statistics import Floats
-from vit_edge.runtime.classifier import Classifier
 from vit_edge.runtime.engines.protocol import EngineOptions, Model
+from vit_edge.runtime.loaded_model import LoadedModel
 from vit_edge.runtime.serving.model_slot import ModelVersion
 
 __all__ = ["OfflineCandidate", "Scenario", "SideBySide", "workers_for"]
@@ -41,7 +41,7 @@ class SideBySide(Candidate):
         self._version = ModelVersion(self.classifier, workers=options.streams)
 
     @property
-    def classifiers(self) -> list[Classifier]:
+    def classifiers(self) -> list[LoadedModel]:
         """Return the classifier of each worker."""
         return self._version.classifiers
 
@@ -63,7 +63,7 @@ class OfflineCandidate(SideBySide):
             try:
                 while sum(map(len, found)) < queries or time.perf_counter() < started + seconds:
                     batch, before = next(batches), time.perf_counter_ns()
-                    classifier.logits(batch)
+                    classifier.run(batch)
                     found[number].append(time.perf_counter_ns() - before)
             except VitEdgeError as error:
                 failed.append(error)

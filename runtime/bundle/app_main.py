@@ -141,6 +141,7 @@ def _load(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> C
     from vit_edge.model_file.artifact import open_model
     from vit_edge.model_file.openvino_ir import open_ir
     from vit_edge.runtime.checks.load_policy import NO_SANDBOX
+    from vit_edge.runtime.classifier import as_classifier
     from vit_edge.runtime.engines.protocol import EngineOptions, refuse_null
     from vit_edge.runtime.loading import load_model
 
@@ -154,9 +155,9 @@ def _load(app: Path, about: Mapping[str, Any], options: argparse.Namespace) -> C
     try:
         if weights is not None and about["model"].endswith(".xml"):
             ir = replace(open_ir(data, weights=weights), source=name)
-            return load_model(ir, engine="openvino", options=chosen, policy=NO_SANDBOX)
+            return as_classifier(load_model(ir, engine="openvino", options=chosen, policy=NO_SANDBOX), name)
         model = replace(open_model(data, weights=weights), source=name)
-        return load_model(model, engine=options.engine, options=chosen, policy=NO_SANDBOX)
+        return as_classifier(load_model(model, engine=options.engine, options=chosen, policy=NO_SANDBOX), name)
     except VitEdgeError as error:
         if error.file == "the bytes given":
             error.file = name

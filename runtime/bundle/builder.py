@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import vit_edge
-from vit_edge.errors import ModelRejected
+from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.files import may_write, sha256_hex, write_atomic
 from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.bundle.app_main import ABOUT, FALLBACK, FOLDER, SCHEMA
@@ -68,6 +68,9 @@ def bundle(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | None 
     it was not checked. Raises as `load` does, ModelRejected over 2 GiB, UsageError where `out` cannot be written.
     """
     opened = open_any(model)
+    if opened.manifest.is_encoder:
+        reason, remedy = "the file is an encoder; an application classifies", "use `vit-edge embed` on the device"
+        raise UsageError("cannot bundle", file=model, reason=reason, remedy=remedy)
     target = may_write(out or Path(model).with_suffix(".pyz"), force=force, made_from=model)
     engines = _promised(opened)
     checked_in = _checked(opened, engines)

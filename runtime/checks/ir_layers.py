@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from vit_edge.errors import ModelRejected
-from vit_edge.model_file.artifact import OUTPUTS
+from vit_edge.model_file.artifact import MOST_OUTPUTS
 from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.checks.operators import MAX_NODES, MAX_RANK, MAX_TENSOR_VALUES
 
@@ -62,7 +62,7 @@ def _problems(model: IrModel) -> Iterator[str]:
         ("layers", len(layers), _MAX_LAYERS),
         ("edges", len(network.findall("edges/edge")), _MAX_EDGES),
         ("inputs", kinds.count("Parameter"), 1),
-        ("outputs", kinds.count("Result"), len(OUTPUTS)),
+        ("outputs", kinds.count("Result"), MOST_OUTPUTS),
     )
     for what, count, most in counts:
         if count > most:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vit_edge.errors import ModelRejected
-from vit_edge.model_file.artifact import OUTPUTS, ModelFile
+from vit_edge.model_file.artifact import MOST_OUTPUTS, ModelFile
 from vit_edge.model_file.onnx_schema import FLOAT, FLOAT16, UINT8
 from vit_edge.runtime.engines.protocol import Model
 
@@ -130,7 +130,7 @@ def _count_problems(proto: Any) -> Iterator[str]:
         ("nodes", len(graph.node), MAX_NODES),
         ("initializers", len(graph.initializer), _MAX_INITIALIZERS),
         ("inputs", len(graph.input), 1),
-        ("outputs", len(graph.output), len(OUTPUTS)),
+        ("outputs", len(graph.output), MOST_OUTPUTS),
         ("inputs of nodes", sum(len(node.input) + len(node.output) for node in graph.node), _MAX_NODE_INPUTS),
     )
     for name, count, most in counts:
@@ -192,8 +192,11 @@ def _interface_problems(graph: Any, model: ModelFile) -> Iterator[str]:
     if name != manifest.input.get("name") or (dtype, shape[1:]) != expected:
         yield f"the input {name!r} has shape {shape}; the manifest says {manifest.input} of {rows_columns}"
     name, dtype, shape = _signature(graph.output[0])
-    if (dtype, shape[1:]) != (FLOAT, [len(manifest.labels)]):
-        yield f"the output {name!r} has shape {shape}; the manifest has {len(manifest.labels)} labels"
+    if (dtype, shape[1:]) != (FLOAT, [manifest.num_values]):
+        expected_values = (
+            f"an embedding of {manifest.num_values}" if manifest.is_encoder else f"{manifest.num_values} labels"
+        )
+        yield f"the output {name!r} has shape {shape}; the manifest has {expected_values}"
 
 
 def _signature(value: Any) -> tuple[str, int, list[int | str]]:

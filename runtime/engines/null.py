@@ -13,7 +13,7 @@ __all__ = ["ENGINE", "NullEngine", "devices_here"]
 
 
 class NullEngine:
-    """Answers every image with the same logits: all zero."""
+    """Answers every image with the same values: all zero."""
 
     name = "null"
     version = "1"
@@ -26,15 +26,15 @@ class NullEngine:
 
     def __init__(self, model: Model, options: EngineOptions) -> None:
         self.batch_size = batch_of(model.manifest, options)
-        self._num_classes = len(model.manifest.labels)
+        self._num_values = model.manifest.num_values
 
     def run(self, images_NHWC: Pixels) -> Logits:
-        """Return zeros [batch, classes]."""
-        return np.zeros((len(images_NHWC), self._num_classes), dtype=np.float32)
+        """Return zeros [batch, classes or width]."""
+        return np.zeros((len(images_NHWC), self._num_values), dtype=np.float32)
 
     def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
-        """Return zeros [batch, classes] for every name."""
-        return [np.zeros((len(images), self._num_classes), dtype=np.float32) for _ in names]
+        """Return the same for every name."""
+        return [np.zeros((len(images), self._num_values), dtype=np.float32) for _ in names]
 
     def twin(self) -> NullEngine:
         """Return itself: there is nothing to share."""

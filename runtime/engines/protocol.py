@@ -134,7 +134,7 @@ class Engine(Protocol):
     int8_fallback: str | None
 
     def run(self, images_NHWC: Pixels) -> Logits:
-        """Return logits float32 [batch, classes], owned by the caller, from uint8 [batch, height, width, 3]."""
+        """Return logits or embeddings, float32 [batch, values] that the caller owns, from uint8 images."""
         ...
 
     def tensors(self, images: Array, names: Sequence[str]) -> list[Array]:
@@ -287,8 +287,8 @@ def private_copy(model: ModelFile) -> Iterator[Path]:
 
 
 def answer(engine: Engine, manifest: Manifest, images_NHWC: Pixels) -> Logits:
-    """Return the logits of uint8 images, as `answers` does."""
-    return np.asarray(answers(engine, manifest, images_NHWC, ["logits"])[0], dtype=np.float32)
+    """Return the logits or the embeddings of uint8 images, as `answers` does."""
+    return np.asarray(answers(engine, manifest, images_NHWC, [manifest.output])[0], dtype=np.float32)
 
 
 def answers(engine: Engine, manifest: Manifest, images_NHWC: Pixels, names: Sequence[str]) -> list[Array]:

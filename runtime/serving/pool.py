@@ -27,8 +27,9 @@ from vit_edge.image import Color, Decoding, ImageSource, Limits, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.checks.load_policy import Sandbox, policy_with
-from vit_edge.runtime.classifier import Prediction, Prepared, check_top
+from vit_edge.runtime.classifier import Prediction, as_classifier, check_top
 from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
+from vit_edge.runtime.loaded_model import Prepared
 from vit_edge.runtime.loading import check_decode, load_model, open_any
 from vit_edge.runtime.serving.file_signature import Signature, signature_of
 from vit_edge.runtime.serving.model_slot import ModelSlot, ModelVersion
@@ -254,7 +255,7 @@ class Pool:
             limits=self._limits,
             policy=self._policy,
         )
-        return ModelVersion(first, workers=self._workers)
+        return ModelVersion(as_classifier(first, model.source), workers=self._workers)
 
     def _check_open(self, verb: str) -> None:
         if self._is_closed:

@@ -42,6 +42,7 @@ _EXPORT = (
     "vit_edge.export.graph",
     "vit_edge.export.parity",
     "vit_edge.export.tracing",
+    "vit_edge.export.zero_shot",
     "vit_edge.export.onnx_import",
     "vit_edge.export.verification",
     # Inside quantization, from the ranges of tensors up to the verb.

@@ -14,6 +14,7 @@ SURFACE = {
     "vit_edge.export": [
         "Deployment",
         "DeploymentOptions",
+        "EncoderVerification",
         "Explanation",
         "ExplanationOptions",
         "ExportOptions",
@@ -28,12 +29,14 @@ SURFACE = {
         "import_onnx",
         "quantize",
         "verify",
+        "verify_encoder",
     ],
     "vit_edge.runtime": [
         "Answer",
         "Benchmark",
         "BenchmarkOptions",
         "Classifier",
+        "Encoder",
         "EngineName",
         "Latency",
         "Limits",
@@ -44,6 +47,7 @@ SURFACE = {
         "Timings",
         "installed_engines",
         "load",
+        "load_encoder",
         "measure",
     ],
     "vit_edge.errors": [

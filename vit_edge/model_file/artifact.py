@@ -34,7 +34,7 @@ __all__ = [
     "MANIFEST_KEY",
     "MODEL_BYTES",
     "MOST_BATCH",
-    "OUTPUTS",
+    "MOST_OUTPUTS",
     "PIXELS_INPUT",
     "PRODUCER",
     "SCHEMA",
@@ -59,8 +59,14 @@ PRODUCER = "vit-edge"
 
 # The contract's input; `--input float32-nchw` gives the other.
 PIXELS_INPUT = {"name": "images", "dtype": "uint8", "layout": "NHWC"}
-# Every output that a graph may have; the golden vectors and the runtime read the logits.
-OUTPUTS = ("logits", "probabilities", "top5", "top5_probabilities", "features", "attention")
+# Every output that a graph may have; the golden vectors and the runtime read the first: logits, or of an encoder the
+# embedding.
+_OUTPUTS_OF = {
+    "logits": {"logits", "probabilities", "top5", "top5_probabilities", "features", "attention"},
+    "embedding": {"embedding", "tokens", "attention"},
+}
+MOST_OUTPUTS = max(map(len, _OUTPUTS_OF.values()))
+_LARGEST_WIDTH = 65_536
 MOST_BATCH = 1024
 # What turns logits into probabilities: one class of several, several classes at once, or nothing (regression).
 Activation: TypeAlias = Literal["softmax", "sigmoid", "none"]
@@ -85,6 +91,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "golden": _OPTIONAL_OBJECT,
     "macs": _OPTIONAL_OBJECT,
     "weights": _OPTIONAL_OBJECT,
+    "embedding": _OPTIONAL_OBJECT,
 }
 # Keys of manifests that were written before a term changed, and the keys that mean the same now.
 _RENAMED = {
@@ -97,7 +104,11 @@ _RENAMED_FORMS = {"deploy": "fused", "elsewhere": "third-party"}  # of provenanc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a model file says of itself; keys that this version does not know are kept in `unknown`."""
+    """What a model file says of itself; keys that this version does not know are kept in `unknown`.
+
+    The file of an encoder has no labels but `embedding`: the `width` of its vector, and whether the graph normalises it
+    to length 1 (`normalized`).
+    """
 
     name: str
     architecture: Mapping[str, Any]
@@ -116,6 +127,7 @@ class Manifest:
     macs: Mapping[str, int] | None = None  # multiply-accumulates for one image, by precision
     weights: Mapping[str, Any] | None = None  # the file next to the model, of a network over 2 GiB
     assumed: tuple[str, ...] = ()  # not specified, and filled in by default
+    embedding: Mapping[str, Any] | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,10 +143,7 @@ class Manifest:
             raise ValueError(f"the manifest's input is {dict(self.input)}; neither uint8 NHWC nor float32 NCHW")
         if self.batch is not None and (not isinstance(self.batch, int) or not 1 <= self.batch <= MOST_BATCH):
             raise ValueError(f"the manifest's batch is {self.batch!r}")
-        if self.outputs[:1] != ("logits",) or not set(self.outputs) <= set(OUTPUTS):
-            raise ValueError(f"the manifest's outputs are {self.outputs!r}; the first is 'logits'")
-        if not self.labels or not all(isinstance(label, str) for label in self.labels):
-            raise ValueError("the manifest's labels are not a list of texts")
+        self._check_outputs()
         if not all(isinstance(name, str) for name in self.assumed):
             raise ValueError("the manifest's list of what was assumed is not a list of texts")
         if self.weights is not None and not is_plain_name(self.weights.get("file")):
@@ -145,6 +154,31 @@ class Manifest:
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
+
+    def _check_outputs(self) -> None:
+        first = "embedding" if self.is_encoder else "logits"
+        if self.outputs[:1] != (first,) or not set(self.outputs) <= _OUTPUTS_OF[first]:
+            raise ValueError(f"the manifest's outputs are {self.outputs!r}; the first is {first!r}")
+        if self.is_encoder == bool(self.labels) or not all(isinstance(label, str) for label in self.labels):
+            needed = "a classifier has a list of texts, an encoder none"
+            raise ValueError(f"the manifest's labels do not fit its outputs: {needed}")
+        if not 1 <= self.num_values <= _LARGEST_WIDTH:
+            raise ValueError(f"the width of the manifest's embedding is {self.num_values}")
+
+    @property
+    def is_encoder(self) -> bool:
+        """Return whether the model gives a vector for each image, not classes."""
+        return self.embedding is not None
+
+    @property
+    def output(self) -> str:
+        """Return the output that golden vectors and the runtime read: "logits" or "embedding"."""
+        return self.outputs[0]
+
+    @property
+    def num_values(self) -> int:
+        """Return how many values that output has for each image: classes, or the width of the embedding."""
+        return len(self.labels) if self.embedding is None else int(self.embedding["width"])
 
     @property
     def batch(self) -> int | None:
@@ -162,7 +196,13 @@ class Manifest:
         known["preprocessing"] = self.preprocessing.to_dict()
         for name in ("labels", "assumed", "outputs"):
             known[name] = list(known[name])
-        defaults: dict[str, Any] = {"assumed": [], "macs": None, "weights": None, "activation": "softmax"}
+        defaults: dict[str, Any] = {
+            "assumed": [],
+            "macs": None,
+            "weights": None,
+            "activation": "softmax",
+            "embedding": None,
+        }
         known = {name: value for name, value in known.items() if name not in defaults or value != defaults[name]}
         return json.dumps({**self.unknown, **known, "schema": SCHEMA}, sort_keys=True, ensure_ascii=False)
 

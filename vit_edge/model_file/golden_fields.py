@@ -41,7 +41,8 @@ def _check_entry(path: str, entry: object) -> None:
     engines = _expect(f"{path}.engines", fields.get("engines"), list, "a list of names")
     for number, name in enumerate(engines):
         _expect(f"{path}.engines[{number}]", name, str, "a name")
-    _expect(f"{path}.logits", fields.get("logits"), str, "base64")
+    name = "embedding" if "embedding" in fields else "logits"
+    _expect(f"{path}.{name}", fields.get(name), str, "base64")
     bounds = _expect(f"{path}.tolerance", fields.get("tolerance"), Mapping, "an object")
     for name, bound in bounds.items():
         is_number = isinstance(bound, int | float) and not isinstance(bound, bool) and abs(bound) < 1e9

@@ -1,4 +1,4 @@
-"""A model on a device as something that gives logits here: images go there prepared, statistics are made here."""
+"""A model on a device that gives its logits or embeddings here: images go there prepared, statistics are made here."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class RemoteModel:
     ) -> None:
         self._end()
 
-    def logits(self, images_NHWC: Pixels) -> Logits:
-        """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3], computed there."""
+    def run(self, images_NHWC: Pixels) -> Logits:
+        """Return what `LoadedModel.run` does for uint8 RGB images [batch, height, width, 3], computed there."""
         assert self._process.stdin is not None
         with self._in_time():
             try:
@@ -58,7 +58,7 @@ class RemoteModel:
                 raise self._session.lost("the connection was lost") from None
             found = self._answer()[1]
         if found is None or len(found) != len(images_NHWC) or not np.isfinite(found).all():
-            reason = "the device did not return finite logits for each image"
+            reason = "the device did not return finite values for each image"
             raise EngineUnavailable(f"{self._session.device.name}: cannot use it", reason=reason, remedy="run it again")
         return np.asarray(found, dtype=np.float32)
 

@@ -59,7 +59,7 @@ def _part(stream: IO[bytes]) -> bytes | None:
 
 
 def main(path: str, engine: str, threads: str) -> None:
-    """Answer batches of uint8 images [batch, height, width, 3] with float32 logits [batch, classes]."""
+    """Answer batches of uint8 images [batch, height, width, 3] with float32 logits or embeddings [batch, values]."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # engines and drivers print on stdout too
     answers.write(READY)
@@ -72,7 +72,7 @@ def main(path: str, engine: str, threads: str) -> None:
             while (message := read_message(sys.stdin.buffer)) is not None:
                 images_NHWC = message[1]
                 assert images_NHWC is not None  # it is all that we send
-                write_message(answers, {}, classifier.logits(images_NHWC))
+                write_message(answers, {}, classifier.run(images_NHWC))
     except VitEdgeError as error:
         names = ("what", "file", "reason", "remedy")
         write_message(

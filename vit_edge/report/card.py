@@ -20,7 +20,7 @@ from vit_edge.export.deployment.claims import Claim
 from vit_edge.files import write_atomic
 from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.report.sources import Sources, Verified, read_sources, refusing_others, target_of
-from vit_edge.report.tables import PRECISIONS, accuracy_table, benchmark_table
+from vit_edge.report.tables import PRECISIONS, accuracy_table, benchmark_table, encoder_table
 
 __all__ = ["write_model_card"]
 
@@ -68,11 +68,12 @@ def _rendered(sources: Sources, license_: str | None) -> str:
         files=[_file(model) for model in sources.models],
         main=Path(main.source).name,
         claims=[Claim(**claim) for given in sources.deployed for claim in given.values["claims"]],
-        accuracy=[accuracy_table(verified) for verified in sources.verified],
+        accuracy=[*map(accuracy_table, sources.verified), *map(encoder_table, sources.encoders)],
         speed=[benchmark_table(given.values["results"]) for given in sources.benchmarks],
         input=dict(main.manifest.input),
         size=main.manifest.preprocessing.crop,
         preprocessing=main.manifest.preprocessing.to_dict(),
+        width=main.manifest.num_values if main.manifest.is_encoder else None,
         labels=", ".join(main.manifest.labels[:_NUM_LABELS]),
         num_labels=len(main.manifest.labels),
         more=len(main.manifest.labels) > _NUM_LABELS,
@@ -93,7 +94,7 @@ def _head(main: ModelFile, sources: Sources, license_: str | None) -> dict[str, 
         **({"license": license_.lower()} if license_ else {}),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "onnx",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": "image-feature-extraction" if manifest.is_encoder else "image-classification",
         "tags": [
             "vit-edge",
             "onnx",

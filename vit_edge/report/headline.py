@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from vit_edge.export.deployment.record import INT8_FILE, speed_of
 from vit_edge.model_file.artifact import ModelFile
-from vit_edge.report.sources import Sources, Verified
+from vit_edge.report.sources import Sources, Verified, VerifiedEncoder
 
 __all__ = ["Fact", "Headline", "headlines"]
 
@@ -37,18 +37,37 @@ class Headline:
 def headlines(sources: Sources) -> tuple[Headline, ...]:
     """Return the headline of every candidate that was verified."""
     return tuple(
-        Headline(title=verified.title, verdict=verified.verdict, facts=tuple(_facts(sources, verified)))
-        for verified in sources.verified
+        Headline(
+            title=verified.title,
+            verdict=verified.verdict,
+            facts=(
+                *_of_files(sources, verified),
+                *(_drop(verified) if isinstance(verified, Verified) else _kept(verified)),
+            ),
+        )
+        for verified in (*sources.verified, *sources.encoders)
     )
 
 
-def _facts(sources: Sources, verified: Verified) -> Iterator[Fact]:
+def _of_files(sources: Sources, verified: Verified | VerifiedEncoder) -> Iterator[Fact]:
     pair = sources.pair_of(verified)
     if pair is not None:
         candidate, reference = map(_megabytes, pair)
         detail = f"{candidate / reference:.2f} of the {reference:.2f} MB in float32"
         yield Fact(name="size", value=f"{candidate:.2f} MB", detail=detail)
         yield from _speed(sources, *pair)
+
+
+def _kept(verified: VerifiedEncoder) -> Iterator[Fact]:
+    worst = verified.worst
+    kept = worst["neighbours"][-1]
+    detail = (
+        f"at least {kept['lower_bound']:.2f} % with 95 % confidence, k = {kept['k']}, on {worst['images']:,} images"
+    )
+    yield Fact(name="neighbours kept", value=f"{kept['percent']:.2f} %", detail=detail)
+
+
+def _drop(verified: Verified) -> Iterator[Fact]:
     worst = verified.worst
     at_most = "at most " if worst["unlabelled"] else ""
     bound = f"no more than {worst['drop_upper_bound_points']:.2f} with 95 % confidence"

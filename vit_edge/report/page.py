@@ -30,6 +30,7 @@ from vit_edge.report.tables import (
     changes_table,
     classes_table,
     coverage_table,
+    encoder_table,
     layers_table,
     speed_table,
     stages_table,
@@ -105,6 +106,7 @@ def render(
         sections = [
             *_deployments(sources.deployed),
             *_verifications(sources, data=data, most_flips=most_flips, progress=progress),
+            *_encoders(sources),
             *_quantizations(sources.quantized),
             *_benchmarks(sources),
             *_explanations(sources.explained),
@@ -199,6 +201,21 @@ def _verifications(
                 folded=every if flips else (),
                 candidate="candidate" if pair is None else PRECISIONS[pair[0].manifest.precision],
             )
+
+
+def _encoders(sources: Sources) -> Iterator[_Section]:
+    for verified in sources.encoders:
+        budget = []
+        if verified.min_neighbours is not None:
+            budget.append(f"at least {verified.min_neighbours:g} % of ten neighbours kept")
+        if verified.max_drop_points is not None:
+            budget.append(f"a drop of k-NN accuracy of at most {verified.max_drop_points:g} points")
+        yield _Section(
+            title=f"Neighbours kept: {verified.title}",
+            verdict=verified.verdict,
+            said=(f"Limit at 95 % confidence: {' and '.join(budget)}.", f"Bounds: {verified.method}."),
+            tables=(encoder_table(verified),),
+        )
 
 
 def _accuracy_said(verified: Verified) -> Iterator[str]:

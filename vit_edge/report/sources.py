@@ -16,7 +16,7 @@ from vit_edge.export.deployment.record import FLOAT32_FILE, INT8_FILE, RECORD_FI
 from vit_edge.files import may_write, read_file, sha256_hex
 from vit_edge.model_file.artifact import MODEL_BYTES, ModelFile, open_model
 
-__all__ = ["Given", "Sources", "Verified", "read_sources", "refusing_others", "target_of"]
+__all__ = ["Given", "Sources", "Verified", "VerifiedEncoder", "read_sources", "refusing_others", "target_of"]
 
 SCHEMA = 1
 _MOST_BYTES = 200_000_000
@@ -59,11 +59,30 @@ class Verified:
         return max(self.engines, key=lambda entry: (entry["drop_upper_bound_points"], entry["num_changed"]))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifiedEncoder:
+    """One verification of an encoder; `engines` has one entry for each, with `neighbours`, cosines and more."""
+
+    title: str
+    verdict: str
+    min_neighbours: float | None
+    max_drop_points: float | None
+    models_sha256: str | None
+    method: str
+    engines: tuple[Mapping[str, Any], ...]
+
+    @property
+    def worst(self) -> Mapping[str, Any]:
+        """Return the engine that keeps the fewest neighbours, by the bound."""
+        return min(self.engines, key=lambda entry: float(entry["neighbours"][-1]["lower_bound"]))
+
+
 @dataclass(kw_only=True, slots=True)
 class Sources:
     """All inputs, by kind."""
 
     verified: list[Verified] = field(default_factory=list)
+    encoders: list[VerifiedEncoder] = field(default_factory=list)
     explained: list[Given] = field(default_factory=list)
     benchmarks: list[Given] = field(default_factory=list)
     quantized: list[Given] = field(default_factory=list)
@@ -71,7 +90,7 @@ class Sources:
     models: list[ModelFile] = field(default_factory=list)
     images: list[tuple[str, str, bytes]] = field(default_factory=list)  # name, media type, bytes
 
-    def pair_of(self, verified: Verified) -> tuple[ModelFile, ModelFile] | None:
+    def pair_of(self, verified: Verified | VerifiedEncoder) -> tuple[ModelFile, ModelFile] | None:
         """Return the candidate and its reference among the models, by their hashes; None if one is missing."""
         for candidate in self.models:
             for reference in self.models:
@@ -164,7 +183,11 @@ def _add(found: Sources, given: Given, folder: Path) -> None:
     elif command == "deploy":
         _add_record(found, Given(file=given.file, values=values["record"]), Path(values["folder"]))
     elif command == "verify":
-        found.verified += _verifications(given)
+        for title, each in _verified(given):
+            if each.get("kind") == "encoder":
+                found.encoders.append(_encoder(title, each))
+            else:
+                found.verified.append(_verification(given.file, title, each))
     elif command == "explain":
         found.explained.append(given)
     elif command == "benchmark":
@@ -199,16 +222,33 @@ def _add_record(found: Sources, given: Given, folder: Path) -> None:
     )
 
 
-def _verifications(given: Given) -> list[Verified]:
-    """Return the verification that was printed, or that of each device with a result."""
+def _verified(given: Given) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the title and the values of the verification that was printed, or of each device with a result."""
+    name = Path(given.values.get("model") or given.file).name
     devices = given.values.get("devices")
     if devices is None:
-        return [_verification(given.file, given.values)]
-    verified = [device for device in devices if "verdict" in device]
-    return [_verification(given.file, device, on=f" on {device['device']}") for device in verified]
+        yield name, given.values
+        return
+    for device in devices:
+        if "verdict" in device:
+            yield f"{Path(device.get('model') or given.file).name} on {device['device']}", device
 
 
-def _verification(file: str, values: Mapping[str, Any], *, on: str = "") -> Verified:
+def _encoder(title: str, values: Mapping[str, Any]) -> VerifiedEncoder:
+    if not values["results"]:
+        raise ValueError("no result of an engine")
+    return VerifiedEncoder(
+        title=title,
+        verdict=values["verdict"],
+        min_neighbours=values["min_neighbours"],
+        max_drop_points=values["max_drop_points"],
+        models_sha256=values.get("models_sha256"),
+        method=values["neighbours_method"],
+        engines=tuple(values["results"]),
+    )
+
+
+def _verification(file: str, title: str, values: Mapping[str, Any]) -> Verified:
     if not values["results"]:
         raise ValueError("no result of an engine")
     engines = []
@@ -219,7 +259,7 @@ def _verification(file: str, values: Mapping[str, Any], *, on: str = "") -> Veri
         engines.append(flat)
     return Verified(
         file=file,
-        title=f"{Path(values.get('model') or file).name}{on}",
+        title=title,
         verdict=values["verdict"],
         max_drop_points=values["max_drop_points"],
         min_agreement=values["min_agreement"],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_edge.report.sources import Given, Verified
+from vit_edge.report.sources import Given, Verified, VerifiedEncoder
 
 __all__ = [
     "PRECISIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "changes_table",
     "classes_table",
     "coverage_table",
+    "encoder_table",
     "layers_table",
     "speed_table",
     "stages_table",
@@ -80,6 +81,28 @@ def accuracy_table(verified: Verified) -> Table:
         columns=(*columns, "McNemar p", "agreement (95 %)", "SQNR, dB", "verdict"),
         rows=rows,
     )
+
+
+def encoder_table(verified: VerifiedEncoder) -> Table:
+    """Return one row for each engine: the neighbours that an encoder keeps, and how far its vectors moved."""
+    rows = tuple(
+        (
+            entry["engine"],
+            f"{entry['images']:,}",
+            *(f"{kept['percent']:.2f} % ({kept['lower_bound']:.2f})" for kept in entry["neighbours"]),
+            f"{entry['cosine_mean']:.5f}",
+            f"{entry['cosine_q05']:.5f}",
+            f"{entry['cosine_worst']:.5f}",
+            _number(entry["sqnr_db"], "{:.1f}"),
+            "-" if entry["knn"] is None else f"{entry['knn']['drop_points']:.2f}",
+            entry["verdict"],
+        )
+        for entry in verified.engines
+    )
+    kept = tuple(f"neighbours kept, k = {one['k']} (95 % bound)" for one in verified.engines[0]["neighbours"])
+    cosines = ("cosine, mean", "5 % quantile", "worst")
+    columns = ("engine", "images", *kept, *cosines, "SQNR, dB", "k-NN drop, points", "verdict")
+    return Table(title=verified.title, columns=columns, rows=rows)
 
 
 def classes_table(verified: Verified) -> Table | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from vit_edge.cli.device.remote import classified, on_devices
+from vit_edge.cli.image_files import combined, image_files
 from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
-from vit_edge.errors import DataRejected, ImageRejected, printable
+from vit_edge.errors import ImageRejected, printable
 
 
 @command("classify")
@@ -80,15 +80,19 @@ def classify(
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
     """
     from vit_edge.image import Limits
+    from vit_edge.runtime.classifier import as_classifier
     from vit_edge.runtime.loading import load
 
     if max_image_megapixels is not None:
         values["limits"] = Limits.of_megapixels(max_image_megapixels)
     values |= read_third_party_options(values)
     rows, classified_images, rejected = [], [], []
-    with progress_bar(f"loading {printable(model)}") as progress, load(model, **values) as classifier:
+    with (
+        progress_bar(f"loading {printable(model)}") as progress,
+        as_classifier(load(model, **values), printable(model)) as classifier,
+    ):
         described = classifier.describe()
-        paths = _files(images)
+        paths = image_files(images, verb="classify")
         for position, path in enumerate(paths):
             progress("classifying", position, len(paths))
             try:
@@ -102,7 +106,7 @@ def classify(
     failed = [{"file": error.file, "reason": error.reason} for error in rejected]
     data = {"model": described, "images": classified_images, "rejected": failed}
     shown = [_headline(described, len(rows)), make_table("", ("image", "labels", "ms"), rows)] if rows else []
-    return Result(data=data, shown=shown, error=_combined(rejected, len(paths)))
+    return Result(data=data, shown=shown, error=combined(rejected, len(paths)))
 
 
 def _headline(described: dict[str, Any], num_images: int) -> str:
@@ -112,24 +116,3 @@ def _headline(described: dict[str, Any], num_images: int) -> str:
     return f"Classified {images} with {described['name']} in {where}." + (
         f" Warning: {described['fallback']}." if described["fallback"] else ""
     )
-
-
-def _files(images: Sequence[Path]) -> list[Path]:
-    """Return the files, and in place of each folder the images below it; raises DataRejected for an empty folder."""
-    from vit_edge.data import find_images
-
-    found: list[Path] = []
-    for path in images:
-        inside = find_images(path) if path.is_dir() else (path,)
-        if not inside:
-            raise DataRejected("cannot classify", file=path, reason="the folder holds no image", remedy="name images")
-        found += inside
-    return found
-
-
-def _combined(rejected: list[ImageRejected], num_images: int) -> ImageRejected | None:
-    if len(rejected) <= 1:
-        return rejected[0] if rejected else None
-    reasons = "; ".join(f"{error.file}: {error.reason}" for error in rejected)
-    what = f"cannot read {len(rejected)} of {num_images} images"
-    return ImageRejected(what, reason=reasons, remedy="give images in JPEG, PNG, WEBP, BMP or TIFF")

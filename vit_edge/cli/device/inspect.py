@@ -59,8 +59,10 @@ def inspect(file: Path) -> Result:
 
 def _headline(manifest: Manifest, data: dict[str, Any]) -> str:
     height, width = manifest.preprocessing.crop
-    size, classes = megabytes(data["size_bytes"]), len(manifest.labels)
-    what = f"{manifest.name}, {manifest.precision}, {size}, {height}x{width} pixels, {classes} classes"
+    size, gives = megabytes(data["size_bytes"]), f"{len(manifest.labels)} classes"
+    if manifest.is_encoder:
+        gives = f"encoder, vectors of {manifest.num_values} values"
+    what = f"{manifest.name}, {manifest.precision}, {size}, {height}x{width} pixels, {gives}"
     return f"The seal is intact: {what}."
 
 
@@ -118,7 +120,6 @@ def _advice(manifest: Manifest) -> str | None:
 
 def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, str]:
     """Return the fields for people: what an application needs first, then how the file was made."""
-    labels = list(manifest.labels)
     golden, quantization = manifest.golden or {}, manifest.quantization or {}
     engines = sorted({name for entry in golden.get("expected", ()) for name in entry["engines"]})
     return {
@@ -127,7 +128,7 @@ def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, str]:
         "precision": manifest.precision,
         "input": data.get("input") or _text(manifest.input),
         "outputs": "; ".join([data["output"], *data["more_outputs"]] if "output" in data else manifest.outputs),
-        "labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}",
+        **_gives(manifest),
         "accuracy": _evaluation(manifest.evaluation),
         "preprocessing": _text(manifest.preprocessing.to_dict()),
         "target": data["target"]["implies"] if data["target"] else "any CPU",
@@ -141,6 +142,15 @@ def _summary(manifest: Manifest, data: dict[str, Any]) -> dict[str, str]:
         "license": manifest.license or "not stated",
         "provenance": _text(manifest.provenance),
     }
+
+
+def _gives(manifest: Manifest) -> dict[str, str]:
+    """Return the classes of a classifier, or the form of an encoder's vector."""
+    labels = list(manifest.labels)
+    if manifest.embedding is not None:
+        length = "length 1" if manifest.embedding.get("normalized") else "not normalized"
+        return {"embedding": f"{manifest.num_values} values, {length}"}
+    return {"labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}"}
 
 
 def _graph_summary(data: dict[str, Any]) -> dict[str, str]:
@@ -190,10 +200,14 @@ def _evaluation(evaluation: Any) -> str:
         return "not evaluated: vit-edge quantize --data leaves an evaluation in the file"
     if "results" not in evaluation:
         return _text(evaluation)
-    return "; ".join(
-        f"{r['engine']}: {_top1(r)}agreement {r['agreement']:.2f} %, {r['images']} images"
-        for r in evaluation["results"]
-    )
+    return "; ".join(f"{r['engine']}: {_same(r)}, {r['images']} images" for r in evaluation["results"])
+
+
+def _same(result: Any) -> str:
+    if "neighbours" in result:
+        kept = ", ".join(f"{each['percent']:.2f} % at k = {each['k']}" for each in result["neighbours"])
+        return f"neighbours kept {kept}, cosine {result['cosine_mean']:.4f}"
+    return f"{_top1(result)}agreement {result['agreement']:.2f} %"
 
 
 def _top1(result: Any) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vit_edge.export.parity.parity import Parity
 
 _PATH = click.Path(path_type=Path)
-_OUTPUTS = ("logits", "probabilities", "top5", "features", "attention")
+_OUTPUTS = ("logits", "probabilities", "top5", "features", "attention", "embedding", "tokens")
 
 
 def _batch_size(_context: click.Context, _parameter: click.Parameter, value: str) -> int | None:
@@ -67,8 +67,10 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
         show_default=True,
         callback=_outputs,
         metavar="NAME,...",
-        help=f"Outputs of the graph: {', '.join(_OUTPUTS)}. The logits are always included.",
+        help=f"Outputs of the graph: {', '.join(_OUTPUTS)}. embedding makes an encoder, without the head; "
+        "all other files include the logits.",
     ),
+    click.option("--normalize", is_flag=True, help="Scale the vector of an encoder to length 1, in the graph."),
     click.option(
         "--batch-size",
         default="dynamic",
@@ -86,6 +88,18 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
     image_size_option("Input size, if not that of the checkpoint."),
     click.option("--like", metavar="timm:NAME", help="timm network that has the missing settings of the weights."),
     click.option("--weights", type=_PATH, help="Weights for package.module:factory."),
+)
+@option_group(
+    "Zero-shot classifiers",
+    click.option(
+        "--zero-shot",
+        type=_PATH,
+        metavar="FILE",
+        help="Class names, one a line: make a classifier of them from the CLIP or SigLIP folder SOURCE.",
+    ),
+    click.option(
+        "--template", metavar="TEXT", help='Text for a label, which replaces {}  [default: "a photo of a {}"].'
+    ),
 )
 @option_group(
     "Third-party ONNX models and torch networks",
@@ -108,6 +122,9 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     \b
     Examples:
       vit-edge export run/best.safetensors -o model.onnx
+      vit-edge export run/best.safetensors --outputs embedding --normalize \\
+        -o encoder.onnx
+      vit-edge export clip-vit-base-patch32/ --zero-shot labels.txt -o classifier.onnx
       vit-edge export torchvision.models:swin_t --weights swin.safetensors \\
         --labels names.txt
       vit-edge export other.onnx --labels names.txt \\
@@ -127,6 +144,7 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
         min_onnxruntime=values["min_onnxruntime"],
         format=values["format_"],
         fuse=not values["no_fuse"],
+        normalize=values["normalize"],
     )
     target = out or Path(_DEFAULT_OUT[options.format])
     may_write_format(target, options, force=force, made_from=source if is_file(source) else None)
@@ -147,6 +165,9 @@ def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
 
     for name in ("layout", "logits"):
         _refuse(source, name, values, "is for third-party ONNX models")
+    if values["zero_shot"] is not None:
+        return _zero_shot(source, values)
+    _refuse(source, "template", values, "is for --zero-shot")
     if not is_factory(source):
         _refuse(source, "weights", values, "is for package.module:factory; any other source has its weights")
         _refuse(source, "activation", values, "is for package.module:factory and third-party ONNX models")
@@ -164,6 +185,25 @@ def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _zero_shot(source: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the classifier of the labels in a file, from a CLIP or SigLIP folder."""
+    from vit_edge.conversion.label_names import read_labels
+    from vit_edge.export.zero_shot import DEFAULT_TEMPLATE, zero_shot_classifier
+
+    for name in ("labels", "preprocessing", "image_size", "like", "weights", "activation"):
+        _refuse(source, name, values, "is not for --zero-shot: the folder has all of it")
+    labels = read_labels(values["zero_shot"])
+    found = zero_shot_classifier(source, labels=labels, template=values["template"] or DEFAULT_TEMPLATE)
+    return {
+        "source": found.module,
+        "name": found.name,
+        "preprocessing": found.preprocessing,
+        "labels": found.labels,
+        "activation": found.activation,
+        "assumed": found.assumed,
+    }
+
+
 # Options of the tracer, which an ONNX graph does not need, and their defaults.
 _NOT_FOR_ONNX = {
     "batch_size": None,
@@ -172,8 +212,11 @@ _NOT_FOR_ONNX = {
     "min_onnxruntime": "1.17",
     "format_": "onnx",
     "no_fuse": False,
+    "normalize": False,
     "like": None,
     "weights": None,
+    "zero_shot": None,
+    "template": None,
 }
 
 

@@ -21,6 +21,7 @@ from vit_edge.cli.output import (
     megabytes,
     progress_bar,
 )
+from vit_edge.cli.workstation.encoder_figures import encoder_certifiable_text, encoder_failure, encoder_table
 from vit_edge.cli.workstation.verify import certifiable_text, figures_data, figures_table
 from vit_edge.errors import Interrupted, UsageError, VerificationFailed, require
 from vit_edge.machine.int8_engines import engine_advice
@@ -28,6 +29,8 @@ from vit_edge.machine.targets import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from vit_edge.export import QuantizationOptions, QuantizationResult
+    from vit_edge.export.quantization.accuracy_budget import SearchTrace
+    from vit_edge.export.verification.encoder_results import AnyVerification
     from vit_edge.export.verification.results import Verification
     from vit_edge.model_file.artifact import ModelFile
 
@@ -67,6 +70,12 @@ _NUM_NAMED = 8
         type=float,
         metavar="PERCENT",
         help="Keep at least this share of predictions unchanged, at 95 % confidence; --data then needs no labels.",
+    ),
+    click.option(
+        "--min-neighbours",
+        type=float,
+        metavar="PERCENT",
+        help="Encoders: keep at least this share of each image's ten nearest neighbours, at 95 % confidence.",
     ),
     click.option("--unlabelled", is_flag=True, help="Ignore the labels of --data."),
     click.option(
@@ -141,8 +150,8 @@ def quantize(
     """Quantize the float32 file MODEL to INT8, with ranges from calibration images.
 
     Quantizes MatMul, Gemm and Conv with constant weights (nearly all the compute); the rest stays float32. With --data
-    the accuracy on those images is shown and kept in the file. With --max-drop or --min-agreement, ops are quantized as
-    long as these images certify the budget: exit code 6 if they do not.
+    the accuracy on those images is shown and kept in the file. With --max-drop or --min-agreement (encoders:
+    --min-neighbours), ops are quantized as long as these images certify the budget: exit code 6 if they do not.
 
     \b
     Examples:
@@ -179,6 +188,7 @@ def _options(values: dict[str, Any]) -> QuantizationOptions:
         batch_size=values["batch_size"],
         max_drop_points=values["max_drop_points"],
         min_agreement=values["min_agreement"],
+        min_neighbours=values["min_neighbours"],
         unlabelled=values["unlabelled"],
         time_limit_s=values["time_limit"] and values["time_limit"] * 60,
         use_cache=not values["no_cache"],
@@ -240,6 +250,9 @@ def _say_certifiable(data: Path | None, source: ModelFile, options: Quantization
         return
     images = find_evaluation_images(data, source.manifest.labels, unlabelled=options.without_labels)
     found = certifiable(images.num_images, options.budget)
+    if source.manifest.is_encoder:
+        print_message(encoder_certifiable_text(found, options.budget))
+        return
     print_message(certifiable_text(found, options.budget, "all" if images.labelled else "none"))
 
 
@@ -269,8 +282,25 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
         "search": asdict(result.search) if result.search else None,
         "verdict": found.verdict if found and result.search else None,
         "images_needed": found.decisive.images_needed if found and result.search else None,
-        "evaluation": figures_data(found) if found else None,
+        "evaluation": _evaluation(found) if found else None,
     }
+
+
+def _evaluation(found: AnyVerification) -> list[dict[str, Any]]:
+    """Return each engine's figures as JSON-ready values, without a verdict on a budget."""
+    from vit_edge.export.verification.results import Verification
+
+    if isinstance(found, Verification):
+        return figures_data(found)
+    dropped = ("verdict", "images_needed", "moved")
+    return [{key: value for key, value in asdict(r).items() if key not in dropped} for r in found.results]
+
+
+def _table(found: AnyVerification, *, with_verdict: bool) -> Any:
+    from vit_edge.export.verification.results import Verification
+
+    of_kind = figures_table if isinstance(found, Verification) else encoder_table
+    return of_kind(found, with_verdict=with_verdict)  # type: ignore[operator]
 
 
 def _shown(result: QuantizationResult) -> list[Any]:
@@ -299,7 +329,7 @@ def _shown(result: QuantizationResult) -> list[Any]:
     if result.search is not None and result.verification is not None:
         shown += _budget_lines(result)
     if result.verification is not None:
-        shown.append(figures_table(result.verification, with_verdict=result.search is not None))
+        shown.append(_table(result.verification, with_verdict=result.search is not None))
     return [*shown, f"sha256: {result.sha256}"]
 
 
@@ -333,8 +363,26 @@ def _speed_table(result: QuantizationResult) -> Any:
     return make_table("Latency on this machine: median, batch 1, one thread", columns, rows)
 
 
+def _neighbour_lines(search: SearchTrace) -> list[Any]:
+    rows = [
+        (str(step.num_integer), f"{step.neighbours:.2f} %", f"{step.neighbours_lower_bound:.2f} %",
+         f"{step.sqnr_db:.1f}", step.verdict)
+        for step in search.steps
+    ]  # fmt: skip
+    columns = ("ops in INT8", "neighbours kept", "bound, 95 %", "SQNR dB", "verdict")
+    return [make_table("Accuracy search", columns, rows), *_cut_short(search)]
+
+
+def _cut_short(search: SearchTrace) -> list[str]:
+    return [f"the search was cut short ({search.cut_short}); more ops may pass"] if search.cut_short else []
+
+
 def _budget_lines(result: QuantizationResult) -> list[Any]:
+    from vit_edge.export.verification.results import Verification
+
     assert result.search is not None
+    if not isinstance(result.verification, Verification):
+        return _neighbour_lines(result.search)
     rows = [
         (str(step.num_integer), f"{step.drop_points:.2f}", f"{step.drop_upper_bound_points:.2f}",
          f"{step.agreement:.2f} %", f"{step.sqnr_db:.1f}", step.verdict)
@@ -343,17 +391,18 @@ def _budget_lines(result: QuantizationResult) -> list[Any]:
     unknown = result.verification is not None and result.verification.labels != "all"
     drop = "drop at most, points" if unknown else "drop, points"
     columns = ("ops in INT8", drop, "bound, 95 %", "agreement", "SQNR dB", "verdict")
-    lines: list[Any] = [make_table("Accuracy search", columns, rows)]
-    if result.search.cut_short:
-        lines.append(f"the search was cut short ({result.search.cut_short}); more ops may pass")
-    return lines
+    return [make_table("Accuracy search", columns, rows), *_cut_short(result.search)]
 
 
 def _failure(result: QuantizationResult) -> VerificationFailed | None:
     """Return the error to end with if a budget was not certified; the file is written all the same."""
+    from vit_edge.export.verification.results import Verification
+
     found = result.verification
     if result.search is None or found is None or found.verdict == "pass":
         return None
+    if not isinstance(found, Verification):
+        return encoder_failure(found, result.model)
     worst = found.decisive
     if found.verdict == "inconclusive":
         remedy = f"{_more(found)}, or a larger budget; the file was written and holds the verdict"

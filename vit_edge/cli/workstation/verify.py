@@ -13,11 +13,13 @@ from vit_edge.cli.device.remote import Remote, merged, on_devices, ran_on
 from vit_edge.cli.messages import print_message
 from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
+from vit_edge.cli.workstation.encoder_figures import encoder_certifiable_text, encoder_result
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vit_edge.export.verification.encoder_results import AnyVerification
     from vit_edge.export.verification.request import Labels, VerificationRequest
     from vit_edge.export.verification.results import EngineResult, Verification
     from vit_edge.export.verification.verdict import Budget, Certifiable
@@ -67,6 +69,16 @@ _PATH = click.Path(path_type=Path)
     click.option("--force", is_flag=True, help="Replace a flips file in which no label is filled in."),
 )
 @option_group(
+    "Encoders",
+    click.option(
+        "--min-neighbours",
+        type=float,
+        metavar="PERCENT",
+        help="Accept if at least this share of each image's ten nearest neighbours stays the same, at 95 % confidence"
+        "  [default: 90].",
+    ),
+)
+@option_group(
     "Where it runs",
     click.option(
         "--engine",
@@ -84,6 +96,7 @@ def verify(
     data: Path,
     max_drop_points: float | None,
     min_agreement: float | None,
+    min_neighbours: float | None,
     unlabelled: bool,
     flips: Path | None,
     flips_out: Path | None,
@@ -100,6 +113,8 @@ def verify(
     Images need no labels: only those whose prediction changes count. They are written to flips.csv; fill in their
     labels and run the command again with --flips.
 
+    The files of encoders are compared by the nearest neighbours that each image keeps; labels are not needed.
+
     With --on, MODEL runs on a device; the reference and the statistics run here. `vit-edge explain` shows where the
     error comes from.
 
@@ -113,8 +128,8 @@ def verify(
         --max-drop 0.5 --flips flips.csv
     """
     require("scipy", extra="export", what="verify")
+    from vit_edge.export.verification.encoder_verifier import run_any_verification
     from vit_edge.export.verification.request import open_request
-    from vit_edge.export.verification.verifier import run_verification
 
     with progress_bar("reading the files"):
         request = open_request(
@@ -123,6 +138,7 @@ def verify(
             data=data,
             max_drop_points=max_drop_points,
             min_agreement=min_agreement,
+            min_neighbours=min_neighbours,
             unlabelled=unlabelled,
             flips=flips,
             carry_labels=flips_out is not None,
@@ -131,11 +147,11 @@ def verify(
         )
     output = _FlipsFiles(given=flips, target=_flips_target(flips_out, request, force=force), force=force)
     if not click.get_current_context().meta["quiet"]:
-        print_message(certifiable_text(request.certifiable, request.budget, request.labels))
+        print_message(_certifiable(request))
     if remote is not None:
         return _on_devices(remote, model, request, engines, output)
     with progress_bar() as progress:
-        result = run_verification(request, progress=progress)
+        result = run_any_verification(request, progress=progress)
     return _result(result, model, output)
 
 
@@ -176,7 +192,17 @@ def _on_devices(
     return merged([outcome for outcome, _ in found], shown)
 
 
-def _result(result: Verification, model: Path, output: _FlipsFiles) -> Result:
+def _certifiable(request: VerificationRequest) -> str:
+    if request.model.manifest.is_encoder:
+        return encoder_certifiable_text(request.certifiable, request.budget)
+    return certifiable_text(request.certifiable, request.budget, request.labels)
+
+
+def _result(result: AnyVerification, model: Path, output: _FlipsFiles) -> Result:
+    from vit_edge.export.verification.results import Verification
+
+    if not isinstance(result, Verification):
+        return encoder_result(result, model)
     written = output.write(result)
     shown = [_sentence(result), *_tables(result), *_remarks(result, written)]
     files = {"model": printable(model), "flips_file": None if written is None else printable(written)}
@@ -316,6 +342,11 @@ def _flips_target(flips_out: Path | None, request: VerificationRequest, *, force
     if request.labels == "all" and flips_out is not None:
         remedy = "leave out --flips-out, or add --unlabelled"
         raise UsageError("cannot write flips", reason="every image has a label already", remedy=remedy)
+    if request.model.manifest.is_encoder:
+        if flips_out is not None:
+            reason = "the file is an encoder and makes no predictions"
+            raise UsageError("cannot write flips", reason=reason, remedy="leave --flips-out out")
+        return None
     if flips_out is None and request.labels == "none" and request.budget.max_drop_points is not None:
         flips_out = _FLIPS
     return None if flips_out is None else may_write_flips(flips_out, force=force)

@@ -17,22 +17,22 @@ from vit_edge.remote.fleet import Outcome, run_on
 from vit_edge.runtime.engines.protocol import installed_engines
 
 if TYPE_CHECKING:
+    from vit_edge.export.verification.encoder_results import AnyVerification
     from vit_edge.export.verification.request import VerificationRequest
-    from vit_edge.export.verification.results import Verification
 
 __all__ = ["verify_there"]
 
 
 def verify_there(
     remote: Remote, model: Path, request: VerificationRequest, *, engines: tuple[str, ...]
-) -> list[tuple[Outcome, Verification | None]]:
+) -> list[tuple[Outcome, AnyVerification | None]]:
     """Return the verification of each device, or None if its outcome is an error."""
-    from vit_edge.export.verification.verifier import run_verification
+    from vit_edge.export.verification.encoder_verifier import run_any_verification
 
     with temporary_folder() as folder:
         bundle = Bundle.write(Path(folder), {model: parts(model)}, remote.setup)
 
-        def work(session: Session, _outcome: Outcome) -> Verification:
+        def work(session: Session, _outcome: Outcome) -> AnyVerification:
             chosen = _engines(session, engines)
             session.provide(bundle, engine=chosen[0], needs_engine=True)
 
@@ -40,7 +40,7 @@ def verify_there(
                 seconds, threads = remote.setup.seconds, request.reference_run.threads
                 return RemoteModel(session, bundle, model=model, engine=engine, threads=threads, seconds=seconds)
 
-            return run_verification(replace(request, engines=chosen, open_candidate=there))
+            return run_any_verification(replace(request, engines=chosen, open_candidate=there))
 
         with progress_bar() as progress:
             outcomes = run_on(remote.devices, work, remote.setup, progress=progress)

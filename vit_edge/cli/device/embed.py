@@ -1,0 +1,129 @@
+"""`vit-edge embed`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+
+from vit_edge.cli.image_files import combined, image_files
+from vit_edge.cli.options import load_options, option_group
+from vit_edge.cli.output import Result, command, file_argument, progress_bar, threads_option
+from vit_edge.errors import ImageRejected, printable
+
+if TYPE_CHECKING:
+    from vit_edge.progress import Progress
+    from vit_edge.runtime.encoder import Encoder
+    from vit_edge.runtime.loaded_model import Prepared
+    from vit_edge.runtime.vectors_file import VectorsFile
+
+_PATH = click.Path(path_type=Path)
+_AT_ONCE = 16
+
+
+@command("embed")
+@file_argument("images", many=True)
+@click.option("--model", type=_PATH, required=True, help="Encoder: a file of `vit-edge export --outputs embedding`.")
+@click.option(
+    "-o",
+    "--out",
+    type=_PATH,
+    default=Path("vectors.npy"),
+    show_default=True,
+    help="File to write: .npy, with the image paths in a .txt file of the same name; or .parquet.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@option_group(
+    "Engine and decoding",
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "onnxruntime", "openvino"]),
+        default="auto",
+        show_default=True,
+        help="Inference engine; auto takes what `vit-edge tune` saved, else the first installed one.",
+    ),
+    threads_option(),
+    click.option(
+        "--decode",
+        type=click.Choice(["full", "fast"]),
+        default="full",
+        show_default=True,
+        help="fast: decode large JPEGs at a reduced scale, never below the input size.",
+    ),
+    click.option(
+        "--max-image-megapixels",
+        type=click.FloatRange(0, 10_000, min_open=True),
+        help="Refuse larger images: decoding needs 12 bytes a pixel  [default: 50].",
+    ),
+)
+@load_options
+def embed(
+    images: tuple[Path, ...],
+    model: Path,
+    out: Path,
+    force: bool,
+    engine: str,
+    threads: int | None,
+    decode: str,
+    max_image_megapixels: float | None,
+) -> Result:
+    """Compute the vector of each of IMAGES (files or folders) with an encoder, and write them to one file.
+
+    The memory does not grow with the number of images. Unreadable images are listed and skipped; the exit code is then
+    3, and the file holds all others.
+
+    \b
+    Examples:
+      vit-edge embed photos/ --model encoder.int8.onnx --out vectors.npy
+      vit-edge embed photos/ --model encoder.int8.onnx --out vectors.parquet
+    """
+    from vit_edge.image import Limits
+    from vit_edge.runtime.loading import load_encoder
+    from vit_edge.runtime.vectors_file import open_vectors
+
+    limits = None if max_image_megapixels is None else Limits.of_megapixels(max_image_megapixels)
+    with progress_bar(f"loading {printable(model)}") as progress:
+        paths = image_files(images, verb="embed")
+        with (
+            load_encoder(model, engine=engine, threads=threads, decode=decode, limits=limits) as encoder,  # type: ignore[arg-type]
+            open_vectors(out, width=encoder.width, force=force, made_from=model) as vectors,
+        ):
+            rejected = _embed_all(encoder, paths, vectors, progress)
+            described = encoder.describe()
+            count, width = vectors.finish(), encoder.width
+    failed = [{"file": error.file, "reason": error.reason} for error in rejected]
+    files = [printable(path) for path in vectors.files]
+    data = {"model": described, "images": count, "width": width, "files": files, "rejected": failed}
+    shown = [f"{count} vectors of {width} values, {described['engine']}: wrote {' and '.join(files)}"]
+    return Result(data=data, shown=shown, error=combined(rejected, len(paths)))
+
+
+def _embed_all(
+    encoder: Encoder, paths: Sequence[Path], vectors: VectorsFile, progress: Progress
+) -> list[ImageRejected]:
+    """Add the vector of every image that can be read, 16 at a time; return the errors of the others."""
+    rejected: list[ImageRejected] = []
+    for part in _parts(encoder, paths, rejected, progress):
+        vectors.add([printable(path) for path, _ in part], encoder.run(np.stack([one.pixels for _, one in part])))
+    return rejected
+
+
+def _parts(
+    encoder: Encoder, paths: Sequence[Path], rejected: list[ImageRejected], progress: Progress
+) -> Iterator[list[tuple[Path, Prepared]]]:
+    part: list[tuple[Path, Prepared]] = []
+    for position, path in enumerate(paths):
+        progress("embedding", position, len(paths))
+        try:
+            part.append((path, encoder.prepare(path)))
+        except ImageRejected as error:
+            rejected.append(error)
+        if len(part) == _AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
+    progress("embedding", len(paths), len(paths))
