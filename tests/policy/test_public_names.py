@@ -58,6 +58,7 @@ SURFACE = {
         "Interrupted",
         "MissingExtra",
         "ModelRejected",
+        "NotPlainViT",
         "NotTrusted",
         "Overloaded",
         "ResourceExhausted",
