@@ -20,14 +20,14 @@ from vit_edge.checkpoint import Checkpoint, save_checkpoint
 from vit_edge.conversion.architecture import Shaped, defaults, shape
 from vit_edge.conversion.conversion import Conversion, ConversionReport, TensorMapping
 from vit_edge.conversion.label_names import read_labels
-from vit_edge.conversion.pickled_weights import unusable
+from vit_edge.conversion.pickled_weights import not_plain, unusable
 from vit_edge.conversion.preprocessing.inference import InferredPreprocessing, infer_preprocessing
 from vit_edge.conversion.preprocessing.knowledge import Facts, Knowledge
 from vit_edge.conversion.preprocessing.settings import preprocessing_facts, read_settings
 from vit_edge.conversion.sources import Source, open_weights
 from vit_edge.conversion.tensor_names import Renamed, rename
 from vit_edge.conversion.timm_networks import facts_of_timm_name, imagenet_names, tag_of_timm_name
-from vit_edge.errors import InputError, UsageError, printable
+from vit_edge.errors import InputError, NotPlainViT, UsageError, printable
 from vit_edge.files import is_file, may_write
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import warn_of_assumed
@@ -119,6 +119,35 @@ def read_source(
     `image_size` (height, width) resamples the positions; `num_classes` replaces the head by zeros.
     """
     progress("converting", 0, 3)
+    try:
+        return _read(
+            source, like=like, preprocessing=preprocessing, labels=labels, data=data, image_size=image_size,
+            num_classes=num_classes, progress=progress,
+        )  # fmt: skip
+    except NotPlainViT as error:
+        error.remedy = _command_for(source, error.remedy)
+        raise
+
+
+def _command_for(source: str | os.PathLike[str], remedy: str) -> str:
+    """Return the command that takes what is no plain Vision Transformer, and what else can be done."""
+    text = printable(source)
+    is_bare = is_file(source) and not text.endswith(".index.json")
+    words = f"timm:NAME --weights {text}` (or package.module:factory)" if is_bare else f"{text}`"
+    return f"`vit-edge export {words}, which traces the network as its library makes it; for convert, {remedy}"
+
+
+def _read(
+    source: str | os.PathLike[str],
+    *,
+    like: str | None,
+    preprocessing: str | os.PathLike[str] | None,
+    labels: str | os.PathLike[str] | None,
+    data: str | os.PathLike[str] | None,
+    image_size: tuple[int, int] | None,
+    num_classes: int | None,
+    progress: Progress,
+) -> Conversion:
     opened = open_weights(source)
     renamed = _renamed(opened)
     progress("converting", 1, 3)
@@ -130,6 +159,8 @@ def read_source(
     settings, inferred = _settings(knowledge, shaped, labels), None
     if data is not None:
         settings, inferred = _settled(model, settings, data, progress)
+    if opened.checkpoint is None and knowledge.value("bgr"):
+        _swap_colours(model)
     report = _report(opened, renamed, shaped, knowledge, settings, inferred)
     asked = any(option is not None for option in (like, preprocessing, labels, data, image_size, num_classes))
     checkpoint = opened.checkpoint if not asked else None
@@ -262,7 +293,7 @@ def _assembled(shaped: Shaped, renamed: Renamed, origin: str) -> VisionTransform
     ]
     if problems:
         reason = f"the network's tensors are not those of one plain Vision Transformer: {'; '.join(problems)}"
-        raise unusable(origin, reason, "take the whole state dict of one network, and its own configuration")
+        raise not_plain(origin, reason, "take the whole state dict of one network, and its own configuration")
     model.load_state_dict(dict(tensors), assign=True)
     return model.eval()
 

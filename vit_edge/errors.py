@@ -7,6 +7,7 @@
     |  |- ImageRejected                    an image cannot be used
     |  |- DataRejected                     a folder of images cannot be used
     |  |- CheckpointRejected               a checkpoint cannot be used
+    |  |  `- NotPlainViT                   the weights are of another network than a plain Vision Transformer
     |  `- ModelRejected                    a model file cannot be used
     |- NotTrusted                exit 4    a model file is not the one that was sealed
     |- ResourceExhausted         exit 5    disk, memory or time
@@ -40,6 +41,7 @@ __all__ = [
     "Interrupted",
     "MissingExtra",
     "ModelRejected",
+    "NotPlainViT",
     "NotTrusted",
     "Overloaded",
     "ResourceExhausted",
@@ -97,6 +99,10 @@ class DataRejected(InputError):
 
 class CheckpointRejected(InputError):
     """A checkpoint cannot be used."""
+
+
+class NotPlainViT(CheckpointRejected):
+    """The weights are of another network than a plain Vision Transformer; `vit-edge export` may still take it."""
 
 
 class ModelRejected(InputError):

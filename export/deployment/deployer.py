@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vit_edge.convert import open_source
+from vit_edge.conversion.label_names import read_labels
 from vit_edge.errors import NotTrusted, UsageError
 from vit_edge.export.deployment.claims import Claim, accuracy_claim, device_claim, speed_claim, worst_verdict
 from vit_edge.export.deployment.commands import step_commands
@@ -33,9 +33,12 @@ from vit_edge.export.deployment.record import (
     write_record,
 )
 from vit_edge.export.deployment.steps import Steps
+from vit_edge.export.onnx_import.importer import import_onnx, is_third_party_onnx
 from vit_edge.export.quantization.options import QuantizationOptions
 from vit_edge.export.quantization.quantizer import quantize
 from vit_edge.export.quantization.speed import compare_speed
+from vit_edge.export.sources.opener import open_network
+from vit_edge.export.sources.torch_network import settled_preprocessing
 from vit_edge.export.tracing.exporter import export_onnx
 from vit_edge.export.verification.flips import path_below
 from vit_edge.export.verification.results import Verification
@@ -108,9 +111,9 @@ def deploy(
         >>> deploy("run/best.safetensors", **folders, options=options)
         <Deployment deploy: ... (accuracy ...)>
 
-    `source` is anything that `convert` reads; the images in `data` must not overlap those in `calibration`. The verdict
-    is `pass` if the accuracy is certified in every engine, and INT8 is faster in one of them, by the lower end of the
-    95 % interval. Raises what `convert`, `export_onnx` and `quantize` raise.
+    `source` is anything that `vit-edge export` takes; the images in `data` must not overlap those in `calibration`. The
+    verdict is `pass` if the accuracy is certified in every engine, and INT8 is faster in one of them, by the lower end
+    of the 95 % interval. Raises what `open_network`, `export_onnx` and `quantize` raise.
     """
     job = _Job(
         source=source,
@@ -165,14 +168,37 @@ class _Job:
 
     def _export(self) -> dict[str, Any]:
         options = self.options
-        checkpoint = open_source(
+        if is_third_party_onnx(self.source):
+            return self._import()
+        network = open_network(
             self.source,
             like=options.like,
             preprocessing=options.preprocessing,
             labels=options.labels,
             progress=self.progress,
         )
-        return asdict(export_onnx(checkpoint, out=self.folder / FLOAT32_FILE, force=True, progress=self.progress))
+        return asdict(export_onnx(network, out=self.folder / FLOAT32_FILE, force=True, progress=self.progress))
+
+    def _import(self) -> dict[str, Any]:
+        """Import a third-party ONNX model, which has no preprocessing and labels of its own."""
+        options, out = self.options, self.folder / FLOAT32_FILE
+        if options.preprocessing is None or options.labels is None:
+            reason = "the file is a third-party ONNX model; its preprocessing and labels must be specified"
+            raise UsageError(
+                "cannot deploy", file=self.source, reason=reason, remedy="give --preprocessing and --labels"
+            )
+        preprocessing, assumed = settled_preprocessing(options.preprocessing)
+        result = import_onnx(
+            self.source,
+            out=out,
+            force=True,
+            preprocessing=preprocessing,
+            labels=read_labels(options.labels),
+            assumed=assumed,
+            progress=self.progress,
+        )
+        size_bytes, parity = len(result.model.data), [asdict(entry) for entry in result.parity]
+        return {"model": out, "sha256": result.model.sha256, "size_bytes": size_bytes, "parity": parity}
 
     def _quantize(self) -> dict[str, Any]:
         """Quantize, and return what is recorded of it: the rest has a place of its own."""

@@ -102,7 +102,7 @@ def prepare_explanation(
 def _network(options: ExplanationOptions, reference: ModelFile) -> Network:
     """Return the network of the checkpoint; settings that it does not specify come from the reference file."""
     from vit_edge.convert import open_source
-    from vit_edge.export.tracing.factory import is_factory, make_network
+    from vit_edge.export.sources.factory import is_factory, make_network
     from vit_edge.export.tracing.network import from_checkpoint, from_module
 
     source, manifest = options.checkpoint or "", reference.manifest

@@ -17,7 +17,6 @@ from torch import nn
 
 import vit_edge
 from vit_edge.checkpoint import Checkpoint
-from vit_edge.convert import open_source
 from vit_edge.data import find_images, stream_pixels
 from vit_edge.errors import MissingExtra, UsageError
 from vit_edge.export.graph.macs import macs_per_image
@@ -25,6 +24,8 @@ from vit_edge.export.parity.divergence import describe_first_apart
 from vit_edge.export.parity.golden_vectors import choose_seeds, golden_header
 from vit_edge.export.parity.isolated_run import load_elsewhere
 from vit_edge.export.parity.parity import PARITY_COLUMNS, Parity, Reference, check_parity, float32_tolerance, nearest
+from vit_edge.export.sources.opener import open_network
+from vit_edge.export.sources.torch_network import TorchNetwork
 from vit_edge.export.tracing.external_data import move_weights_out
 from vit_edge.export.tracing.formats import may_write_format, write_folder
 from vit_edge.export.tracing.hf_folder import folder_of, require_vit
@@ -34,6 +35,7 @@ from vit_edge.export.tracing.network import (
     exact_logits,
     from_checkpoint,
     from_module,
+    from_torch_network,
     reference_extras,
     reference_logits,
     reference_model,
@@ -81,7 +83,7 @@ class ExportResult:
 
 
 def export_onnx(
-    source: str | os.PathLike[str] | Checkpoint | nn.Module,
+    source: str | os.PathLike[str] | Checkpoint | TorchNetwork | nn.Module,
     *,
     out: str | os.PathLike[str],
     options: ExportOptions | None = None,
@@ -94,11 +96,12 @@ def export_onnx(
     force: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
-    """Write the model file `out`, proven before it appears, from what `convert` reads or any torch image classifier.
+    """Write the model file `out`, proven before it appears, from any source or torch image classifier.
 
         >>> export_onnx("run/best.safetensors", out="vit.onnx")
         <ExportResult vit.onnx: ... MB, onnxruntime ... dB, openvino ... dB>
 
+    `source` is what `vit_edge.export.sources.opener.open_network` opens, or what it returns.
     `labels` take the place of those in a checkpoint; a module has no labels, preprocessing or name of its own, and
     `assumed` names what of these was not known. Parity also runs on the images in `data`. Raises CheckpointRejected,
     UsageError (also where `out` exists, unless `force`), VerificationFailed where ONNX Runtime or OpenVINO gives other
@@ -115,10 +118,11 @@ def export_onnx(
         )
     else:
         if preprocessing is not None or activation is not None or name is not None or assumed:
-            reason = "preprocessing, activation, name and assumed are for a module; a checkpoint has them"
-            raise UsageError("cannot export", reason=reason, remedy="give them to `vit_edge.convert.open_source`")
-        checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
-        network = from_checkpoint(checkpoint).with_labels(labels)
+            reason = "preprocessing, activation, name and assumed are for a module; any other source has them"
+            raise UsageError("cannot export", reason=reason, remedy="give them to `open_network`")
+        opened = source if isinstance(source, Checkpoint | TorchNetwork) else open_network(source)
+        network = from_checkpoint(opened) if isinstance(opened, Checkpoint) else from_torch_network(opened)
+        network = network.with_labels(labels)
     return _export(network, target, options, real_images, progress)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vit_edge.checkpoint import Checkpoint
 from vit_edge.errors import CheckpointRejected, ModelRejected, UsageError
+from vit_edge.export.sources.torch_network import TorchNetwork
 from vit_edge.export.tracing.fused_vit import DeployedViT, Embedding, unit_length
 from vit_edge.export.tracing.head import logits_of
 from vit_edge.export.tracing.options import ExportOptions
@@ -31,6 +32,7 @@ __all__ = [
     "exact_logits",
     "from_checkpoint",
     "from_module",
+    "from_torch_network",
     "reference_extras",
     "reference_logits",
     "reference_model",
@@ -115,7 +117,8 @@ def from_module(
     if broken:
         reason = f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}"
         raise CheckpointRejected("cannot export", file=name, reason=reason, remedy="train it again")
-    num_classes, found = _classes(module, preprocessing, name)
+    original = module
+    module, num_classes, found = _classes(original, preprocessing, name)
     try:
         check_classes(num_classes, None)
     except ModelRejected as error:
@@ -129,13 +132,31 @@ def from_module(
         model=module,
         preprocessing=preprocessing,
         labels=tuple(str(number) for number in range(num_classes)),
-        architecture=_architecture(module),
+        architecture=_architecture(original),
         activation=_settled(activation, found, name),
         ends_in_activation=found in ("softmax", "sigmoid"),
         assumed=tuple(assumed),
-        provenance={"weights_sha256": tensor_digest({}, module.state_dict())},
+        provenance={"weights_sha256": tensor_digest({}, original.state_dict())},
     )
     return replace(network.with_labels(labels), assumed=tuple(assumed))
+
+
+def from_torch_network(opened: TorchNetwork) -> Network:
+    """Return the network of another library or of the user's own code; raises as `from_module` does."""
+    network = from_module(
+        opened.module,
+        preprocessing=opened.preprocessing,
+        labels=opened.labels,
+        activation=opened.activation,
+        name=opened.name,
+        assumed=opened.assumed,
+    )
+    return replace(
+        network,
+        license=opened.license,
+        base_model=opened.base_model,
+        architecture={**network.architecture, **opened.source},
+    )
 
 
 def _architecture(module: nn.Module) -> dict[str, Any]:
@@ -271,12 +292,29 @@ def _attention_to_patches(model: VisionTransformer, x_BTD: Tensor) -> Tensor:
     return attention
 
 
-def _classes(module: nn.Module, preprocessing: Preprocessing, name: str) -> tuple[int, Activation | None]:
-    """Return how many classes a module has, and the activation that ends it; raises UsageError."""
+class _Unwrapped(nn.Module):
+    """A network that returns its logits among other outputs, as those of transformers do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits_BK: Tensor = self.network(images)["logits"]
+        return logits_BK
+
+
+def _classes(module: nn.Module, preprocessing: Preprocessing, name: str) -> tuple[nn.Module, int, Activation | None]:
+    """Return the module that gives the logits alone, how many classes it has, and the activation that ends it.
+
+    Raises UsageError.
+    """
     images = torch.from_numpy(preprocessing.normalise(np.zeros((2, *preprocessing.crop, 3), np.uint8)))
     try:
         with torch.inference_mode():
             values: object = module(images)
+            if isinstance(values, Mapping) and isinstance(values.get("logits"), Tensor):
+                module, values = _Unwrapped(module), values["logits"]
             _, found = logits_of(module, images)
     except Exception as error:  # any exception that a network raises
         raise _does_not_run(module, preprocessing, name, error) from error
@@ -287,7 +325,7 @@ def _classes(module: nn.Module, preprocessing: Preprocessing, name: str) -> tupl
         raise UsageError("cannot export", file=name, reason=reason, remedy=remedy)
     if found is None and are_probabilities(values.numpy()):
         found = "none"
-    return values.shape[1], found
+    return module, values.shape[1], found
 
 
 def _does_not_run(module: nn.Module, preprocessing: Preprocessing, name: str, error: Exception) -> UsageError:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,7 @@ def trace(
     """
     for name in ("torch.onnx", "torch.export", "onnxscript"):  # what went wrong is in the exception
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    with torch.no_grad(), warnings.catch_warnings(), _PoolingAsMean():
+    with torch.no_grad(), warnings.catch_warnings(), _PlainPooling(), _no_mask_without_padding():
         warnings.simplefilter("ignore")  # the exporter's own deprecations: nothing that a user could act on
         try:
             program = torch.onnx.export(
@@ -79,17 +81,47 @@ def trace(
     return model
 
 
-class _PoolingAsMean(TorchFunctionMode):
-    """Average pooling to one pixel as the mean it is: the exporter makes a gather over computed indices of it."""
+class _PlainPooling(TorchFunctionMode):
+    """Adaptive average pooling as the mean or the pooling it is: the exporter gathers over computed indices instead."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is functional.adaptive_avg_pool2d:
+        if func in _POOLINGS:
             images, size = (*args, *(kwargs or {}).values())
-            if size in (1, (1, 1), [1, 1]):
-                return images.mean((2, 3), keepdim=True)
+            pool, num_axes = _POOLINGS[func]
+            sides = images.shape[-num_axes:]
+            sizes = [size] * num_axes if isinstance(size, int) else list(size)
+            if all(each == 1 for each in sizes):
+                return images.mean(tuple(range(-num_axes, 0)), keepdim=True)
+            if all(isinstance(n, int) and each and n % each == 0 for n, each in zip(sides, sizes, strict=True)):
+                return pool(images, [n // each for n, each in zip(sides, sizes, strict=True)])
         return func(*args, **(kwargs or {}))
+
+
+_POOLINGS: dict[Any, tuple[Any, int]] = {
+    functional.adaptive_avg_pool1d: (functional.avg_pool1d, 1),
+    functional.adaptive_avg_pool2d: (functional.avg_pool2d, 2),
+}
+
+
+@contextmanager
+def _no_mask_without_padding() -> Iterator[None]:
+    """Let transformers leave out the attention mask of images while it is traced, as it does when it runs.
+
+    It makes an all-true mask for text, whose padding a graph gets as an input; parity holds it against the run.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    name = "is_torchdynamo_exporting"
+    before = getattr(masking, name, None)
+    if masking is None or before is None:
+        yield
+        return
+    setattr(masking, name, lambda: False)
+    try:
+        yield
+    finally:
+        setattr(masking, name, before)
 
 
 def _fold_constants(model: onnxscript.ir.Model) -> None:

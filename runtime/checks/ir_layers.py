@@ -29,9 +29,9 @@ _TYPES = frozenset(
     [
         "Abs", "Add", "AvgPool", "BatchNormInference", "Broadcast", "Ceiling", "Clamp", "Concat", "Const", "Convert",
         "ConvertLike", "Convolution", "Divide", "Elu", "Equal", "Erf", "Exp", "FakeQuantize", "Floor", "Gather", "Gelu",
-        "Greater", "GroupConvolution", "HSigmoid", "HSwish", "HardSigmoid", "LRN", "Less", "Log", "LogSoftmax", "MVN",
-        "MatMul", "MaxPool", "Maximum", "Minimum", "Mish", "Mod", "Multiply", "Negative", "NormalizeL2", "PReLU", "Pad",
-        "Parameter", "Power", "Range", "ReLU", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
+        "Greater", "GroupConvolution", "HSigmoid", "HSwish", "HardSigmoid", "IsNaN", "LRN", "Less", "Log", "LogSoftmax",
+        "MVN", "MatMul", "MaxPool", "Maximum", "Minimum", "Mish", "Mod", "Multiply", "Negative", "NormalizeL2", "PReLU",
+        "Pad", "Parameter", "Power", "Range", "ReLU", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
         "Reshape", "Result", "Round", "ScaledDotProductAttention", "Select", "Selu", "ShapeOf", "Sigmoid", "Sign",
         "Slice", "SoftMax", "Softmax", "SoftPlus", "SoftSign", "Split", "Sqrt", "SquaredDifference", "Squeeze",
         "StridedSlice", "Subtract", "Swish", "Tanh", "TopK", "Transpose", "Unsqueeze", "VariadicSplit",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, vit_edge
 from vit_edge.errors import CheckpointRejected, UsageError
-from vit_edge.export.zero_shot import zero_shot_classifier
+from vit_edge.export.sources.zero_shot import zero_shot_classifier
 from vit_edge.runtime import load
 from vit_edge.runtime.checks.golden import golden_images
 

@@ -41,6 +41,7 @@ _RUNTIME = (
 _EXPORT = (
     "vit_edge.export.graph",
     "vit_edge.export.parity",
+    "vit_edge.export.sources",
     "vit_edge.export.tracing",
     "vit_edge.export.zero_shot",
     "vit_edge.export.onnx_import",

@@ -62,6 +62,7 @@ SURFACE = {
         "Interrupted",
         "MissingExtra",
         "ModelRejected",
+        "NotPlainViT",
         "NotTrusted",
         "Overloaded",
         "ResourceExhausted",

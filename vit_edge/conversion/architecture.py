@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_edge.conversion.pickled_weights import unusable
+from vit_edge.conversion.pickled_weights import not_plain, unusable
 from vit_edge.conversion.positions import Resampling, resample_positions
 from vit_edge.conversion.preprocessing.knowledge import CLIP, HALF, IMAGENET, Facts, Geometry, Knowledge
 from vit_edge.conversion.tensor_names import Library, Renamed
@@ -63,6 +63,9 @@ class _Work:
 
     def refuse(self, reason: str, remedy: str) -> Exception:
         return unusable(self.origin, reason, remedy)
+
+    def not_plain(self, reason: str, remedy: str) -> Exception:
+        return not_plain(self.origin, reason, remedy)
 
 
 def shape(
@@ -166,10 +169,10 @@ def _infer_body(work: _Work) -> None:
     first = min(blocks, default=0)
     mlp = work.tensors.get(f"blocks.{first}.mlp.fc1.weight")
     if mlp is None:
-        raise work.refuse("the network has no block with an MLP", "a plain Vision Transformer is needed")
+        raise work.not_plain("the network has no block with an MLP", "a plain Vision Transformer is needed")
     narrowed = work.tensors.get(f"blocks.{first}.mlp.fc2.weight")
     if narrowed is not None and narrowed.ndim == 2 and mlp.shape[0] == 2 * narrowed.shape[1]:
-        raise work.refuse(
+        raise work.not_plain(
             f"the network's MLP is gated (SwiGLU): mlp.fc1 gives {mlp.shape[0]}, mlp.fc2 takes {narrowed.shape[1]}",
             "a plain Vision Transformer is needed: one GELU MLP each block",
         )
@@ -208,7 +211,7 @@ def _infer_head(work: _Work, num_classes: int | None) -> None:
     pre_logits = work.renamed.pre_logits
     if pre_logits and num_classes is None:
         reason = f"the network has a layer before its head, which no ViTConfig has: {pre_logits[0]}"
-        raise work.refuse(reason, "give it a new head: add --num-classes N")
+        raise work.not_plain(reason, "give it a new head: add --num-classes N")
     if weight is None and num_classes is None:
         raise work.refuse(
             "the network has no head: it does not classify", "give it a new head: add --num-classes N, and train it"
@@ -266,7 +269,7 @@ def _infer_pooling(work: _Work) -> None:
 def _infer_positions(work: _Work, requested: tuple[int, int] | None) -> None:
     positions = work.tensors.get("pos_embed")
     if positions is None or positions.ndim != 3:
-        raise work.refuse(
+        raise work.not_plain(
             "the network has no learned position embeddings (pos_embed)", "a plain Vision Transformer is needed"
         )
     patch = work.fields["patch_size"]

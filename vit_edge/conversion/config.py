@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vit_edge.conversion.label_names import labels_of
-from vit_edge.conversion.pickled_weights import unusable
-from vit_edge.conversion.preprocessing.knowledge import Facts
-from vit_edge.conversion.preprocessing.settings import preprocessing_facts, read_settings, size_of
-from vit_edge.conversion.timm_networks import facts_of_timm_config
+from vit_edge.conversion.pickled_weights import not_plain, unusable
+from vit_edge.conversion.preprocessing.knowledge import Facts, size_of
+from vit_edge.conversion.preprocessing.settings import preprocessing_facts, read_settings
+from vit_edge.conversion.timm_networks import facts_of_timm_config, facts_of_timm_name, timm_name_in
 from vit_edge.errors import printable
 from vit_edge.vit_config import Activation
 
-__all__ = ["facts_beside"]
+__all__ = ["facts_beside", "facts_of_settings", "library_of", "processor_facts"]
 
-_PROCESSOR = "preprocessor_config.json"
+# transformers 5 writes the second if a model has more than an image processor; its entry counts first there, too.
+_PROCESSOR, _PROCESSORS = "preprocessor_config.json", "processor_config.json"
 # transformers.activations.ACT2FN, those that are one of ours.
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -27,6 +28,9 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
+# What timm's train.py and Lightning modules call them.
+_TRAINED_WITH = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+_CLASS_NAMES = ("class_names", "classes", "label_names", "labels")
 _FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 
 
@@ -35,14 +39,11 @@ def facts_beside(folder: Path) -> tuple[Facts, ...]:
 
     Raises CheckpointRejected or UsageError where they ask for what cannot be represented.
     """
-    found: list[Facts] = []
-    if (folder / _PROCESSOR).is_file():
-        values = read_settings(folder / _PROCESSOR)
-        found.append(preprocessing_facts(values, origin=printable(folder / _PROCESSOR)))
     config = folder / "config.json"
+    values, origin = (read_settings(config) if config.is_file() else {}), printable(config)
+    found = list(processor_facts(folder, values))
     if not config.is_file():
         return tuple(dataclasses.replace(facts, origin=_PROCESSOR, input_size=None) for facts in found)
-    values, origin = read_settings(config), printable(config)
     try:
         if "architecture" in values:
             found.append(facts_of_timm_config(values, origin=origin))
@@ -57,16 +58,61 @@ def facts_beside(folder: Path) -> tuple[Facts, ...]:
     return tuple(dataclasses.replace(facts, origin=Path(facts.origin).name) for facts in found)
 
 
+def processor_facts(folder: Path, config: Mapping[str, Any]) -> tuple[Facts, ...]:
+    """Return what the image processor of a folder specifies, which `config` is for; raises UsageError."""
+    for name in (_PROCESSORS, _PROCESSOR):
+        if (folder / name).is_file():
+            values: Any = read_settings(folder / name)
+            values = values.get("image_processor") if name == _PROCESSORS else values
+            if isinstance(values, Mapping):
+                family = str(config.get("model_type") or "") or None
+                return (preprocessing_facts(values, origin=printable(folder / name), family=family),)
+    return ()
+
+
+def facts_of_settings(settings: Mapping[str, Any]) -> tuple[Facts, ...]:
+    """Return what the settings of a training loop specify: preprocessing, class names, and timm's network by its name.
+
+    Raises NotPlainViT if they name another network, UsageError if the preprocessing cannot be represented.
+    """
+    given = {key: settings[key] for key in _TRAINED_WITH if settings.get(key)}
+    names = next((settings[key] for key in _CLASS_NAMES if _is_list_of_text(settings.get(key))), None)
+    found = []
+    if given or names:
+        facts = preprocessing_facts({"pretrained_cfg": given}, origin="the checkpoint's settings")
+        found.append(dataclasses.replace(facts, image_size=None, labels=tuple(names) if names else None))
+    network = timm_name_in(settings)
+    if network is not None:
+        facts = facts_of_timm_name(network, origin=f"timm:{network}, which the checkpoint names")
+        # The tensors show the size, and the names and licence are those of other weights.
+        found.append(dataclasses.replace(facts, image_size=None, labels=None, name=None, license=None, base_model=None))
+    return tuple(found)
+
+
+def _is_list_of_text(values: Any) -> bool:
+    return isinstance(values, list | tuple) and bool(values) and all(isinstance(value, str) for value in values)
+
+
+def library_of(folder: Path) -> Literal["timm", "transformers"] | None:
+    """Return whose folder this is, by its config.json; None if it has none, or one of somebody else."""
+    if not (folder / "config.json").is_file():
+        return None
+    values = read_settings(folder / "config.json")
+    return "timm" if "architecture" in values else "transformers" if "model_type" in values else None
+
+
 def _facts_of_transformers(values: Mapping[str, Any], origin: str) -> Facts:
     family = values.get("model_type", "vit")
     if family not in _FAMILIES:
         reason = f"the config's model_type is {family!r}; those read are {', '.join(_FAMILIES)}"
-        raise unusable(origin, reason, "convert it with timm, where it has the same network")
+        raise not_plain(origin, reason, "convert it with timm, where it has the same network")
     if values.get("use_swiglu_ffn"):
-        raise unusable(origin, "the network's MLP is gated (use_swiglu_ffn)", "a plain Vision Transformer is needed")
+        raise not_plain(origin, "the network's MLP is gated (use_swiglu_ffn)", "a plain Vision Transformer is needed")
     hidden = values.get("hidden_act", "gelu")
     if hidden not in _ACTIVATIONS:
-        raise unusable(origin, f"hidden_act is {hidden!r}; known are {', '.join(_ACTIVATIONS)}", "take another network")
+        raise not_plain(
+            origin, f"hidden_act is {hidden!r}; known are {', '.join(_ACTIVATIONS)}", "take another network"
+        )
     dino = family.startswith("dinov2")
     name = str(values.get("_name_or_path") or "")
     return Facts(

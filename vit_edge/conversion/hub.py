@@ -20,10 +20,10 @@ from vit_edge.conversion.timm_networks import facts_of_timm_model, facts_of_timm
 from vit_edge.conversion.weights_file import WEIGHT_FILES, Weights
 from vit_edge.errors import CheckpointRejected, InputError, VitEdgeError, require
 
-__all__ = ["HUBS", "Fetched", "fetch"]
+__all__ = ["HUBS", "Fetched", "fetch", "fetch_folder", "fetched_timm_model"]
 
 HUBS = ("timm", "hf", "torchvision")
-_FILES = ("config.json", "preprocessor_config.json", *WEIGHT_FILES, "*.safetensors")
+_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *WEIGHT_FILES, "*.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,18 +45,23 @@ def fetch(source: str) -> Fetched:
     return {"timm": _fetch_timm, "hf": _fetch_hugging_face, "torchvision": _fetch_torchvision}[hub](name)
 
 
-def _fetch_timm(name: str) -> Fetched:
+def fetched_timm_model(name: str, *, plain: bool = False) -> Any:
+    """Return a network of timm with its published weights; raises InputError, or NotPlainViT if it has to be one."""
     timm = require("timm", extra="timm", what="fetch weights with timm")
     local = name.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
     if not local and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(["vit*", "deit*"]), n=3)
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise _not_fetched("timm", name, "timm has no network of this name", close)
+    if plain and not local:  # refused before anything is fetched
+        facts_of_timm_name(name, origin=f"timm:{name}")
     if not local and not timm.list_models(name.partition(".")[0], pretrained=True):
         raise _not_fetched("timm", name, "timm has no weights for this network", [])
-    if not local:  # refused before anything is fetched
-        facts_of_timm_name(name, origin=f"timm:{name}")
     with _said_in_one_sentence("timm", name):
-        model = timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=True)
+
+
+def _fetch_timm(name: str) -> Fetched:
+    model = fetched_timm_model(name, plain=True)
     config = model.pretrained_cfg
     origin = f"timm:{name}"
     plain_name = str(config.get("architecture") or name)
@@ -68,14 +73,25 @@ def _fetch_timm(name: str) -> Fetched:
 
 
 def _fetch_hugging_face(name: str) -> Fetched:
-    if Path(name).is_dir():  # as transformers takes a folder wherever it takes a name
-        return Fetched(folder=Path(name))
+    folder = fetch_folder(name)
+    if Path(name).is_dir():
+        return Fetched(folder=folder)
+    repository = name.partition("@")[0]
+    facts = Facts(origin=f"hf:{name}", name=repository.split("/")[-1], base_model=repository)
+    return Fetched(folder=folder, facts=(facts,))
+
+
+def fetch_folder(name: str) -> Path:
+    """Return the folder with the files of a repository on Hugging Face; raises MissingExtra or InputError.
+
+    A folder that is there stands for itself, as transformers takes one wherever it takes a name.
+    """
+    if Path(name).is_dir():
+        return Path(name)
     hub = require("huggingface_hub", extra="huggingface", what="fetch weights from Hugging Face")
     repository, _, revision = name.partition("@")
     with _said_in_one_sentence("Hugging Face", name):
-        folder = hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
-    facts = Facts(origin=f"hf:{name}", name=repository.split("/")[-1], base_model=repository)
-    return Fetched(folder=Path(folder), facts=(facts,))
+        return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES)))
 
 
 def _fetch_torchvision(name: str) -> Fetched:

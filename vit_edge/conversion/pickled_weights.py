@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_edge.errors import CheckpointRejected
+from vit_edge.errors import CheckpointRejected, NotPlainViT
 
-__all__ = ["read_pickled", "state_dict_of", "unusable"]
+__all__ = ["not_plain", "read_pickled", "settings_of", "state_dict_of", "unusable"]
 
 _UNSAFE_SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # Where training loops put the weights; averaged weights first, as timm does: they are the ones that were evaluated.
@@ -37,6 +37,11 @@ _log = logging.getLogger(__name__)
 def unusable(origin: str, reason: str, remedy: str) -> CheckpointRejected:
     """Return the error for weights that cannot be used."""
     return CheckpointRejected("cannot use the weights", file=origin, reason=reason, remedy=remedy)
+
+
+def not_plain(origin: str, reason: str, remedy: str) -> NotPlainViT:
+    """Return the error for weights of another network than a plain Vision Transformer."""
+    return NotPlainViT("cannot use the weights", file=origin, reason=reason, remedy=remedy)
 
 
 def read_pickled(data: bytes, *, origin: str) -> tuple[Any, tuple[str, ...]]:
@@ -86,6 +91,21 @@ def state_dict_of(found: Any, *, origin: str) -> tuple[dict[str, Tensor], tuple[
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, origin)
     return tensors, tuple(notes)
+
+
+def settings_of(found: Any) -> dict[str, Any]:
+    """Return the plain settings that a training loop saved with the weights.
+
+    They are timm's `args` and `arch` and Lightning's `hyper_parameters`; the later counts.
+    """
+    if not isinstance(found, Mapping):
+        return {}
+    saved: dict[str, Any] = {}
+    for name in ("args", "hyper_parameters"):
+        values = found.get(name)
+        values = vars(values) if isinstance(values, argparse.Namespace) else values
+        saved |= {str(key): value for key, value in values.items()} if isinstance(values, Mapping) else {}
+    return saved | ({"arch": found["arch"]} if isinstance(found.get("arch"), str) else {})
 
 
 def _holds_tensors(values: Mapping[Any, Any]) -> bool:

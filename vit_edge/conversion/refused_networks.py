@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vit_edge.conversion.pickled_weights import unusable
+from vit_edge.conversion.pickled_weights import not_plain
 
 __all__ = ["refuse_what_is_no_plain_vit"]
 
@@ -41,4 +41,4 @@ def refuse_what_is_no_plain_vit(keys: Mapping[str, str], *, origin: str) -> None
     for pattern, shown, remedy in _SIGNS:
         found = next((source for key, source in keys.items() if re.search(pattern, key)), None)
         if found is not None:
-            raise unusable(origin, f"{shown}: {found}", remedy or _REMEDY)
+            raise not_plain(origin, f"{shown}: {found}", remedy or _REMEDY)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.checkpoint import Checkpoint, load_checkpoint
-from vit_edge.conversion.config import facts_beside
+from vit_edge.conversion.config import facts_beside, facts_of_settings
 from vit_edge.conversion.hub import HUBS, fetch
 from vit_edge.conversion.preprocessing.knowledge import Facts, Geometry
 from vit_edge.conversion.weights_file import WEIGHT_FILES, Weights, find_weights, read_weights
@@ -59,6 +59,7 @@ def _open_path(path: Path, facts: tuple[Facts, ...]) -> Source:
     standard = file.name in WEIGHT_FILES
     if path.is_dir() or standard or _is_alone(file):
         facts = (*facts_beside(file.parent), *facts)
+    facts = (*facts, *facts_of_settings(weights.settings))
     specified = next((known.name for known in facts if known.name), None)
     return Source(name=specified or ("" if standard else _stem(file)), weights=weights, facts=facts)
 

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vit_edge.conversion.pickled_weights import unusable
+from vit_edge.conversion.pickled_weights import not_plain, unusable
 from vit_edge.conversion.refused_networks import refuse_what_is_no_plain_vit
 
-__all__ = ["Library", "Renamed", "rename"]
+__all__ = ["HEAD_NAMES", "NOT_WEIGHTS", "Library", "Renamed", "rename"]
 
 Library = Literal["vit-edge", "timm", "transformers", "torchvision", "google"]
 _Rule = tuple[str, str, int, str]
@@ -29,6 +29,14 @@ _JAX_PREFIX = r"(?:opt/target/|params/)?"
 _JAX_BLOCK = rf"{_JAX_PREFIX}Transformer/encoderblock_(\d+)/"
 _JAX_ATTENTION = rf"{_JAX_BLOCK}MultiHeadDotProductAttention_\d/"
 _END = r"(weight|bias)"
+# A head that was put in place of the library's own: a layer by itself, or behind a dropout.
+_HEAD = r"(?:(?:head|fc|classifier)\.1|head\.fc|fc|classifier|heads|last_linear)"
+HEAD_NAMES = re.compile(rf"(?:{_HEAD}|head|heads\.head|(?:cls_)?classifier|head_dist)\.{_END}")
+# Tensors of the loss and of metrics, which training loops keep beside the network's.
+NOT_WEIGHTS = re.compile(
+    r"(?:.*\.)?(?:criterion|loss|loss_fn|loss_func|(?:(?:train|val|valid|test)_)?(?:loss|metrics?|acc|accuracy|f1|auroc))"
+    r"(?:[._].*)?"
+)
 
 _TIMM: tuple[_Rule, ...] = (
     (r"fc_norm\.(weight|bias)", r"norm.\1", 0, ""),
@@ -38,6 +46,7 @@ _TIMM: tuple[_Rule, ...] = (
     (r"(blocks\.\d+\.ls[12]\.gamma)", r"\1", 0, ""),
     (r"((?:patch_embed\.proj|norm|norm_pre|head|head_dist)\.(?:weight|bias))", r"\1", 0, ""),
     (r"(cls_token|dist_token|reg_token|pos_embed)", r"\1", 0, ""),
+    (rf"{_HEAD}\.{_END}", r"head.\1", 0, ""),
 )
 # Older and newer spellings of transformers: `attention.attention.query` became `attention.q_proj`, and so on.
 _TRANSFORMERS: tuple[_Rule, ...] = (
@@ -58,6 +67,7 @@ _TRANSFORMERS: tuple[_Rule, ...] = (
     (rf"{_HF_PREFIX}layernorm\.{_END}", r"norm.\1", 0, ""),
     (rf"(?:cls_)?classifier\.{_END}", r"head.\1", 0, ""),
     (rf"distillation_classifier\.{_END}", r"head_dist.\1", 0, ""),
+    (rf"{_HEAD}\.{_END}", r"head.\1", 0, ""),
 )
 _TORCHVISION: tuple[_Rule, ...] = (
     (r"class_token", "cls_token", 0, ""),
@@ -70,6 +80,7 @@ _TORCHVISION: tuple[_Rule, ...] = (
     (rf"{_TV_BLOCK}mlp\.(?:linear_2|3)\.{_END}", r"blocks.\1.mlp.fc2.\2", 0, ""),
     (rf"encoder\.ln\.{_END}", r"norm.\1", 0, ""),
     (rf"heads\.head\.{_END}", r"head.\1", 0, ""),
+    (rf"(?:heads|heads\.head\.1|heads\.1|{_HEAD})\.{_END}", r"head.\1", 0, ""),
 )
 # vision_transformer/vit_jax/models_vit.py; big_vision numbers some of its layers otherwise.
 _GOOGLE: tuple[_Rule, ...] = (
@@ -119,6 +130,7 @@ _UNUSED: tuple[tuple[str, str], ...] = (
         r".*embeddings\.position_ids|.*num_batches_tracked|(.*\.)?(n_averaged|initted|step)",
         "it counts, it is no weight",
     ),
+    (NOT_WEIGHTS.pattern, "it belongs to the loss or a metric, not to the network"),
 )
 # A layer between the pooled token and the head, as in Google's first checkpoints; it goes where the head goes.
 _PRE_LOGITS = re.compile(r"pre_logits\..*|heads\.pre_logits\..*|.*pre_logits/.*")
@@ -232,7 +244,7 @@ def _recognise(tensors: Mapping[str, Tensor], origin: str) -> tuple[Library, str
     refuse_what_is_no_plain_vit({key: key for key in tensors}, origin=origin)
     reason = f"the keys are of no Vision Transformer that is known: {', '.join(sorted(tensors)[:5])}"
     remedy = "timm, transformers, torchvision and Google's npz are read; save it from one of them"
-    raise unusable(origin, reason, remedy)
+    raise not_plain(origin, reason, remedy)
 
 
 def _rule_for(key: str, rules: tuple[_Rule, ...]) -> tuple[str, int, str] | None:

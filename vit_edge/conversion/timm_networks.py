@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,18 +12,29 @@ from torch import nn
 from vit_edge.conversion.label_names import labels_of
 from vit_edge.conversion.preprocessing.knowledge import Facts
 from vit_edge.conversion.preprocessing.settings import preprocessing_facts
-from vit_edge.errors import MissingExtra, UsageError, VitEdgeError, require
+from vit_edge.errors import MissingExtra, NotPlainViT, UsageError, VitEdgeError, require
 from vit_edge.vit import quick_gelu
 from vit_edge.vit_config import Activation
 
-__all__ = ["facts_of_timm_config", "facts_of_timm_model", "facts_of_timm_name", "imagenet_names"]
+__all__ = [
+    "facts_of_timm_config",
+    "facts_of_timm_model",
+    "facts_of_timm_name",
+    "imagenet_names",
+    "safe_arguments",
+    "tag_of_timm_name",
+    "timm_name_in",
+]
 
-# What a config.json may set of a network; the rest of create_model's arguments reach files and other code.
-_ARGUMENTS = {
-    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "class_token",
-    "no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm", "init_values", "qkv_bias", "act_layer",
+# What a config.json may not set of a network: the arguments of create_model that reach files and other code.
+_REFUSED_ARGUMENTS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable",
+    "exportable", "no_jit", "features_only", "out_indices", "feature_cfg", "kwargs_filter", "pretrained_filter_fn",
+    "pretrained_strict", "pretrained_custom_load", "pretrained_model_args", "device", "dtype",
 }  # fmt: skip
-_LARGEST = 65_536
+_LARGEST, _DEEPEST = 65_536, 256
+# Where training loops keep the name of the network: timm's train.py, Lightning modules.
+_NAMES = ("arch", "model", "model_name", "architecture", "backbone")
 _PLAIN = ("VisionTransformer", "VisionTransformerDistilled")
 
 
@@ -54,7 +65,7 @@ def facts_of_timm_model(model: nn.Module, *, name: str, origin: str) -> Facts:
     if block is None or not plain or model_any.global_pool not in ("token", "avg", ""):
         inside = f"{type(model).__name__} of {type(block).__name__}, pooling {getattr(model_any, 'global_pool', '?')!r}"
         reason = f"{name} is no plain Vision Transformer ({inside})"
-        raise UsageError("cannot use the network", reason=reason, remedy="choose a vit_* or deit* of timm")
+        raise NotPlainViT("cannot use the network", reason=reason, remedy="choose a vit_* or deit* of timm")
     config = dict(model_any.pretrained_cfg)
     specified = preprocessing_facts({"pretrained_cfg": config}, origin=origin)
     scale = getattr(getattr(block, "ls1", None), "init_values", None)
@@ -82,7 +93,7 @@ def facts_of_timm_model(model: nn.Module, *, name: str, origin: str) -> Facts:
 def facts_of_timm_config(values: Mapping[str, Any], *, origin: str) -> Facts:
     """Return what a config.json of timm specifies; without timm, only what is in the file."""
     config = values.get("pretrained_cfg") or values
-    arguments = _safe_arguments(values.get("model_args") or {})
+    arguments = safe_arguments(values.get("model_args") or {})
     pool = values.get("global_pool") or config.get("global_pool")
     specified = preprocessing_facts({"pretrained_cfg": config}, origin=origin)
     labels = values.get("label_names") or config.get("label_names")
@@ -92,6 +103,8 @@ def facts_of_timm_config(values: Mapping[str, Any], *, origin: str) -> Facts:
         shown = facts_of_timm_name(str(values["architecture"]), origin=origin, arguments=arguments)
     except MissingExtra as error:
         notes = (f"timm would give heads, activation and eps of {values['architecture']}: {error.remedy}",)
+    except NotPlainViT:
+        raise
     except VitEdgeError as error:
         raise ValueError(error.reason) from error
     return Facts(
@@ -148,18 +161,37 @@ def _activation_of(module: nn.Module, name: str) -> Activation:
         if torch.allclose(found, expected, atol=1e-6, rtol=0):
             return activation  # type: ignore[return-value]
     reason = f"the activation of {name} is {type(module).__name__}, none of {', '.join(ours)}"
-    raise UsageError("cannot use the network", reason=reason, remedy="choose a vit_* or deit* of timm")
+    raise NotPlainViT("cannot use the network", reason=reason, remedy="choose a vit_* or deit* of timm")
 
 
-def _safe_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def timm_name_in(settings: Mapping[str, Any]) -> str | None:
+    """Return the network of timm that the settings of a training loop name; None without one, or without timm."""
+    names = [settings[key] for key in _NAMES if isinstance(settings.get(key), str)]
+    try:
+        timm = require("timm", extra="timm", what="ask timm") if names else None
+    except MissingExtra:
+        return None
+    return next((name for name in names if timm is not None and timm.is_model(name)), None)
+
+
+def safe_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a config.json that are plain values and of a plausible size; raises ValueError."""
     safe: dict[str, Any] = {}
     for name, value in arguments.items():
-        sides = value if isinstance(value, list) else [value]
-        plain = all(isinstance(side, int | float | str | bool) or side is None for side in sides)
-        if name in _ARGUMENTS and plain:
-            if any(isinstance(side, int) and side > _LARGEST for side in sides):
-                raise ValueError(f"model_args has {name} {value}")
-            safe[name] = tuple(value) if isinstance(value, list) else value
-    if isinstance(safe.get("depth"), int) and safe["depth"] > 256:
-        raise ValueError(f"model_args has depth {safe['depth']}")
+        leaves = list(_leaves(value))
+        plain = all(isinstance(leaf, int | float | str | bool) or leaf is None for leaf in leaves)
+        if name in _REFUSED_ARGUMENTS or not plain:
+            continue
+        numbers = [leaf for leaf in leaves if isinstance(leaf, int)]
+        if max(numbers, default=0) > (_DEEPEST if "depth" in name else _LARGEST):
+            raise ValueError(f"model_args has {name} {value}")
+        safe[name] = tuple(value) if isinstance(value, list) else value
     return safe
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value

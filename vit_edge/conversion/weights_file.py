@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from vit_edge.conversion.pickled_weights import read_pickled, state_dict_of, unusable
+from vit_edge.conversion.pickled_weights import read_pickled, settings_of, state_dict_of, unusable
 from vit_edge.errors import CheckpointRejected, printable
 from vit_edge.files import kind_of, looks_like_safetensors, read_file, sha256_hex
 
@@ -33,13 +34,16 @@ _MAX_BYTES, _MAX_INDEX_BYTES = 2**40, 50_000_000
 # Random float32 hardly compresses; a head of zeros does.
 _MOST_EXPANSION, _FREE_BYTES = 16, 64 * 2**20
 _OWN_KEY = "vit_edge.checkpoint"
+# What PEFT writes into its folder, and how it names its tensors.
+_ADAPTER = "adapter_config.json"
+_ADAPTER_KEY = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|hada_w1_a)\b")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
     """Tensors by their names in the file, the SHA-256 of what was read, and notes.
 
-    `own` is whether the file is a checkpoint of vit-edge.
+    `own` is whether the file is a checkpoint of vit-edge; `settings` are those that a training loop saved with them.
     """
 
     tensors: Mapping[str, Tensor]
@@ -47,6 +51,7 @@ class Weights:
     sha256: str
     notes: tuple[str, ...] = ()
     own: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_weights(folder: Path) -> Path:
@@ -54,6 +59,8 @@ def find_weights(folder: Path) -> Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
+    if (folder / _ADAPTER).is_file():
+        raise _adapter(printable(folder))
     found = sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES) and path.is_file())
     if len(found) == 1:
         return found[0]
@@ -73,12 +80,29 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     if data.startswith((b"PK\x03\x04", b"\x80")) and not looks_like_safetensors(data):
         found, notes = read_pickled(data, origin=origin)
         tensors, more = state_dict_of(found, origin=origin)
-        return Weights(tensors=tensors, origin=origin, sha256=sha256_hex(data), notes=notes + more)
+        _refuse_adapter(tensors, origin)
+        return Weights(
+            tensors=tensors, origin=origin, sha256=sha256_hex(data), notes=notes + more, settings=settings_of(found)
+        )
     kind = kind_of(data)
     if kind is not None:
         raise unusable(origin, *kind)
     tensors, metadata = _read_safetensors(data, origin)
+    _refuse_adapter(tensors, origin)
     return Weights(tensors=tensors, origin=origin, sha256=sha256_hex(data), own=_is_own(metadata))
+
+
+def _refuse_adapter(keys: Iterable[str], origin: str) -> None:
+    if any(_ADAPTER_KEY.search(key) for key in keys):
+        raise _adapter(origin)
+
+
+def _adapter(origin: str) -> CheckpointRejected:
+    remedy = (
+        "merge the adapter first, where it was made:\n"
+        '    model.merge_and_unload().save_pretrained("merged")  # model is the PeftModel'
+    )
+    return unusable(origin, "these are the weights of a PEFT adapter (LoRA), not of a network", remedy)
 
 
 def _is_own(metadata: Mapping[str, Any]) -> bool:

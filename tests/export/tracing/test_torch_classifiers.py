@@ -17,8 +17,8 @@ from tests.conftest import vit_edge
 from tests.support.networks import PREPROCESSING, damaged_trace, random_network, small_config
 from vit_edge.errors import CheckpointRejected, UsageError, VerificationFailed
 from vit_edge.export import export_onnx
+from vit_edge.export.sources.factory import make_network
 from vit_edge.export.tracing import exporter as exporter_module
-from vit_edge.export.tracing.factory import make_network
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import open_model
 from vit_edge.runtime import load

@@ -78,7 +78,7 @@ def deploy(
 ) -> Result:
     """Convert, export, quantize, verify and measure SOURCE, with one verdict.
 
-    SOURCE is anything that `vit-edge convert` takes. The folder gets model.onnx, model.int8.onnx, record.json (hashes,
+    SOURCE is anything that `vit-edge export` takes. The folder gets model.onnx, model.int8.onnx, record.json (hashes,
     versions and results of every step) and report.html, a page that shows all of it. A step is skipped if its inputs
     did not change.
 

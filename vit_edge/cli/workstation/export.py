@@ -87,7 +87,7 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
     "Checkpoints and torch networks",
     image_size_option("Input size, if not that of the checkpoint."),
     click.option("--like", metavar="timm:NAME", help="timm network that has the missing settings of the weights."),
-    click.option("--weights", type=_PATH, help="Weights for package.module:factory."),
+    click.option("--weights", type=_PATH, help="Weights for package.module:factory, timm:NAME or hf:REPO."),
 )
 @option_group(
     "Zero-shot classifiers",
@@ -114,14 +114,18 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, value: str) -
 def export(source: str, out: Path | None, data: Path | None, force: bool, **values: Any) -> Result:
     """Export SOURCE to one ONNX file that is complete in itself.
 
-    SOURCE is a checkpoint, anything that `vit-edge convert` takes, package.module:factory for any torch image
-    classifier (its code is run), or a third-party ONNX classifier with --labels and --preprocessing. The file takes
-    uint8 RGB pixels at any batch size and holds its preprocessing, labels and golden vectors. It is written only after
-    ONNX Runtime and OpenVINO gave PyTorch's logits at batch sizes 1, 2, 3, 7 and 16.
+    SOURCE is a checkpoint, anything that `vit-edge convert` takes, any image classifier of timm or Hugging Face (a
+    folder, timm:NAME, hf:REPO), or a third-party ONNX classifier with --labels and --preprocessing. It may also be
+    package.module:factory, a program of torch.export (.pt2) or TorchScript; their code is run. Plain Vision
+    Transformers become the fused inference graph, any other network is traced as it is. The file takes uint8 RGB
+    pixels at any batch size and holds its preprocessing, labels and golden vectors. It is written only after ONNX
+    Runtime and OpenVINO gave PyTorch's logits at batch sizes 1, 2, 3, 7 and 16.
 
     \b
     Examples:
       vit-edge export run/best.safetensors -o model.onnx
+      vit-edge export hf:microsoft/swin-tiny-patch4-window7-224 -o swin.onnx
+      vit-edge export timm:convnext_atto --weights mine.pth --labels names.txt
       vit-edge export run/best.safetensors --outputs embedding --normalize \\
         -o encoder.onnx
       vit-edge export clip-vit-base-patch32/ --zero-shot labels.txt -o classifier.onnx
@@ -158,50 +162,28 @@ _DEFAULT_OUT = {"onnx": "model.onnx", "openvino": "model.xml", "huggingface": "m
 
 
 def _network(source: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the network to export and its settings: a checkpoint, or what a factory makes."""
-    from vit_edge.conversion.label_names import read_labels
-    from vit_edge.convert import open_source
-    from vit_edge.export.tracing.factory import factory_preprocessing, is_factory, make_network
+    """Return the network to export: a checkpoint, or one that is traced as it is."""
+    from vit_edge.export.sources.opener import open_network
 
     for name in ("layout", "logits"):
         _refuse(source, name, values, "is for third-party ONNX models")
     if values["zero_shot"] is not None:
         return _zero_shot(source, values)
     _refuse(source, "template", values, "is for --zero-shot")
-    if not is_factory(source):
-        _refuse(source, "weights", values, "is for package.module:factory; any other source has its weights")
-        _refuse(source, "activation", values, "is for package.module:factory and third-party ONNX models")
-        names = ("preprocessing", "labels", "image_size", "like")
-        return {"source": open_source(source, **{name: values[name] for name in names})}
-    _refuse(source, "like", values, "is for weights, not for a network with its own code")
-    preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
-    return {
-        "source": make_network(source, weights=values["weights"]),
-        "name": source.partition(":")[2],
-        "preprocessing": preprocessing,
-        "labels": read_labels(values["labels"]) if values["labels"] else None,
-        "activation": values["activation"],
-        "assumed": assumed,
-    }
+    names = ("preprocessing", "labels", "image_size", "like", "weights", "activation")
+    return {"source": open_network(source, **{name: values[name] for name in names})}
 
 
 def _zero_shot(source: str, values: dict[str, Any]) -> dict[str, Any]:
     """Return the classifier of the labels in a file, from a CLIP or SigLIP folder."""
     from vit_edge.conversion.label_names import read_labels
-    from vit_edge.export.zero_shot import DEFAULT_TEMPLATE, zero_shot_classifier
+    from vit_edge.export.sources.zero_shot import DEFAULT_TEMPLATE, zero_shot_classifier
 
     for name in ("labels", "preprocessing", "image_size", "like", "weights", "activation"):
         _refuse(source, name, values, "is not for --zero-shot: the folder has all of it")
     labels = read_labels(values["zero_shot"])
-    found = zero_shot_classifier(source, labels=labels, template=values["template"] or DEFAULT_TEMPLATE)
-    return {
-        "source": found.module,
-        "name": found.name,
-        "preprocessing": found.preprocessing,
-        "labels": found.labels,
-        "activation": found.activation,
-        "assumed": found.assumed,
-    }
+    template = values["template"] or DEFAULT_TEMPLATE
+    return {"source": zero_shot_classifier(source, labels=labels, template=template)}
 
 
 # Options of the tracer, which an ONNX graph does not need, and their defaults.
@@ -226,10 +208,10 @@ def _import(source: Path, out: Path, data: Path | None, force: bool, values: dic
     from vit_edge.conversion.label_names import read_labels
     from vit_edge.data import find_images, stream_pixels
     from vit_edge.export import import_onnx
-    from vit_edge.export.tracing.factory import factory_preprocessing
+    from vit_edge.export.sources.torch_network import settled_preprocessing
 
     _check_options(source, values)
-    preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
+    preprocessing, assumed = settled_preprocessing(values["preprocessing"], image_size=values["image_size"])
     real_images = [] if data is None else find_images(data)
     with progress_bar() as progress:
         result = import_onnx(

@@ -226,9 +226,9 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
             reason = f"the file is a third-party ONNX model; the {name} must be specified"
             raise UsageError("cannot quantize", file=model, reason=reason, remedy=f"give --{name}")
     from vit_edge.conversion.label_names import read_labels
-    from vit_edge.export.tracing.factory import factory_preprocessing  # torch, which nothing else here needs
+    from vit_edge.export.sources.torch_network import settled_preprocessing  # torch, which nothing else here needs
 
-    preprocessing, assumed = factory_preprocessing(values["preprocessing"], image_size=values["image_size"])
+    preprocessing, assumed = settled_preprocessing(values["preprocessing"], image_size=values["image_size"])
     imported = import_onnx(
         model,
         preprocessing=preprocessing,
@@ -270,6 +270,8 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
         "engine_advice": _advice(result),
         "recipe": result.recipe,
         "algorithms": list(result.algorithms),
+        "accounts": list(result.accounts),
+        "calibration_sqnr_db": result.calibration_sqnr_db,
         "num_calibration_images": result.num_calibration_images,
         "num_ops": result.num_ops,
         "float32_ops": list(result.float32_ops),
@@ -314,6 +316,7 @@ def _shown(result: QuantizationResult) -> list[Any]:
             *([f"run the file in: {advice}"] if (advice := _advice(result)) else []),
             f"{result.num_ops} ops run in INT8, {ranges}",
             f"algorithms: {', '.join(result.algorithms) or 'none'}",
+            *(f"  {account}" for account in result.accounts),
         ]
     if result.float32_ops:
         more = " ..." if len(result.float32_ops) > _NUM_NAMED else ""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vit_edge.image import Interpolation, Preprocessing
 from vit_edge.vit_config import Activation, Pooling
 
-__all__ = ["CLIP", "HALF", "IMAGENET", "Facts", "Geometry", "Knowledge", "Triple"]
+__all__ = ["CLIP", "HALF", "IMAGENET", "Facts", "Geometry", "Knowledge", "Triple", "size_of", "three"]
 
 Triple = tuple[float, float, float]
 
@@ -90,8 +90,9 @@ class Facts:
     """What one source specifies; a field is None if the source does not.
 
     `image_size` is what the position embeddings were made for, `input_size` what the network is used at where that
-    differs. `shape` has widths and counts by the field of ViTConfig, to be held against the tensors. With `assumed`,
-    no source specified them: the values are usable and every command warns of them.
+    differs. `bgr` is whether the library turns the colours round before the network. `shape` has widths and counts by
+    the field of ViTConfig, to be held against the tensors. With `assumed`, no source specified them: the values are
+    usable and every command warns of them.
     """
 
     origin: str
@@ -109,6 +110,7 @@ class Facts:
     std: Triple | None = None
     interpolation: str | None = None
     geometry: Geometry | None = None
+    bgr: bool | None = None
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     license: str | None = None
@@ -136,3 +138,21 @@ class Knowledge:
         """Return whether a source specifies the field, and does not assume it."""
         source = self.source_of(name)
         return source is not None and not source.assumed
+
+
+def size_of(value: Any) -> tuple[int, int]:
+    """Return (height, width) of a number or a pair; raises ValueError."""
+    sides = (value, value) if type(value) is int else tuple(value) if isinstance(value, list | tuple) else ()
+    if len(sides) == 2 and all(type(side) is int and side > 0 for side in sides):
+        return sides[0], sides[1]
+    raise ValueError(f"{value!r} is no size; it has to be pixels, or height and width")
+
+
+def three(values: Any) -> Triple:
+    """Return the numbers for R, G and B from three, or from one for all; raises ValueError."""
+    if isinstance(values, int | float) and not isinstance(values, bool):
+        values = [values] * 3
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise ValueError(f"{values!r} are not three numbers, for R, G and B")
+    first, second, third = (float(value) for value in values)
+    return first, second, third

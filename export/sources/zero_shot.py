@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vit_edge.conversion.config import processor_facts
+from vit_edge.conversion.preprocessing.settings import read_settings
 from vit_edge.errors import CheckpointRejected, UsageError, printable, require
-from vit_edge.export.tracing.factory import factory_preprocessing
+from vit_edge.export.sources.torch_network import TorchNetwork, settled_preprocessing
 from vit_edge.export.tracing.fused_vit import unit_length
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Activation
 
-__all__ = ["DEFAULT_TEMPLATE", "ZeroShot", "zero_shot_classifier"]
+__all__ = ["DEFAULT_TEMPLATE", "zero_shot_classifier"]
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 # CLIP compares its texts with each other, SigLIP decides on each alone (arXiv:2103.00020, arXiv:2303.15343).
@@ -29,21 +30,9 @@ _ACTIVATIONS: dict[str, Activation] = {"clip": "softmax", "siglip": "sigmoid"}
 _TEXTS_AT_ONCE = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ZeroShot:
-    """A torch classifier, and what `export_onnx` needs to know of it."""
-
-    module: nn.Module
-    name: str
-    preprocessing: Preprocessing
-    labels: tuple[str, ...]
-    activation: Activation
-    assumed: tuple[str, ...]
-
-
 def zero_shot_classifier(
     folder: str | os.PathLike[str], *, labels: Sequence[str], template: str = DEFAULT_TEMPLATE
-) -> ZeroShot:
+) -> TorchNetwork:
     """Return the classifier of `labels` that a CLIP or SigLIP in a folder of transformers gives, texts encoded.
 
     `template` has `{}` in place of the label. Raises UsageError, CheckpointRejected, MissingExtra.
@@ -54,7 +43,7 @@ def zero_shot_classifier(
     texts_KD, scale, bias = _text_head(model, kind, root, [template.replace("{}", label) for label in labels])
     preprocessing, assumed = _preprocessing(root, model.config.vision_config.image_size)
     tower = _ClipTower(model) if kind == "clip" else _SiglipTower(model)
-    return ZeroShot(
+    return TorchNetwork(
         module=_ZeroShotClassifier(tower, texts_KD, scale=scale, bias=bias).eval(),
         name=root.resolve().name,
         preprocessing=preprocessing,
@@ -190,5 +179,5 @@ def _tokens(model: Any, kind: str, root: Path, texts: Sequence[str]) -> Iterator
 
 def _preprocessing(root: Path, image_size: int) -> tuple[Preprocessing, tuple[str, ...]]:
     """Return the preprocessing of the folder's image processor, and what of it is assumed."""
-    path = root / "preprocessor_config.json"
-    return factory_preprocessing(path if path.is_file() else None, image_size=(image_size, image_size))
+    facts = processor_facts(root, read_settings(root / "config.json"))
+    return settled_preprocessing(None, image_size=(image_size, image_size), facts=facts)
