@@ -32,7 +32,7 @@ from vit_edge.runtime.checks.operators import check_graph, check_ir
 from vit_edge.runtime.engines.protocol import ENGINES, EngineOptions, Model, installed_engines
 from vit_edge.runtime.loading import load_model, open_any
 
-__all__ = ["Bundle", "bundle"]
+__all__ = ["Bundle", "bundle", "checked_engines", "engines_promised"]
 
 _MAIN = "vit_edge.runtime.bundle.app_main"
 # Its modules are imported one by one: what it offers applications, the pool and the benchmark, stays out.
@@ -69,8 +69,8 @@ def bundle(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | None 
     """
     opened = open_any(model)
     target = may_write(out or Path(model).with_suffix(".pyz"), force=force, made_from=model)
-    engines = _promised(opened)
-    checked_in = _checked(opened, engines)
+    engines = engines_promised(opened)
+    checked_in = checked_engines(opened, engines)
     protobuf, fallback = _protobuf()
     members = {
         **_sources(),
@@ -93,8 +93,8 @@ def bundle(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | None 
     )
 
 
-def _promised(model: Model) -> tuple[str, ...]:
-    """Return the engines whose answers the file promises; raises ModelRejected where it promises none."""
+def engines_promised(model: Model) -> tuple[str, ...]:
+    """Return the engines that the file has golden vectors for; raises ModelRejected if there are none."""
     readers = ("openvino",) if isinstance(model, IrModel) else tuple(name for name, e in ENGINES.items() if e[1])
     engines = tuple(name for name in readers if name in promised(model.manifest))
     if not engines:
@@ -104,7 +104,7 @@ def _promised(model: Model) -> tuple[str, ...]:
     return engines
 
 
-def _checked(model: Model, engines: tuple[str, ...]) -> tuple[str, ...]:
+def checked_engines(model: Model, engines: tuple[str, ...]) -> tuple[str, ...]:
     """Load the model in the engines that are installed, golden check and all; returns which these were."""
     check_graph(model) if isinstance(model, ModelFile) else check_ir(model)
     here = tuple(name for name in engines if name in installed_engines())
