@@ -14,7 +14,7 @@ from vit_edge.errors import ModelRejected
 from vit_edge.files import may_write_folder, write_folder
 from vit_edge.model_file.artifact import MANIFEST_KEY, ModelFile
 from vit_edge.runtime.bundle.builder import checked_engines, engines_promised
-from vit_edge.runtime.bundle.decoding_probes import decoding_probes
+from vit_edge.runtime.bundle.decoding_probes import decoding_probes, resizes_tall_images_vertically_first
 from vit_edge.runtime.bundle.onnxruntime_web import OPTIONAL, REQUIRED, read_onnxruntime_web
 from vit_edge.runtime.loading import open_any
 
@@ -110,6 +110,7 @@ def _about(model: ModelFile, version: str) -> bytes:
         "sha256": model.sha256,
         "manifest": [start, len(text)],
         "probes": decoding_probes(),
+        "tall_first": resizes_tall_images_vertically_first(),
         "onnxruntime_web": version,
         "vit_edge": vit_edge.__version__,
     }

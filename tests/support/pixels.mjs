@@ -15,7 +15,7 @@ const bytes = (text) => new Uint8Array(Buffer.from(text, 'base64'));
 const text = (values) => Buffer.from(values.buffer, values.byteOffset, values.byteLength).toString('base64');
 
 const COMMANDS = {
-  fit: ({ data, width, height, preprocessing }) => text(fit({ data: bytes(data), width, height }, preprocessing)),
+  fit: ({ data, width, height, preprocessing, order }) => text(fit({ data: bytes(data), width, height }, preprocessing, order)),
   normalised: ({ data, preprocessing }) => text(normalised(bytes(data), preprocessing)),
   upright({ data, width, height, orientation }) {
     const turned = upright({ data: bytes(data), width, height }, orientation);

@@ -16,7 +16,7 @@ export async function readImageFile(bytes) {
   if (bytes.length > MOST.bytes) throw imageRejected(`the file has ${bytes.length} bytes; at most ${MOST.bytes} are read`);
   const found = await readerOf(bytes)(bytes);
   checkSize(found);
-  return { ...found, orientation: await orientationOf(found.metadata) };
+  return { ...found, orientation: await orientationOf(found) };
 }
 
 function readerOf(bytes) {
@@ -193,18 +193,20 @@ function readWebpChunk(name, data, chunk, found, flags) {
 const withoutPrefix = (data) => (text(data, 0, 6) === 'Exif\0\0' ? data.subarray(6) : data);
 
 /** Return 1 to 8, by EXIF, else by XMP, as Pillow's getexif() finds it. */
-async function orientationOf({ exif, xmp, profile }) {
+async function orientationOf({ type, metadata: { exif, xmp, profile } }) {
   const source = exif ?? (profile ? withoutPrefix(profile) : null);
-  const found = source?.length ? readOrientation(source) : null;
+  const found = source?.length ? readOrientation(source, type) : null;
   if (found !== null) return found >= 2 && found <= 8 ? found : 1;
   const match = xmp && /tiff:Orientation(?:="|>)([0-9])/.exec(text(xmp, 0, xmp.length));
   return match && match[1] >= 2 && match[1] <= 8 ? Number(match[1]) : 1;
 }
 
 /** Return the value of the tag in the first directory of a TIFF header, or null. */
-function readOrientation(exif) {
+function readOrientation(exif, type) {
   const order = text(exif, 0, 2);
-  if (order !== 'II' && order !== 'MM') throw damaged('the EXIF data cannot be read');
+  const isTiff = order === 'II' || order === 'MM';
+  if (!isTiff && type === 'image/jpeg') return null; // in a JPEG file Pillow ignores such data
+  if (!isTiff) throw damaged('the EXIF data cannot be read');
   const read = order === 'II' ? littleEndian : number;
   const directory = read(exif, 4, 4);
   const count = read(exif, directory, 2);

@@ -57,14 +57,25 @@ const SOURCES = {
   8: (x, y, right) => [right - y, x],
 };
 
-/** Return uint8 [height, width, 3] of the network's size from an upright RGB image, resized and cropped. */
-export function fit(image, preprocessing) {
+/**
+ * Return uint8 [height, width, 3] of the network's size from an upright RGB image, resized and cropped.
+ *
+ * Each pass rounds to 8 bits, so their order shows. With `tallFirst` it is that of Pillow 13, which begins with the rows of
+ * an image that loses more than twice as many rows as columns; earlier releases always begin with the columns.
+ */
+export function fit(image, preprocessing, { tallFirst }) {
   const [height, width] = resized(image, preprocessing);
   const [cropHeight, cropWidth] = preprocessing.crop;
   const halve = preprocessing.crop_rounding === 'floor' ? Math.floor : halfEven;
   const rows = windowOf(image.height, height, halve((height - cropHeight) / 2), cropHeight, preprocessing);
   const columns = windowOf(image.width, width, halve((width - cropWidth) / 2), cropWidth, preprocessing);
-  return vertical(horizontal(image, columns, rows), rows, cropWidth);
+  const lost = [image.height - height, image.width - width];
+  if (tallFirst && lost[0] > 0 && lost[0] > 2 * lost[1]) {
+    const [left, right] = spanOf(columns);
+    return horizontal(vertical(image, rows, left, right), columns, 0, cropHeight).data;
+  }
+  const [top, bottom] = spanOf(rows);
+  return vertical(horizontal(image, columns, top, bottom), rows, 0, cropWidth).data;
 }
 
 /** Return [height, width] that an image is resized to before the crop: Preprocessing.resized. */
@@ -121,31 +132,36 @@ function weighted(inSize, outSize, first, count, interpolation) {
 
 const integer = (weight) => Math.trunc((weight < 0 ? -0.5 : 0.5) + weight * ONE);
 
-/** Return the sums of columns, for those rows of the image that `rows` read. */
-function horizontal({ data, width }, columns, rows) {
-  const top = Math.min(...rows.map(({ start }) => start));
-  const bottom = Math.max(...rows.map(({ start, weights }) => start + weights.length));
-  const narrow = new Uint8ClampedArray((bottom - top) * columns.length * 3);
+/** Return [first, last + 1] of the positions that are read. */
+function spanOf(positions) {
+  const ends = positions.map(({ start, weights }) => start + weights.length);
+  return [Math.min(...positions.map(({ start }) => start)), Math.max(...ends)];
+}
+
+/** Return the weighted sums of columns, for the rows from `top` to `bottom`; `left` is the first column of `data`. */
+function horizontal({ data, width, left = 0 }, columns, top, bottom) {
+  const sums = new Uint8ClampedArray((bottom - top) * columns.length * 3);
   let to = 0;
   for (let y = top; y < bottom; y += 1) {
     for (const { start, weights } of columns) {
-      weigh(data, 3 * (y * width + start), 3, weights, narrow, to);
+      weigh(data, 3 * (y * width + start - left), 3, weights, sums, to);
       to += 3;
     }
   }
-  return { data: narrow, top };
+  return { data: new Uint8Array(sums.buffer), width: columns.length, top };
 }
 
-function vertical({ data, top }, rows, width) {
-  const pixels = new Uint8ClampedArray(rows.length * width * 3);
+/** Return the weighted sums of rows, for the columns from `left` to `right`; `top` is the first row of `data`. */
+function vertical({ data, width, top = 0 }, rows, left, right) {
+  const sums = new Uint8ClampedArray(rows.length * (right - left) * 3);
   let to = 0;
   for (const { start, weights } of rows) {
-    for (let x = 0; x < width; x += 1) {
-      weigh(data, 3 * ((start - top) * width + x), 3 * width, weights, pixels, to);
+    for (let x = left; x < right; x += 1) {
+      weigh(data, 3 * ((start - top) * width + x), 3 * width, weights, sums, to);
       to += 3;
     }
   }
-  return new Uint8Array(pixels.buffer);
+  return { data: new Uint8Array(sums.buffer), width: right - left, left };
 }
 
 /** Write one pixel, the weighted sum of pixels `step` bytes apart, rounded and clamped to 8 bits. */

@@ -7,17 +7,18 @@ import { best, compare, mosaic, recorded } from './golden.mjs';
 import { fromBase64, openModel, pixelHash } from './model-file.mjs';
 import { fit } from './pixels.mjs';
 
-let model = null; // {engine, manifest, exactKinds}
+let model = null; // {engine, manifest, exactKinds, order}
 
 async function load({ base, backend, threads }) {
   const about = JSON.parse(new TextDecoder().decode(await fetched(new URL('bundle.json', base))));
   const bytes = await fetched(new URL(about.model, base));
   const manifest = await openModel(bytes, about);
   const exactKinds = await exactKindsOf(about.probes);
-  await checkImages(manifest, exactKinds);
+  const order = { tallFirst: about.tall_first };
+  await checkImages(manifest, exactKinds, order);
   const engine = await openEngine(bytes, manifest, { base, threads, backend: await chooseBackend(backend, manifest) });
   const golden = await checkGolden(engine, manifest);
-  model = { engine, manifest, exactKinds };
+  model = { engine, manifest, exactKinds, order };
   const { name, labels, precision, preprocessing } = manifest;
   const refusedKinds = [...new Set(about.probes.map(({ kind }) => kind))].filter((kind) => !exactKinds.has(kind));
   return { name, labels, precision, size: preprocessing.crop, sha256: about.sha256, backend: engine.backend, golden, refusedKinds };
@@ -51,10 +52,10 @@ async function decodesExactly({ data, sha256 }) {
 }
 
 /** Throw golden-mismatch if an image in the file decodes, turns or resizes to other pixels here. */
-async function checkImages({ golden, preprocessing }, exactKinds) {
+async function checkImages({ golden, preprocessing }, exactKinds, order) {
   const [height, width] = preprocessing.crop;
   for (const { format, data, pixels_sha256: expected } of golden?.images ?? []) {
-    const pixels = await decode(fromBase64(data), exactKinds).then((image) => fit(image, preprocessing), () => null);
+    const pixels = await decode(fromBase64(data), exactKinds).then((image) => fit(image, preprocessing, order), () => null);
     if (pixels && (await pixelHash(pixels, height, width)) === expected) continue;
     const reason = `the ${format} image in the file gives other pixels after preprocessing`;
     const remedy = 'use another browser, or switch off its protection against fingerprinting for this page';
@@ -71,11 +72,11 @@ async function checkGolden(engine, manifest) {
 
 async function classify({ blob, top }) {
   if (!model) throw new VitEdgeError('usage', 'cannot classify', { reason: 'no model is loaded', remedy: 'load it first' });
-  const { engine, manifest, exactKinds } = model;
+  const { engine, manifest, exactKinds, order } = model;
   const started = performance.now();
   const image = await decode(new Uint8Array(await blob.arrayBuffer()), exactKinds);
   const decoded = performance.now();
-  const pixels = fit(image, manifest.preprocessing);
+  const pixels = fit(image, manifest.preprocessing, order);
   const resized = performance.now();
   const [logits] = await engine.run([pixels]);
   const ended = performance.now();
