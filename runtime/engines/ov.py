@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import openvino
 from openvino import opset13
 
 from vit_edge.errors import Closed, EngineUnavailable, ModelRejected
+from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.model_file.openvino_ir import IrModel
@@ -28,7 +30,7 @@ from vit_edge.runtime.engines.protocol import (
     private_copy,
 )
 
-__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "is_as_asked", "read_graph"]
+__all__ = ["ENGINE", "OpenVinoEngine", "as_ir", "compile_model", "devices_here", "is_as_asked", "read_graph"]
 
 # What the manifest's entry on quantization calls the list of roundings that are there for ONNX Runtime alone.
 _SKIPS = "openvino_skips"
@@ -238,6 +240,16 @@ def read_graph(core: Any, model: Model) -> Any:
     _skip(graph, set(recorded.get(_SKIPS, ())))
     _round(graph, recorded.get(_ROUNDS, {}))
     return graph
+
+
+def as_ir(model: Model) -> tuple[bytes, bytes]:
+    """Return the graph that the engine runs as OpenVINO IR: its .xml and its .bin."""
+    if isinstance(model, IrModel):
+        return model.xml, model.weights
+    with temporary_folder() as name:
+        path = Path(name) / "model.xml"
+        openvino.save_model(read_graph(_core(), model), path, compress_to_fp16=False)
+        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 
 def _skip(graph: Any, names: set[str]) -> None:

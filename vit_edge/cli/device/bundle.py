@@ -12,8 +12,9 @@ from vit_edge.cli.output import Result, command, file_argument, make_table, mega
 from vit_edge.errors import UsageError, printable
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-_browsers = option_group(
+_platforms = option_group(
     "Other platforms",
+    click.option("--c", "c_project", type=_FOLDER, metavar="DIR", help="Write a C project for OpenVINO to DIR."),
     click.option("--web", is_flag=True, help="Write a static site for browsers to the folder --out."),
     click.option(
         "--onnxruntime-web",
@@ -28,9 +29,11 @@ _browsers = option_group(
 @file_argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Application to write  [default: MODEL with .pyz].")
 @click.option("--force", is_flag=True, help="Replace the application if it exists.")
-@_browsers
+@_platforms
 @load_options
-def bundle(model: Path, out: Path | None, force: bool, web: bool, onnxruntime_web: Path | None) -> Result:
+def bundle(
+    model: Path, out: Path | None, force: bool, c_project: Path | None, web: bool, onnxruntime_web: Path | None
+) -> Result:
     """Pack MODEL and the runtime into one file that any Python with an engine can run.
 
     The device needs Python 3.10, numpy, Pillow and onnxruntime or openvino, but not vit-edge.
@@ -40,7 +43,13 @@ def bundle(model: Path, out: Path | None, force: bool, web: bool, onnxruntime_we
       vit-edge bundle model.int8.onnx -o app.pyz
       python app.pyz image.jpg
       vit-edge bundle model.int8.onnx --web -o site/
+      vit-edge bundle model.int8.onnx --c project/
     """
+    if c_project is not None:
+        if web or out is not None:
+            reason = "--c names the folder to write, and --web writes another one"
+            raise UsageError("cannot bundle", reason=reason, remedy="leave out --web and --out, or --c")
+        return _project(model, c_project, force=force)
     if web:
         return _site(model, out, force=force, onnxruntime_web=onnxruntime_web)
     if onnxruntime_web is not None:
@@ -84,6 +93,19 @@ def _site(model: Path, out: Path | None, *, force: bool, onnxruntime_web: Path |
     return Result(
         data={**asdict(made), "path": path},
         shown=[f"Wrote {path}; try it with: {try_it}", make_table("", ("site", path), rows)],
+    )
+
+
+def _project(model: Path, out: Path, *, force: bool) -> Result:
+    from vit_edge.runtime.bundle.c_project import bundle_c_project
+
+    with progress_bar(f"checking {printable(model)}"):
+        made = bundle_c_project(model, out=out, force=force)
+    path = printable(made.path)
+    rows = [("size", megabytes(made.size_bytes)), ("checked in", _engines(made.checked_in))]
+    return Result(
+        data={**asdict(made), "path": path},
+        shown=[f"Wrote {path}; README.md in it says how to build it", make_table("", ("C project", path), rows)],
     )
 
 
