@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ __all__ = [
     "kind_of",
     "looks_like_safetensors",
     "may_write",
+    "may_write_folder",
     "read_file",
     "read_partner",
     "remove_set_aside",
     "sha256_hex",
     "temporary_folder",
     "write_atomic",
+    "write_folder",
     "write_together",
 ]
 
@@ -154,6 +156,25 @@ def _may_write(target: Path, *, force: bool, made_from: str | os.PathLike[str] |
     return target
 
 
+def may_write_folder(target: Path, *, holding: Collection[str], force: bool) -> Path:
+    """Return `target` if a folder with these files may be written there; raises UsageError.
+
+    With `force` an older folder is replaced, but never one that has any other file in it.
+    """
+    if not target.is_dir():
+        if os.path.lexists(target):
+            reason = "the path is a file"
+            raise UsageError("will not overwrite", file=target, reason=reason, remedy="give the path of a folder")
+        return may_write(target, force=False)
+    held = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    others = sorted(held - {*holding})
+    if others or not force:
+        reason = f"the folder exists{f', with {printable(others[0])} in it' if others else ''}"
+        remedy = "choose another name" + ("" if others else ", or add --force")
+        raise UsageError("will not overwrite", file=target, reason=reason, remedy=remedy)
+    return target
+
+
 def is_file(path: object) -> bool:
     """Return whether `path` is the path of a file; False too where that cannot be found out."""
     with contextlib.suppress(OSError, ValueError):
@@ -265,6 +286,29 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files so that nothing appears under its name before it is whole; an older one is replaced.
+
+    Two renames replace a folder: a process that is killed between them leaves the older one, `.vit-edge.previous.NAME`.
+    """
+    old = target.absolute().with_name(f".vit-edge.previous.{target.name}")
+    with temporary_folder(next_to=target) as name:
+        new = Path(name) / "new"
+        for path, data in files.items():
+            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(new / path, data)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.replace(old)
+        try:
+            new.replace(target)
+        except BaseException:
+            if old.exists():
+                old.replace(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from vit_edge.export.parity.parity import PARITY_COLUMNS, Parity, Reference, che
 from vit_edge.export.sources.opener import open_network
 from vit_edge.export.sources.torch_network import TorchNetwork
 from vit_edge.export.tracing.external_data import move_weights_out
-from vit_edge.export.tracing.formats import may_write_format, write_folder
+from vit_edge.export.tracing.formats import may_write_format
 from vit_edge.export.tracing.hf_folder import folder_of, require_vit
 from vit_edge.export.tracing.network import (
     EXTRAS,
@@ -45,7 +45,7 @@ from vit_edge.export.tracing.openvino_ir import convert_to_ir
 from vit_edge.export.tracing.options import ExportOptions
 from vit_edge.export.tracing.outputs import finish
 from vit_edge.export.tracing.tracer import trace
-from vit_edge.files import is_file, sha256_hex, write_together
+from vit_edge.files import is_file, sha256_hex, write_folder, write_together
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.releases import highest_versions
 from vit_edge.model_file.artifact import PIXELS_INPUT, Activation, Manifest, ModelFile, open_model, pack

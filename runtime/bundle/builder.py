@@ -32,7 +32,7 @@ from vit_edge.runtime.checks.operators import check_contents
 from vit_edge.runtime.engines.protocol import ENGINES, EngineOptions, Model, installed_engines
 from vit_edge.runtime.loading import load_model, open_any
 
-__all__ = ["Bundle", "bundle"]
+__all__ = ["Bundle", "bundle", "checked_engines", "engines_promised"]
 
 _MAIN = "vit_edge.runtime.bundle.app_main"
 # Its modules are imported one by one: what it offers applications, the pool and the benchmark, stays out.
@@ -72,8 +72,8 @@ def bundle(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | None 
         reason, remedy = "the file is an encoder; an application classifies", "use `vit-edge embed` on the device"
         raise UsageError("cannot bundle", file=model, reason=reason, remedy=remedy)
     target = may_write(out or Path(model).with_suffix(".pyz"), force=force, made_from=model)
-    engines = _promised(opened)
-    checked_in = _checked(opened, engines)
+    engines = engines_promised(opened)
+    checked_in = checked_engines(opened, engines)
     protobuf, fallback = _protobuf()
     members = {
         **_sources(),
@@ -96,8 +96,8 @@ def bundle(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | None 
     )
 
 
-def _promised(model: Model) -> tuple[str, ...]:
-    """Return the engines whose answers the file promises; raises ModelRejected where it promises none."""
+def engines_promised(model: Model) -> tuple[str, ...]:
+    """Return the engines that the file has golden vectors for; raises ModelRejected if there are none."""
     readers = ("openvino",) if isinstance(model, IrModel) else tuple(name for name, e in ENGINES.items() if e[1])
     engines = tuple(name for name in readers if name in promised(model.manifest))
     if not engines:
@@ -107,7 +107,7 @@ def _promised(model: Model) -> tuple[str, ...]:
     return engines
 
 
-def _checked(model: Model, engines: tuple[str, ...]) -> tuple[str, ...]:
+def checked_engines(model: Model, engines: tuple[str, ...]) -> tuple[str, ...]:
     """Load the model in the engines that are installed, golden check and all; returns which these were."""
     check_contents(model, allow_ops=current_policy().allow_ops)
     here = tuple(name for name in engines if name in installed_engines())

@@ -6,14 +6,17 @@ import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino
 
 from vit_edge.errors import Closed, EngineUnavailable, ModelRejected
+from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import ModelFile
+from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.engines.devices import DEVICES, known_as, unavailable
 from vit_edge.runtime.engines.ov_graph import avoid_int8, read_graph, runs_slower_in_int8, why_no_int8
 from vit_edge.runtime.engines.protocol import (
@@ -27,7 +30,7 @@ from vit_edge.runtime.engines.protocol import (
     private_copy,
 )
 
-__all__ = ["ENGINE", "OpenVinoEngine", "compile_model", "devices_here", "is_as_asked"]
+__all__ = ["ENGINE", "OpenVinoEngine", "as_ir", "compile_model", "devices_here", "is_as_asked"]
 
 # Our words for precisions -> those of OpenVINO.
 _PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -225,6 +228,16 @@ def _compile(core: Any, model: Model, device: str, settings: dict[str, Any], bat
 def _fix_batch(graph: Any, batch_size: int | None) -> None:
     if batch_size is not None:
         graph.reshape([batch_size, *list(graph.input(0).get_partial_shape())[1:]])
+
+
+def as_ir(model: Model) -> tuple[bytes, bytes]:
+    """Return the graph that the engine runs as OpenVINO IR: its .xml and its .bin."""
+    if isinstance(model, IrModel):
+        return model.xml, model.weights
+    with temporary_folder() as name:
+        path = Path(name) / "model.xml"
+        openvino.save_model(read_graph(_core(), model), path, compress_to_fp16=False)
+        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 
 def _failed(verb: str, error: Exception) -> ModelRejected:

@@ -32,4 +32,7 @@ def expected_files(root: Path) -> set[str]:
     for module, path in modules(root).items():
         folder = module.rpartition(".")[0].replace(".", "/")
         found |= {f"{folder}/{file.name}" for file in path.parent.iterdir() if file.suffix in {".py", *_DATA}}
+    for source in ("runtime/bundle/web", "runtime/bundle/c"):  # what bundles copy as it is
+        files = (file for file in (root / source).rglob("*") if file.is_file())
+        found |= {f"vit_edge/{file.relative_to(root).as_posix()}" for file in files}
     return found

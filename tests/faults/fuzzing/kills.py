@@ -37,8 +37,7 @@ from vit_edge.errors import VitEdgeError
 from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.export.deployment.record import write_record
 from vit_edge.export.tracing import external_data
-from vit_edge.export.tracing.formats import write_folder
-from vit_edge.files import write_atomic, write_together
+from vit_edge.files import write_atomic, write_folder, write_together
 from vit_edge.model_file.artifact import ModelFile, open_model, reseal
 from vit_edge.model_file.openvino_ir import open_ir
 from vit_edge.model_file.weights import weights_entry
