@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vit_edge.conversion.preprocessing.knowledge import IMAGENET, Facts, Geometry, Knowledge
@@ -15,10 +16,12 @@ from vit_edge.errors import UsageError, printable
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Activation
 
-__all__ = ["Given", "TorchNetwork", "in_rgb", "settled_preprocessing"]
+__all__ = ["Given", "TorchNetwork", "in_rgb", "settled_preprocessing", "unit_length"]
 
 # The usual settings of classifiers, if none are specified.
 _SIDE, _CROP_FRACTION = 224, 0.875
+# float32 still squares it; vectors of networks are far longer.
+_SHORTEST = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +90,12 @@ def _size(facts: Facts) -> tuple[int, int] | None:
 def in_rgb(module: nn.Module, facts: Sequence[Facts]) -> nn.Module:
     """Return a network of BGR images as the same function of RGB images."""
     return _Flipped(module).eval() if Knowledge(facts=tuple(facts)).value("bgr") else module
+
+
+def unit_length(vectors_BD: Tensor) -> Tensor:
+    """Return the vectors divided by their length, as `torch.nn.functional.normalize` does."""
+    lengths_B1: Tensor = torch.linalg.vector_norm(vectors_BD, dim=-1, keepdim=True)
+    return vectors_BD / lengths_B1.clamp_min(_SHORTEST)
 
 
 class _Flipped(nn.Module):

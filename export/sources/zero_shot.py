@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from vit_edge.conversion.config import processor_facts
 from vit_edge.conversion.preprocessing.settings import read_settings
 from vit_edge.errors import CheckpointRejected, UsageError, printable, require
-from vit_edge.export.sources.torch_network import TorchNetwork, settled_preprocessing
-from vit_edge.export.tracing.fused_vit import unit_length
+from vit_edge.export.sources.torch_network import TorchNetwork, settled_preprocessing, unit_length
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Activation
 

@@ -18,25 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vit_edge.export.sources.torch_network import unit_length
 from vit_edge.image import Preprocessing
 from vit_edge.vit import Block, LayerScale, VisionTransformer, ViTConfig
 
-__all__ = ["DeployedViT", "Embedding", "unit_length"]
+__all__ = ["DeployedViT", "Embedding"]
 
 # How an encoder gives its vector.
 Embedding: TypeAlias = Literal["plain", "normalized"]
 
 # quick_gelu(x) = x sigmoid(1.702 x) is silu(1.702 x) / 1.702: both factors go into the products around it.
 _QUICK_GELU = 1.702
-
-
-# float32 still squares it; vectors of networks are far longer.
-_SHORTEST = 1e-12
-
-
-def unit_length(vectors_BD: Tensor) -> Tensor:
-    """Return the vectors divided by their length, as `torch.nn.functional.normalize` does."""
-    return vectors_BD / torch.linalg.vector_norm(vectors_BD, dim=-1, keepdim=True).clamp_min(_SHORTEST)
 
 
 class QuantizableOp(nn.Module):

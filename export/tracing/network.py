@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vit_edge.checkpoint import Checkpoint
 from vit_edge.errors import CheckpointRejected, ModelRejected, UsageError
-from vit_edge.export.sources.torch_network import TorchNetwork
-from vit_edge.export.tracing.fused_vit import DeployedViT, Embedding, unit_length
+from vit_edge.export.sources.torch_network import TorchNetwork, unit_length
+from vit_edge.export.tracing.fused_vit import DeployedViT, Embedding
 from vit_edge.export.tracing.head import logits_of
 from vit_edge.export.tracing.options import ExportOptions
 from vit_edge.image import Pixels, Preprocessing

@@ -43,7 +43,6 @@ _EXPORT = (
     "vit_edge.export.parity",
     "vit_edge.export.sources",
     "vit_edge.export.tracing",
-    "vit_edge.export.zero_shot",
     "vit_edge.export.onnx_import",
     "vit_edge.export.verification",
     # Inside quantization, from the ranges of tensors up to the verb.
