@@ -172,7 +172,7 @@ class _Layout:
         if attribute(node, "axis", -1) not in (-1, rank - 1) or len(node.output) > 1:
             return False
         source, name = self._first[node.input[0]], node.output[0]
-        epsilon = self._graph.add_tensor(f"{name}.epsilon", np.float32(attribute(node, "epsilon", 1e-5)))
+        epsilon = self._graph.add_tensor(f"{name}.epsilon", np.array(attribute(node, "epsilon", 1e-5), np.float32))
         self._mean(source, f"{name}.mean")
         self._step("Sub", [source, f"{name}.mean"], f"{name}.centered")
         self._step("Mul", [f"{name}.centered", f"{name}.centered"], f"{name}.squared")
