@@ -127,7 +127,7 @@ def test_a_whole_network_gives_the_same_logits_and_each_op_keeps_its_name(folder
     ops = find_quantizable_ops(graph)
     assert {node.name for node in moved.graph.node if node.op_type == "Conv"} == {op.node for op in ops}
     assert len([node for node in moved.graph.node if node.op_type == "LayerNormalization"]) == 0
-    noise = sqnr_by_op(graph, moved, ops, images, scaled={})
+    noise = sqnr_by_op(graph, moved, ops, [image[0] for image in images], scaled={})
     assert noise.keys() == {op.node for op in ops}
     assert min(noise.values()) > 90
 
