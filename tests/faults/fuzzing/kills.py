@@ -1,6 +1,7 @@
 """`python -m tests.faults.fuzzing.kills --kills N --seed S`: SIGKILL at random moments over all writers.
 
-Most kills hit a process that replaces a file, pair or folder again and again, by the function that the commands use.
+Most kills hit a process that replaces a file, pair or folder again and again, by the function that the commands use:
+half of them before a system call, which does not depend on how busy the machine is, and half at any moment.
 One in 50 each hits a whole `vit-edge train` and `vit-edge deploy`. Then each output must be the old or the new one,
 whole, and the next write must remove what the killed one left.
 """
@@ -49,6 +50,8 @@ __all__ = ["Writer", "kill_writers", "main", "make_writers"]
 
 # A write of these takes one to twenty milliseconds on an idle machine.
 _LONGEST_S = 0.04
+# A write of these makes 20 to 60 system calls: two writes.
+_MOST_CALLS = 120
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,27 +158,44 @@ def kill_writers(source: Path, *, kills: int, seed: int, work: Path) -> tuple[Co
         writer.write(work / name, 0)
     for number in range(kills):
         name = [*writers][number % len(writers)]
-        _kill(writers[name], work / name, rng.random() * _LONGEST_S)
+        _kill(writers[name], work / name, rng)
         ran[name] += 1
         wrong += [f"kill {number}: {name}: {problem}" for problem in _problems(writers[name], work / name)]
     return ran, wrong
 
 
-def _kill(writer: Writer, folder: Path, after_s: float) -> None:
+def _kill(writer: Writer, folder: Path, rng: random.Random) -> None:
+    call = rng.randint(1, _MOST_CALLS) if rng.random() < 0.5 else None
     with warnings.catch_warnings():  # threads of torch do not matter: the child only writes
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             number = 0
+            if call is not None:
+                _die_before(call)
             while True:
                 number += 1
                 writer.write(folder, number)
         os._exit(1)
-    time.sleep(after_s)
-    os.kill(child, signal.SIGKILL)
+    if call is None:
+        time.sleep(rng.random() * _LONGEST_S)
+        os.kill(child, signal.SIGKILL)
     if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
         raise AssertionError("the writer ended before it was killed")
+
+
+def _die_before(call: int) -> None:
+    """Kill this process before its system call of this number: rename, fsync, unlink and the like."""
+    made = 0
+
+    def count(_frame: object, event: str, function: Any) -> None:
+        nonlocal made
+        made += event == "c_call" and getattr(function, "__module__", None) == os.name
+        if made == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
 
 
 def _problems(writer: Writer, folder: Path) -> list[str]:
