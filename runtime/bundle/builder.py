@@ -32,7 +32,7 @@ from vit_edge.runtime.checks.operators import check_contents
 from vit_edge.runtime.engines.protocol import ENGINES, EngineOptions, Model, installed_engines
 from vit_edge.runtime.loading import load_model, open_any
 
-__all__ = ["Bundle", "bundle", "checked_engines", "engines_promised"]
+__all__ = ["Bundle", "bundle", "checked_engines", "engines_promised", "own_licence"]
 
 _MAIN = "vit_edge.runtime.bundle.app_main"
 # Its modules are imported one by one: what it offers applications, the pool and the benchmark, stays out.
@@ -79,7 +79,7 @@ def bundle(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | None 
         **_sources(),
         **_model_members(opened),
         **fallback,
-        **_own_licence(),
+        **own_licence(f"{FOLDER}/licenses/vit-edge"),
         ABOUT: _about(opened, engines).encode(),
     }
     data = _archive(members)
@@ -208,9 +208,9 @@ def _protobuf() -> tuple[str | None, dict[str, bytes]]:
     return protobuf.__version__, {**members, **licences, f"{FALLBACK}/google/": b""}
 
 
-def _own_licence() -> dict[str, bytes]:
-    """Return the licence of vit-edge; from a clone that is not installed, the file at its top."""
-    folder, top = f"{FOLDER}/licenses/vit-edge", Path(vit_edge.__file__).parent.parent / "LICENSE"
+def own_licence(folder: str) -> dict[str, bytes]:
+    """Return the licence of vit-edge, as members of `folder`; from a clone that is not installed, its own file."""
+    top = Path(vit_edge.__file__).parent.parent / "LICENSE"
     return _licences("vit-edge", folder) or ({f"{folder}/LICENSE": top.read_bytes()} if top.is_file() else {})
 
 

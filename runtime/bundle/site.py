@@ -13,7 +13,7 @@ import vit_edge
 from vit_edge.errors import ModelRejected
 from vit_edge.files import may_write_folder, write_folder
 from vit_edge.model_file.artifact import MANIFEST_KEY, ModelFile
-from vit_edge.runtime.bundle.builder import checked_engines, engines_promised
+from vit_edge.runtime.bundle.builder import checked_engines, engines_promised, own_licence
 from vit_edge.runtime.bundle.decoding_probes import decoding_probes, resizes_tall_images_vertically_first
 from vit_edge.runtime.bundle.onnxruntime_web import OPTIONAL, REQUIRED, read_onnxruntime_web
 from vit_edge.runtime.loading import open_any
@@ -21,6 +21,7 @@ from vit_edge.runtime.loading import open_any
 __all__ = ["Site", "bundle_site"]
 
 SCHEMA = 1
+_NEEDED = {".css", ".html", ".json", ".mjs", ".onnx", ".wasm"}
 _SOURCE = Path(__file__).with_name("web")
 _MODEL, _ABOUT, _SERVICE_WORKER, _PACKAGE = "model.onnx", "bundle.json", "service-worker.js", "onnxruntime-web"
 # Netlify and Cloudflare Pages read this file; on other hosts it is one file more.
@@ -53,7 +54,7 @@ def bundle_site(
     package cannot be fetched.
     """
     opened = _opened(model)
-    fixed = dict(_fixed_files())
+    fixed = {**dict(_fixed_files()), **own_licence("licenses/vit-edge")}
     libraries = [f"{_PACKAGE}/{name}" for name in (*REQUIRED, *OPTIONAL)]
     target = may_write_folder(Path(out), holding={*fixed, *libraries, _MODEL, _ABOUT, "_headers"}, force=force)
     checked_in = checked_engines(opened, ("onnxruntime",))
@@ -65,7 +66,7 @@ def bundle_site(
         _ABOUT: _about(opened, version),
         "_headers": _HEADERS,
     }
-    needed = [name for name in site if name.removeprefix(f"{_PACKAGE}/") not in OPTIONAL]
+    needed = [name for name in site if _is_needed(name)]
     site[_SERVICE_WORKER] = _service_worker(fixed[_SERVICE_WORKER], opened, needed)
     write_folder(target, site)
     return Site(
@@ -100,6 +101,12 @@ def _fixed_files() -> Iterator[tuple[str, bytes]]:
             yield path.relative_to(_SOURCE).as_posix(), path.read_bytes()
 
 
+def _is_needed(name: str) -> bool:
+    """Return whether every visit needs the file: the service worker keeps these."""
+    path = Path(name)
+    return path.suffix in _NEEDED and path.name not in (*OPTIONAL, _SERVICE_WORKER)
+
+
 def _about(model: ModelFile, version: str) -> bytes:
     """Return what the page reads first; the manifest is in the model file, under its seal, at this place."""
     text: bytes = next(entry.value for entry in model.proto.metadata_props if entry.key == MANIFEST_KEY).encode()
@@ -119,6 +126,6 @@ def _about(model: ModelFile, version: str) -> bytes:
 
 def _service_worker(source: bytes, model: ModelFile, needed: list[str]) -> bytes:
     """Return the service worker with the list of files; another model is another cache."""
-    names = ["./", *sorted({*needed} - {_SERVICE_WORKER, "_headers", "vit-edge.d.ts"})]
+    names = ["./", *sorted(needed)]
     cache = f"vit-edge-{vit_edge.__version__}-{model.sha256[:16]}"
     return source.replace(b"__CACHE__", cache.encode()).replace(b"__FILES__", json.dumps(names, indent=2).encode())
