@@ -36,7 +36,8 @@ _SHORTEST = 1e-12
 
 def unit_length(vectors_BD: Tensor) -> Tensor:
     """Return the vectors divided by their length, as `torch.nn.functional.normalize` does."""
-    return vectors_BD / torch.linalg.vector_norm(vectors_BD, dim=-1, keepdim=True).clamp_min(_SHORTEST)
+    length_B1: Tensor = torch.linalg.vector_norm(vectors_BD, dim=-1, keepdim=True)
+    return vectors_BD / length_B1.clamp_min(_SHORTEST)
 
 
 class QuantizableOp(nn.Module):
