@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-
 from typing import Generic, TypeVar
 
 from vit_edge.runtime.classifier import Classifier
