@@ -68,7 +68,7 @@ class _Npy:
     """Raw rows in a temporary file; the header, which has their number, is put before them at the end."""
 
     def __init__(self, target: Path, folder: Path, width: int) -> None:
-        self.files = (target, target.with_suffix(".txt"))
+        self.files: tuple[Path, ...] = (target, target.with_suffix(".txt"))
         self._width, self._count = width, 0
         self._rows, self._names = (folder / "rows").open("w+b"), (folder / "names").open("w+b")
 
@@ -97,7 +97,7 @@ class _Parquet:
         what = "write Parquet"
         self._arrow = require("pyarrow", extra="parquet", what=what)
         parquet = require("pyarrow.parquet", extra="parquet", what=what)
-        self.files = (target,)
+        self.files: tuple[Path, ...] = (target,)
         self._width, self._count, self._path = width, 0, folder / "rows.parquet"
         vector = self._arrow.list_(self._arrow.float32(), width)
         self._schema = self._arrow.schema([("file", self._arrow.string()), ("vector", vector)])

@@ -226,11 +226,15 @@ class _Breakdown:
                 note=note,
                 sqnr_db=None if first is None else sqnr_db(first, logits_BK),
                 sqnr_before_db=None if before is None else sqnr_db(before, logits_BK),
-                agreement=None if first is None else _agreement(first, logits_BK),
-                agreement_before=None if before is None else _agreement(before, logits_BK),
+                agreement=None if first is None else self._agreement(first, logits_BK),
+                agreement_before=None if before is None else self._agreement(before, logits_BK),
             )
         )
         self._first, self._before = logits_BK if first is None else first, logits_BK
+
+    def _agreement(self, first_BK: Logits, found_BK: Logits) -> float | None:
+        """Return the agreement in percent; an encoder makes no predictions that could agree."""
+        return None if self._prepared.reference.manifest.is_encoder else _agreement(first_BK, found_BK)
 
     def _compare_with_remade(self) -> None:
         """Note on the latest stage, the file, whether it equals the last stage that was made again."""

@@ -80,6 +80,9 @@ def prepare_explanation(
         if file.weights is not None:
             reason = "the weights are in a second file, being over 2 GiB; layers are compared within one file"
             raise UsageError("cannot explain", file=file.source, reason=reason, remedy="`vit-edge verify` alone")
+    if options.checkpoint is not None and source.manifest.is_encoder:
+        reason = "the file is an encoder; its float32 file is the first stage"
+        raise UsageError("cannot explain", file=source.source, reason=reason, remedy="leave out --checkpoint")
     engines = [*dict.fromkeys(("onnxruntime", *chosen_engines(options.engines)))]
     for file in (candidate, source):
         admit(file, engines=engines)

@@ -155,9 +155,9 @@ class _Search:
         """Return whether the file with the ops `left` in float32 passes."""
         model = self._make(left)
         kept = self._cache.read(model) if self._cache else None
-        found = None if kept else self._verify(model)
-        step = _step(size, found) if found else kept
-        assert step is not None
+        found = self._verify(model) if kept is None else None
+        step = kept if found is None else _step(size, found)
+        assert step is not None  # one of the two is there
         self.steps.append(step)
         if step.verdict == "pass":
             self.best = (model, found, left)
@@ -177,13 +177,13 @@ class _Search:
 
 def _step(size: int, found: AnyVerification) -> SearchStep:
     if isinstance(found, EncoderVerification):
-        decisive = found.decisive
+        decisive, knn = found.decisive, found.decisive.knn
         return SearchStep(
             num_integer=size,
             verdict=found.verdict,
             sqnr_db=decisive.sqnr_db,
-            drop_points=decisive.knn and decisive.knn.drop_points,
-            drop_upper_bound_points=decisive.knn and decisive.knn.drop_upper_bound_points,
+            drop_points=None if knn is None else knn.drop_points,
+            drop_upper_bound_points=None if knn is None else knn.drop_upper_bound_points,
             neighbours=decisive.kept.percent,
             neighbours_lower_bound=decisive.kept.lower_bound,
         )

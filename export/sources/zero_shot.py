@@ -27,6 +27,8 @@ DEFAULT_TEMPLATE = "a photo of a {}"
 # CLIP compares its texts with each other, SigLIP decides on each alone (arXiv:2103.00020, arXiv:2303.15343).
 _ACTIVATIONS: dict[str, Activation] = {"clip": "softmax", "siglip": "sigmoid"}
 _TEXTS_AT_ONCE = 64
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+_COPY_TOKENIZER = "copy tokenizer.json and tokenizer_config.json into the folder"
 
 
 def zero_shot_classifier(
@@ -157,12 +159,14 @@ def _tokens(model: Any, kind: str, root: Path, texts: Sequence[str]) -> Iterator
     """Yield the tokens of the texts, 64 texts at a time; raises UsageError if one is longer than the model takes."""
     transformers = require("transformers", extra="huggingface", what="encode the texts")
     most = model.config.text_config.max_position_embeddings
+    if not any((root / name).is_file() for name in _TOKENIZER_FILES):  # transformers makes one up then
+        reason = "the folder has no tokenizer"
+        raise CheckpointRejected("cannot encode the texts", file=root, reason=reason, remedy=_COPY_TOKENIZER)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(root, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         reason = f"the tokenizer cannot be read ({' '.join(str(error).split())[:200]})"
-        remedy = "copy tokenizer.json and tokenizer_config.json into the folder"
-        raise CheckpointRejected("cannot encode the texts", file=root, reason=reason, remedy=remedy) from error
+        raise CheckpointRejected("cannot encode the texts", file=root, reason=reason, remedy=_COPY_TOKENIZER) from error
     # SigLIP was trained on texts of full length; CLIP reads up to the end of each.
     padding: dict[str, Any] = {"padding": True} if kind == "clip" else {"padding": "max_length", "max_length": most}
     for start in range(0, len(texts), _TEXTS_AT_ONCE):

@@ -42,7 +42,7 @@ class SideBySide(Candidate):
 
     @property
     def classifiers(self) -> list[LoadedModel]:
-        """Return the classifier of each worker."""
+        """Return the model of each worker."""
         return self._version.classifiers
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from vit_edge.image import Color, Decoding, ImageSource, Limits, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
 from vit_edge.model_file.artifact import MOST_BATCH
 from vit_edge.runtime.checks.load_policy import Sandbox, policy_with
-from vit_edge.runtime.classifier import Prediction, as_classifier, check_top
+from vit_edge.runtime.classifier import Classifier, Prediction, as_classifier, check_top
 from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
 from vit_edge.runtime.loaded_model import Prepared
 from vit_edge.runtime.loading import check_decode, load_model, open_any
@@ -240,7 +240,7 @@ class Pool:
             reason = "the pool was made before a fork, and its workers are not here"
             raise Closed("cannot use the pool", reason=reason, remedy="make it in the child, or start with spawn")
 
-    def _loaded(self, source: Source) -> ModelVersion:
+    def _loaded(self, source: Source) -> ModelVersion[Classifier]:
         model = open_any(
             source,
             preprocessing=self._preprocessing,

@@ -45,8 +45,12 @@ def headlines(sources: Sources) -> tuple[Headline, ...]:
                 *(_drop(verified) if isinstance(verified, Verified) else _kept(verified)),
             ),
         )
-        for verified in (*sources.verified, *sources.encoders)
+        for verified in _all(sources)
     )
+
+
+def _all(sources: Sources) -> tuple[Verified | VerifiedEncoder, ...]:
+    return (*sources.verified, *sources.encoders)
 
 
 def _of_files(sources: Sources, verified: Verified | VerifiedEncoder) -> Iterator[Fact]:

@@ -301,8 +301,9 @@ def _evaluation(found: AnyVerification) -> list[dict[str, Any]]:
 def _table(found: AnyVerification, *, with_verdict: bool) -> Any:
     from vit_edge.export.verification.results import Verification
 
-    of_kind = figures_table if isinstance(found, Verification) else encoder_table
-    return of_kind(found, with_verdict=with_verdict)  # type: ignore[operator]
+    if isinstance(found, Verification):
+        return figures_table(found, with_verdict=with_verdict)
+    return encoder_table(found, with_verdict=with_verdict)
 
 
 def _shown(result: QuantizationResult) -> list[Any]:
