@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx
 
-from vit_edge.data import find_images
+from vit_edge.data import draw_images, find_images
 from vit_edge.errors import DataRejected, Interrupted, UsageError, printable
 from vit_edge.export.graph.macs import macs_by_node
 from vit_edge.export.parity.golden_vectors import promised_engines, with_answers
@@ -164,7 +164,8 @@ def _opened(
     check_target(options.precision, target.target, source)
     # Loaded as a user's application would: hostile or damaged graphs end here, not in fresh golden vectors.
     load_model(source, options=EngineOptions()).close()
-    paths = [] if calibration is None else find_images(calibration)
+    found = () if calibration is None else find_images(calibration)
+    paths = draw_images(found, options.calibration_images, seed=options.seed)
     written = may_write(out, force=force, made_from=source.source)
     request = None if data is None else _request(source, data, options)
     evaluation = request.reference_run.path_of if request is not None else {}
