@@ -57,7 +57,7 @@ def ask(url: str, body: bytes | None = None) -> tuple[int, Any]:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, json.loads(error.read() or b"null")
+            return error.code, error.read()
     except (OSError, ValueError):
         return 0, None
 
