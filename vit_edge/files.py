@@ -15,11 +15,13 @@ import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vit_edge.errors import InputError, ResourceExhausted, UsageError, VitEdgeError, printable
 
 __all__ = [
+    "PackedFile",
+    "Part",
     "finite",
     "has_home",
     "kind_of",
@@ -70,6 +72,54 @@ _LIMITS = {
 }
 
 
+class Part(Protocol):
+    """Where a packed file is in its archive; raises OSError or ValueError if it cannot be read."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of the file, 0 if it is known only once it is read."""
+        ...
+
+    def read(self, archive: Path) -> bytes:
+        """Return the bytes of the file."""
+        ...
+
+
+# A path of this system, so that packed files sort, print and pickle among the paths of other images.
+if TYPE_CHECKING:
+    _SystemPath = Path
+else:
+    _SystemPath = type(Path())
+
+
+class PackedFile(_SystemPath):
+    """A file inside an archive, by a path below that of the archive; `read_file` reads it, and nothing else can."""
+
+    archive: Path
+    part: Part
+
+    @classmethod
+    def of(cls, archive: Path, name: str, part: Part) -> PackedFile:
+        """Return the file `name` of an archive."""
+        path = cls(archive, name)
+        path.archive, path.part = Path(archive), part
+        return path
+
+    def read_part(self, *, what: str, max_bytes: int, error: type[VitEdgeError]) -> bytes:
+        """Return the bytes of the file; raises `error`."""
+        if self.part.size_bytes > max_bytes:
+            reason = f"the file has {self.part.size_bytes:,} bytes; at most {max_bytes:,} are read"
+            raise error(f"cannot read the {what}", file=self, reason=reason, remedy="give a smaller file")
+        try:
+            return self.part.read(self.archive)
+        except (OSError, ValueError) as problem:
+            remedy = "write the archive again"
+            raise error(f"cannot read the {what}", file=self, reason=_why(problem), remedy=remedy) from problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedFile.of, (self.archive, str(self.relative_to(self.archive)), self.part)
+
+
 def has_home() -> bool:
     """Return whether the user has a home folder: HOME, or an entry in the list of users."""
     try:
@@ -104,8 +154,11 @@ def read_file(
 ) -> bytes:
     """Return the bytes of a regular file (a link to one is followed); raises `error`.
 
-    Devices, sockets and FIFOs are never opened for reading: they could block for ever or never end.
+    Devices, sockets and FIFOs are never opened for reading: they could block for ever or never end. A PackedFile is
+    read from its archive.
     """
+    if isinstance(path, PackedFile):
+        return path.read_part(what=what, max_bytes=max_bytes, error=error)
     try:
         # O_NONBLOCK: opening a FIFO without a writer must not hang before fstat can refuse it.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

@@ -5,6 +5,7 @@
     curl --data-binary @image.jpg -H "Content-Type: image/jpeg" localhost:8000/classify
     curl localhost:8000/healthz
 
+It speaks the Open Inference Protocol v2 too (`/v2/models/NAME/infer`): `tritonclient[http]` and KServe clients work.
 The settings are environment variables; README.md next to this file lists them, and every answer but 200.
 """
 
@@ -21,20 +22,28 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vit_edge.errors import Closed, DeadlineExceeded, ImageRejected, Overloaded, UsageError, VitEdgeError
+from vit_edge import __version__
+from vit_edge.errors import Closed, DeadlineExceeded, ImageRejected, InputError, Overloaded, UsageError, VitEdgeError
 from vit_edge.image import FORMATS
 from vit_edge.runtime import Pool
+from vit_edge.runtime.serving import open_inference
 
 # The log of uvicorn is the one that a service manager shows.
 _log = logging.getLogger("uvicorn.error")
 _RETRY_AFTER_S = 1
-_STATUS: dict[type[VitEdgeError], int] = {ImageRejected: 422, Overloaded: 503, Closed: 503, DeadlineExceeded: 504}
+_STATUS: dict[type[VitEdgeError], int] = {
+    ImageRejected: 422,
+    InputError: 400,
+    Overloaded: 503,
+    Closed: 503,
+    DeadlineExceeded: 504,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,10 +175,7 @@ async def classify(request: Request, top: Annotated[int, Query(ge=1, le=1000)] =
         raise Refused(415, "the body is a form; send the bytes of the image themselves")
     settings: Settings = app.state.settings
     pool: Pool = app.state.pool
-    try:
-        upload = await asyncio.wait_for(read_body(request, settings.max_bytes), settings.body_s)
-    except asyncio.TimeoutError as error:  # a name of its own in Python 3.10
-        raise Refused(408, f"the image did not arrive within {settings.body_s:g} s") from error
+    upload = await body_in_time(request)
     await asyncio.to_thread(check_pixels, upload, settings.max_pixels)
     prediction = await pool.classify(upload, top=top, timeout_s=settings.deadline_s)
     app.state.answered += 1
@@ -184,6 +190,58 @@ async def healthz() -> dict[str, Any]:
     return {"status": "overloaded" if overloaded else "ok", **described}
 
 
+@app.get("/v2")
+async def server_metadata() -> dict[str, Any]:
+    return open_inference.server_metadata(__version__)
+
+
+@app.get("/v2/health/live")
+async def live() -> dict[str, bool]:
+    return {"live": True}
+
+
+@app.get("/v2/health/ready")
+async def ready() -> dict[str, bool]:
+    """Respond once the golden vectors passed: before that, nothing listens."""
+    return {"ready": True}
+
+
+@app.get("/v2/models/{name}")
+@app.get("/v2/models/{name}/versions/1")
+async def model_metadata(name: str) -> dict[str, Any]:
+    return served_model(name)
+
+
+@app.get("/v2/models/{name}/ready")
+@app.get("/v2/models/{name}/versions/1/ready")
+async def model_ready(name: str) -> dict[str, Any]:
+    return {"name": served_model(name)["name"], "ready": True}
+
+
+@app.post("/v2/models/{name}/infer")
+@app.post("/v2/models/{name}/versions/1/infer")
+async def infer(request: Request, name: str) -> Response:
+    """Respond with the logits of preprocessed images, in JSON or as raw bytes; a request is one place in the queue."""
+    served_model(name)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refused(415, "the body is compressed; send it as it is")
+    pool: Pool = app.state.pool
+    body = await body_in_time(request)
+    asked = open_inference.read_request(body, request.headers.get(open_inference.HEADER_LENGTH), pool.manifest)
+    logits = pool.submit_logits(asked.images, timeout_s=app.state.settings.deadline_s)
+    content, headers = open_inference.respond(asked, await asyncio.wrap_future(logits), name=name)
+    app.state.answered += 1
+    return Response(content, headers=headers)
+
+
+def served_model(name: str) -> dict[str, Any]:
+    """Return what the protocol tells of the model; raises Refused (404) for any other name."""
+    described = open_inference.model_metadata(app.state.pool.manifest)
+    if name != described["name"]:
+        raise Refused(404, f"there is no model {name!r}; the model is {described['name']!r}")
+    return described
+
+
 class Refused(Exception):
     """A request that does not come as far as the classifier."""
 
@@ -192,9 +250,18 @@ class Refused(Exception):
         self.status = status
 
 
+async def body_in_time(request: Request) -> bytes:
+    """Return the body; raises Refused if it is too large (413) or too slow (408)."""
+    settings: Settings = app.state.settings
+    try:
+        return await asyncio.wait_for(read_body(request, settings.max_bytes), settings.body_s)
+    except asyncio.TimeoutError as error:  # a name of its own in Python 3.10
+        raise Refused(408, f"the body did not arrive within {settings.body_s:g} s") from error
+
+
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return the body; raises Refused (413) where it has more than `max_bytes`, of which no more are kept."""
-    too_large = Refused(413, f"the image has more than {max_bytes:,} bytes")
+    too_large = Refused(413, f"the body has more than {max_bytes:,} bytes")
     if "expect" in request.headers and int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_large  # the client asks before it sends
     body, num_bytes = bytearray(), 0
@@ -223,7 +290,7 @@ def check_pixels(upload: bytes, max_pixels: int) -> None:
 
 @app.exception_handler(Refused)
 async def refuse(request: Request, error: Refused) -> JSONResponse:
-    return JSONResponse({"error": "Refused", "message": str(error)}, status_code=error.status)
+    return problem(request, "Refused", str(error), status=error.status)
 
 
 @app.exception_handler(VitEdgeError)
@@ -233,7 +300,16 @@ async def explain(request: Request, error: VitEdgeError) -> JSONResponse:
     if status == 500:
         _log.error("%s", error)
     headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else None
-    return JSONResponse({"error": type(error).__name__, "message": str(error)}, status_code=status, headers=headers)
+    return problem(request, type(error).__name__, str(error), status=status, headers=headers)
+
+
+def problem(
+    request: Request, kind: str, message: str, *, status: int, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """Return an error as JSON; the Open Inference Protocol has the text itself under `error`."""
+    is_v2 = request.url.path.startswith("/v2")
+    content = {"error": message} if is_v2 else {"error": kind, "message": message}
+    return JSONResponse(content, status_code=status, headers=headers)
 
 
 @app.exception_handler(ClientDisconnect)

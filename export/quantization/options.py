@@ -35,6 +35,7 @@ _OPTION_OF = {
     "without": "without",
     "ranges": "ranges",
     "batch_size": "batch-size",
+    "calibration_images": "calibration-images",
     "max_drop_points": "max-drop",
     "min_agreement": "min-agreement",
     "min_neighbours": "min-neighbours",
@@ -52,7 +53,8 @@ class QuantizationOptions:
     and one image at a time; "float16" halves the file. `target` is a name of `vit_edge.machine.targets.TARGETS`,
     "auto" for this machine, or a file from `vit-edge doctor --json`. `algorithms` replaces the recipe's, `without`
     removes some. `ranges` is the observer that finds the first ranges. `batch_size` is that of calibration and changes
-    only the time. `time_limit_s`, from the start of `quantize`, ends the accuracy search with the best file so far.
+    only the time. `calibration_images` draws so many of the images by `seed`; None takes all.
+    `time_limit_s`, from the start of `quantize`, ends the accuracy search with the best file so far.
     """
 
     precision: Precision = "int8"
@@ -63,6 +65,8 @@ class QuantizationOptions:
     without: Sequence[str] = ()
     ranges: Method = "moving-average"
     batch_size: int = 1
+    calibration_images: int | None = None
+    seed: int = 0
     max_drop_points: float | None = None
     min_agreement: float | None = None
     min_neighbours: float | None = None
@@ -77,6 +81,9 @@ class QuantizationOptions:
         for value, known in chosen:
             if value not in known:
                 raise _wrong(f"{value!r} is unknown", f"choose {', '.join(known)}")
+        if (self.calibration_images or 1) < 1 or self.seed < 0:
+            reason = f"{self.calibration_images} calibration images with the seed {self.seed}"
+            raise _wrong(reason, "give 1 image or more, and a seed of 0 or more")
         if self.batch_size < 1 or not (self.time_limit_s is None or self.time_limit_s > 0):
             raise _wrong(f"batch size {self.batch_size}, time limit {self.time_limit_s}", "give numbers above zero")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx
 
-from vit_edge.data import find_images
+from vit_edge.data import draw_images, find_images
 from vit_edge.errors import DataRejected, Interrupted, UsageError, printable
 from vit_edge.export.graph.intermediate_tensors import logits_of
 from vit_edge.export.graph.macs import macs_by_node
@@ -175,7 +175,8 @@ def _opened(
     # Hostile or damaged graphs end here, not in fresh golden vectors.
     admit(source, engines=[*dict.fromkeys(("onnxruntime", *promised_engines(source)))])
     load_model(source, options=EngineOptions()).close()
-    paths = [] if calibration is None else find_images(calibration)
+    found = () if calibration is None else find_images(calibration)
+    paths = draw_images(found, options.calibration_images, seed=options.seed)
     _warn_of_one_class(paths, source.manifest.labels)
     written = may_write(out, force=force, made_from=source.source)
     request = None if data is None else _request(source, data, options)

@@ -23,12 +23,12 @@ import numpy as np
 from PIL import Image
 
 from vit_edge.errors import Closed, UsageError, VitEdgeError
-from vit_edge.image import Color, Decoding, ImageSource, Limits, Preprocessing
+from vit_edge.image import Color, Decoding, ImageSource, Limits, Pixels, Preprocessing
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
-from vit_edge.model_file.artifact import MOST_BATCH
+from vit_edge.model_file.artifact import MOST_BATCH, Manifest
 from vit_edge.runtime.checks.load_policy import Sandbox, policy_with
 from vit_edge.runtime.classifier import Classifier, Prediction, as_classifier, check_top
-from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, check_count
+from vit_edge.runtime.engines.protocol import EngineName, EngineOptions, FloatPrecision, Logits, check_count
 from vit_edge.runtime.loaded_model import Prepared
 from vit_edge.runtime.loading import check_decode, load_model, open_any
 from vit_edge.runtime.serving.file_signature import Signature, signature_of
@@ -126,20 +126,32 @@ class Pool:
         classifier does, or DeadlineExceeded as soon as `timeout_s` is over where no worker took it by then; it can be
         cancelled until then.
         """
-        self._check_process()
         check_top(top)
+        return self._enter(lambda when: Request(source=_own(source), top=top, color=color, **when), timeout_s)
+
+    def submit_logits(self, images_NHWC: Pixels, *, timeout_s: float | None = None) -> Future[Logits]:
+        """Return the future float32 logits [batch, classes] of images as the network takes them, in one request.
+
+        `images_NHWC` is uint8 RGB [batch, height, width, 3] after preprocessing; it is copied. Raises as `submit` does,
+        and the future as `Classifier.logits` does.
+        """
+        return self._enter(lambda when: Request(images_NHWC=np.array(images_NHWC), **when), timeout_s)
+
+    def _enter(self, make: Callable[[Mapping[str, Any]], Request], timeout_s: float | None) -> Future[Any]:
+        """Return the future of a request that is put in the queue; `make` gets its times and its future."""
+        self._check_process()
         if timeout_s is not None:
             _check("timeout_s", timeout_s, most=_MOST_TIMEOUT_S)
         self._queue.reserve()  # before the image is copied: a full queue refuses large ones as fast as small ones
+        taken = time.monotonic()
+        deadline = None if timeout_s is None else taken + timeout_s
+        future: Future[Any] = Future()
         try:
-            owned = _own(source)
+            request = make({"taken": taken, "deadline": deadline, "future": future})
         except BaseException:
             self._queue.release()
             raise
-        taken = time.monotonic()
-        deadline = None if timeout_s is None else taken + timeout_s
-        future: Future[Prediction] = Future()
-        self._queue.enter(Request(source=owned, top=top, color=color, taken=taken, deadline=deadline, future=future))
+        self._queue.enter(request)
         return future
 
     async def classify(
@@ -150,6 +162,11 @@ class Pool:
         Cancelling the task cancels the request where no worker took it yet.
         """
         return await asyncio.wrap_future(self.submit(source, top=top, color=color, timeout_s=timeout_s))
+
+    @property
+    def manifest(self) -> Manifest:
+        """Return the manifest of the model file that serves."""
+        return self._slot.current.first.manifest
 
     def swap(self, source: Source) -> None:
         """Let another model file answer from now on; requests that a worker has taken finish on the one before.
@@ -288,6 +305,9 @@ class Pool:
             classifier = version.classifiers[number]
             prepared: list[tuple[Request, Prepared]] = []
             for request in batch:
+                if request.images_NHWC is not None:
+                    _run(classifier, request, request.images_NHWC)
+                    continue
                 started = time.monotonic()
                 try:
                     one = classifier.prepare(request.source, color=request.color)
@@ -322,6 +342,14 @@ class Pool:
                 except Exception as error:  # memory, say: it is tried again
                     _log.warning("the model before goes on, and this one is tried again: %s", error)
             seen = found
+
+
+def _run(classifier: Classifier, request: Request, images_NHWC: Pixels) -> None:
+    """Finish a request for logits, which is a batch in itself."""
+    try:
+        finish(request.future, answer=classifier.logits(images_NHWC))
+    except BaseException as error:  # as with any other: who waits must hear of it, and the worker goes on
+        finish(request.future, error=error)
 
 
 def _own(source: ImageSource) -> ImageSource:

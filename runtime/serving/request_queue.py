@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from vit_edge.errors import Closed, DeadlineExceeded, Overloaded
-from vit_edge.image import Color, ImageSource
+from vit_edge.image import Color, ImageSource, Pixels
 from vit_edge.runtime.classifier import Prediction
+from vit_edge.runtime.engines.protocol import Logits
 
 __all__ = ["Request", "RequestQueue", "finish"]
 
@@ -21,14 +23,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
-    """One image, and the future that its answer goes to; times are those of time.monotonic."""
+    """One image, and the future that its answer goes to; times are those of time.monotonic.
 
-    source: ImageSource
-    top: int
-    color: Color
+    With `images_NHWC` it is images as the network takes them instead, whose logits are asked for.
+    """
+
+    source: ImageSource = b""
+    images_NHWC: Pixels | None = None
+    top: int = 1
+    color: Color = "rgb"
     taken: float
     deadline: float | None
-    future: Future[Prediction]
+    future: Future[Any]
 
     @property
     def is_late(self) -> bool:
@@ -173,7 +179,9 @@ def is_wanted(request: Request) -> bool:
     return True
 
 
-def finish(future: Future[Prediction], *, answer: Prediction | None = None, error: BaseException | None = None) -> None:
+def finish(
+    future: Future[Any], *, answer: Prediction | Logits | None = None, error: BaseException | None = None
+) -> None:
     """Set the future; what its callbacks raise beyond an Exception goes to the log, and no further."""
     try:
         if answer is not None:

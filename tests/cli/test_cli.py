@@ -26,6 +26,7 @@ COMMANDS = (
     "benchmark",
     "tune",
     "bundle",
+    "repository",
     "report",
     "inspect",
     "doctor",
@@ -39,7 +40,7 @@ COMMANDS = (
 TEXT_ONLY = {"help", "completion"}
 # The README shows these outside of its console block.
 ELSEWHERE = {"convert", "explain", "bundle", "tune", "deploy", "report", "doctor", "seal", "sign", "verify-signature"}
-ELSEWHERE |= TEXT_ONLY
+ELSEWHERE |= {"repository", *TEXT_ONLY}
 
 
 @pytest.fixture
@@ -91,6 +92,10 @@ FAULTS = [
     ("bundle damaged.onnx", 4, "damaged.onnx: the file's bytes are not those that were sealed"),
     ("bundle model.onnx --out image.png", 2, "image.png: the file exists"),
     ("bundle model.onnx --out model.onnx --force", 2, "the path is the input"),
+    ("repository gone.onnx --for triton --out new", 3, "gone.onnx: there is no such file"),
+    ("repository model.onnx --for triton --out images", 2, "images: the folder is not empty"),
+    ("repository model.onnx --for triton --out image.png", 2, "image.png: the path is a file"),
+    ("repository model.onnx --for triton --out new --storage-uri x", 2, "triton has no storage URI"),
     ("benchmark gone.onnx", 3, "gone.onnx"),
     ("benchmark model.onnx --batch-size 0", 2, "batch-size"),
     ("inspect damaged.onnx", 4, "damaged.onnx"),

@@ -36,6 +36,7 @@ _RUNTIME = (
     "vit_edge.runtime.serving",
     "vit_edge.runtime.benchmark",
     "vit_edge.runtime.bundle",
+    "vit_edge.runtime.repository",
     "vit_edge.runtime.__init__",
 )
 _EXPORT = (

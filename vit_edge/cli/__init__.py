@@ -36,6 +36,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "benchmark": ("device.benchmark.benchmark", "Measure latency and throughput of model files"),
     "tune": ("device.tune.tune", "Find the fastest engine and number of threads"),
     "bundle": ("device.bundle.bundle", "Make one runnable file of a model and the runtime"),
+    "repository": ("device.repository.repository", "Write a model repository for an inference server"),
     "report": ("workstation.report.report", "Make one HTML page of results"),
     "inspect": ("device.inspect.inspect", "Show what a model file contains"),
     "doctor": ("device.doctor.doctor", "Check this machine: engines, CPU, packages"),

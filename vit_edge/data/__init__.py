@@ -1,8 +1,7 @@
-"""Which images there are and what they show: image folders and label files, and the pixels of one after another."""
+"""Which images there are and what they show: image folders, label files, shards, and the pixels of each image."""
 
 from __future__ import annotations
 
-from vit_edge.data.folders import find_images
 from vit_edge.data.labelled import (
     EVALUATION_SPLITS,
     LabelledImages,
@@ -15,6 +14,7 @@ from vit_edge.data.labelled import (
     read_unlabelled,
     refuse_one_class,
 )
+from vit_edge.data.shards import draw_images, find_images
 from vit_edge.data.streaming import (
     Rejections,
     pixel_hashes,
@@ -29,6 +29,7 @@ __all__ = [
     "LabelledImages",
     "Rejections",
     "Splits",
+    "draw_images",
     "find_images",
     "hold_out",
     "lies_loose",

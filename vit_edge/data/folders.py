@@ -11,9 +11,10 @@ from pathlib import Path
 from vit_edge.errors import DataRejected, printable
 
 __all__ = [
+    "SUFFIXES",
     "Found",
     "existing_folder",
-    "find_images",
+    "images_below",
     "is_passed_over",
     "rejected",
     "report",
@@ -46,7 +47,7 @@ class Found:
     num_loops: int = 0
 
 
-def find_images(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
+def images_below(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Return every image below `folder` by its suffix, sorted; raises DataRejected if there is none.
 
     Links are followed, except back to a folder that holds them. Hidden and system names are passed over and counted.

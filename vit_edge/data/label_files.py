@@ -1,9 +1,10 @@
-"""Label files: a CSV with a row for each image, in the dialects that people and spreadsheets write."""
+"""Label files: a CSV with a row for each image, in the dialects that people and spreadsheets write, or JSON lines."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from vit_edge.files import read_file
 
 __all__ = ["DELIMITERS", "find_label_file", "read_label_file"]
 
-_NAMES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv")
+_NAMES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv", "metadata.jsonl")
 # The first of these columns that is there counts; headers are compared in lower case, spaces as underscores.
 _FILE_COLUMNS = ("file", "filename", "file_name", "path", "filepath", "file_path", "image", "image_path", "image_name")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category")
@@ -73,9 +74,10 @@ def _table(file: Path) -> tuple[list[str], list[list[str]]]:
     data = read_file(file, what="label file", max_bytes=_MAX_BYTES, error=DataRejected)
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        lines = list(_rows(text))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise rejected(file, f"the file is not CSV in UTF-8 ({error})", "save it as CSV in UTF-8") from error
+        lines = list(_json_rows(text) if file.suffix.lower() == ".jsonl" else _rows(text))
+    except (RecursionError, ValueError, csv.Error) as error:
+        kind = "JSON lines" if file.suffix.lower() == ".jsonl" else "CSV"
+        raise rejected(file, f"the file is not {kind} in UTF-8 ({error})", f"save it as {kind} in UTF-8") from error
     if len(lines) < 2:
         raise rejected(file, f"the file has {len(lines)} rows", "write a header and one row for each image")
     columns = [field.lower().replace(" ", "_") for field in lines[0]]
@@ -89,6 +91,19 @@ def _rows(text: str) -> Iterator[list[str]]:
     for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True):
         if any(field.strip() for field in row):
             yield [unicodedata.normalize("NFC", field.strip()) for field in row]
+
+
+def _json_rows(text: str) -> Iterator[list[str]]:
+    """Yield the names of all fields, then their values in each line; a field that is no text or number is empty."""
+    objects = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not all(isinstance(fields, dict) for fields in objects):
+        raise ValueError("a line is no object")
+    names = list(dict.fromkeys(name for fields in objects for name in fields))
+    yield names
+    for fields in objects:
+        values = [fields.get(name, "") for name in names]
+        known = [str(value) if isinstance(value, str | int | float) else "" for value in values]
+        yield [unicodedata.normalize("NFC", value.strip()) for value in known]
 
 
 def _column(file: Path, columns: Sequence[str], known: Sequence[str], what: str) -> int:

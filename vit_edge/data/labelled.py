@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_edge.data.folders import existing_folder, find_images, rejected, subfolders, walk
+from vit_edge.data.folders import existing_folder, images_below, rejected, subfolders, walk
 from vit_edge.data.label_files import find_label_file, read_label_file
+from vit_edge.data.shards import find_shards, read_shards, shards_by_split
 from vit_edge.errors import printable
 
 __all__ = [
@@ -82,8 +83,11 @@ def read_labelled(
 
     The folder holds `<class>/<image>` or a label file. If it is divided into "train", "validation" or "test", the first
     of `splits` that is there is taken. With `class_names` (a model's labels) every class must be one of them; if no
-    class is, all must be indices. Names are compared in Unicode's composed form (NFC).
+    class is, all must be indices. Names are compared in Unicode's composed form (NFC). `folder` may be shards, too: a
+    file or a pattern, or a folder that holds them, with the split in front of their names.
     """
+    if shards := find_shards(folder):
+        return _labelled_shards(_of_split(shards, splits), class_names)
     root = _split_folder(existing_folder(folder), splits)
     listed = _listed(root, Path(folder))
     pairs = _read_class_folders(root) if listed is None else listed
@@ -100,15 +104,19 @@ def read_unlabelled(folder: str | os.PathLike[str], *, splits: Sequence[str] = (
 
     These are the images that `read_labelled` takes: of the same split, and of the label file if there is one.
     """
+    if shards := find_shards(folder):
+        return tuple(path for path, _ in read_shards(_of_split(shards, splits)))
     root = _split_folder(existing_folder(folder), splits, labelled=False)
     listed = _listed(root, Path(folder), labelled=False)
     if listed is None:
-        return find_images(root)
+        return images_below(root)
     return tuple(sorted((path for path, _ in listed), key=os.fsencode))
 
 
 def lies_loose(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> bool:
     """Return whether the images of `folder` have no labels: no label file, and no folder around any of them."""
+    if shards := find_shards(folder):
+        return all(label is None for _, label in read_shards(_of_split(shards, splits)))
     root = _split_folder(existing_folder(folder), splits, labelled=False)
     if _listed(root, Path(folder), labelled=False) is not None:
         return False
@@ -146,10 +154,12 @@ def read_splits(
     Divided folders give their splits; without a validation split, and in a folder that is not divided,
     `validation_fraction` of the training images is held out, the same share of every class.
     """
-    root = existing_folder(folder)
-    present = _present_splits(root)
+    root, shards = Path(folder), find_shards(folder)
+    present: Mapping[str, object] = (
+        shards_by_split(shards, _SPLIT_OF) if shards else _present_splits(existing_folder(root))
+    )
     if present and "train" not in present:
-        found = ", ".join(printable(path.name) for path in present.values())
+        found = ", ".join(present)
         raise rejected(root, f"the folder is divided into {found}, without train", "put the other images into train/")
     train = read_labelled(root, splits=("train",), class_names=class_names)
     refuse_one_class(train.class_names, root)
@@ -164,6 +174,38 @@ def read_splits(
         train, held = hold_out(train, fraction=validation_fraction, seed=seed)
         validation = held if held.num_images else None  # one image of each class: none can be spared
     return Splits(train=train, validation=validation, test=test)
+
+
+def _of_split(shards: Sequence[Path], splits: Sequence[str]) -> Sequence[Path]:
+    """Return the shards of the first of `splits` that is there; all if their names do not begin with splits."""
+    present = shards_by_split(shards, _SPLIT_OF)
+    if not present:
+        return shards
+    for split in (_SPLIT_OF.get(name, name) for name in splits):
+        if split in present:
+            return present[split]
+    wanted = " or ".join(splits) or "one of them"
+    raise rejected(
+        shards[0].parent, f"the shards are divided into {', '.join(present)}", f"give a pattern for {wanted}"
+    )
+
+
+def _labelled_shards(shards: Sequence[Path], class_names: Sequence[str] | None) -> LabelledImages:
+    pairs = read_shards(shards)
+    missing = [path for path, label in pairs if label is None]
+    if missing:
+        reason = f"{len(missing)} of {len(pairs)} images have no label, such as {printable(missing[0].name)}"
+        raise rejected(shards[0], reason, "add key.cls or key.json to each key.jpg, or a column label")
+    texts = [unicodedata.normalize("NFC", str(label)) for _, label in pairs]
+    names = tuple(class_names) if class_names is not None else tuple(sorted(set(texts), key=_in_order))
+    index = _indices(names, set(texts), shards[0].parent)
+    paths = tuple(path for path, _ in pairs)
+    return LabelledImages(paths=paths, labels=tuple(index[text] for text in texts), class_names=names)
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """Return what sorts class names: indices by their value, in front of texts."""
+    return (int(name), "") if name.isascii() and name.isdigit() else (2**63, name)
 
 
 def hold_out(images: LabelledImages, *, fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -239,7 +281,7 @@ def _below(path: Path, folder: Path) -> Path:
 
 
 def _read_class_folders(root: Path) -> list[tuple[Path, str]]:
-    paths = find_images(root)
+    paths = images_below(root)
     loose = [path for path in paths if path.parent == root]
     if loose:
         reason = f"{len(loose)} images are next to the class folders, such as {printable(loose[0].name)}"

@@ -40,7 +40,7 @@ _NUM_NAMED = 8
 
 @command("quantize")
 @file_argument("model")
-@click.option("--calibration", type=_PATH, metavar="DIR", help="Calibration images, like those in use; need no labels.")
+@click.option("--calibration", type=_PATH, metavar="DIR", help="Calibration images, folder or shards; need no labels.")
 @click.option(
     "--data",
     type=_PATH,
@@ -130,6 +130,11 @@ _NUM_NAMED = 8
     ),
 )
 @option_group(
+    "Sample of the calibration images",
+    click.option("--calibration-images", type=click.IntRange(1), metavar="N", help="Draw N of them  [default: all]."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draw the same ones each time."),
+)
+@option_group(
     "Third-party ONNX models",
     click.option("--labels", type=_PATH, metavar="FILE|DIR", help="Class names of the model."),
     click.option("--preprocessing", type=_PATH, metavar="FILE", help="Preprocessing of the model."),
@@ -191,6 +196,8 @@ def _options(values: dict[str, Any]) -> QuantizationOptions:
         min_neighbours=values["min_neighbours"],
         unlabelled=values["unlabelled"],
         time_limit_s=values["time_limit"] and values["time_limit"] * 60,
+        calibration_images=values["calibration_images"],
+        seed=values["seed"],
         use_cache=not values["no_cache"],
         measure_speed=not values["no_speed"],
     )
