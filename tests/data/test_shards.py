@@ -279,5 +279,5 @@ def test_a_parquet_file_without_images_or_damaged_is_refused(parquet: Callable[.
 def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(MissingExtra, match=r"vit-edge\[data\]"):
+    with pytest.raises(MissingExtra, match=r"vit-edge\[parquet\]"):
         find_images(tmp_path / "a.parquet")

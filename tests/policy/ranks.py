@@ -64,6 +64,7 @@ _EXPORT = (
 _CLI = (
     "vit_edge.cli",
     "vit_edge.cli.device",
+    "vit_edge.cli.benchmark",
     "vit_edge.cli.workstation",
     "vit_edge.cli.__init__",
     "vit_edge.__main__",

@@ -33,7 +33,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("workstation.explain.explain", "Show where the error of an INT8 file comes from"),
     "classify": ("device.classify.classify", "Classify images with a model file"),
     "embed": ("device.embed.embed", "Compute the vectors of images with an encoder file"),
-    "benchmark": ("device.benchmark.benchmark", "Measure latency and throughput of model files"),
+    "benchmark": ("benchmark.command.benchmark", "Measure latency and throughput of model files"),
     "tune": ("device.tune.tune", "Find the fastest engine and number of threads"),
     "bundle": ("device.bundle.bundle", "Make one runnable file of a model and the runtime"),
     "repository": ("device.repository.repository", "Write a model repository for an inference server"),

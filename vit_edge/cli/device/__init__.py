@@ -1,3 +1,3 @@
-"""Commands that run on a device: classify, benchmark, inspect, doctor, tune, seal, bundle."""
+"""Commands that run on a device: classify, embed, inspect, doctor, tune, seal, sign, bundle, repository."""
 
 __all__: list[str] = []

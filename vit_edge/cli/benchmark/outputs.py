@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_edge.cli.device.benchmark_tables import csv_text
+from vit_edge.cli.benchmark.tables import csv_text
 from vit_edge.cli.output import SCHEMA, Result, make_table
 from vit_edge.errors import UsageError, VerificationFailed, require
 from vit_edge.files import finite, may_write, write_atomic
 
 if TYPE_CHECKING:
-    from vit_edge.cli.device.benchmark_comparison import Comparison
+    from vit_edge.cli.benchmark.comparison import Comparison
 
 __all__ = ["OUTPUTS", "begin"]
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def begin(options: Mapping[str, Any]) -> Callable[[Result], Result]:
     """Check the options before anything is measured; returns the function that writes and compares the result."""
-    from vit_edge.cli.device.benchmark_comparison import compare, invalid_reasons, read_old
+    from vit_edge.cli.benchmark.comparison import compare, invalid_reasons, read_old
 
     path = options["compare"]
     if options["fail_if_slower"] is not None and path is None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vit_edge.cli.device.benchmark_outputs import OUTPUTS, begin
-from vit_edge.cli.device.benchmark_tables import tables
+from vit_edge.cli.benchmark.outputs import OUTPUTS, begin
+from vit_edge.cli.benchmark.tables import tables
 from vit_edge.cli.device.remote import measured as shown_of_devices
 from vit_edge.cli.device.remote import on_devices
 from vit_edge.cli.options import load_options, option_group

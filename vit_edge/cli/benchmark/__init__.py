@@ -1,0 +1,3 @@
+"""`vit-edge benchmark`: its measurements as tables, CSV, plots and comparisons."""
+
+__all__: list[str] = []
