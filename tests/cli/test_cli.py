@@ -23,6 +23,7 @@ COMMANDS = (
     "verify",
     "explain",
     "classify",
+    "embed",
     "benchmark",
     "tune",
     "bundle",

@@ -128,7 +128,7 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
       vit-edge export timm:convnext_atto --weights mine.pth --labels names.txt
       vit-edge export run/best.safetensors --outputs embedding --normalize \\
         -o encoder.onnx
-      vit-edge export clip-vit-base-patch32/ --zero-shot labels.txt -o classifier.onnx
+      vit-edge export clip/ --zero-shot labels.txt -o classifier.onnx
       vit-edge export torchvision.models:swin_t --weights swin.safetensors \\
         --labels names.txt
       vit-edge export other.onnx --labels names.txt \\
