@@ -11,7 +11,7 @@ from typing import Any
 
 import vit_edge
 from vit_edge.errors import ModelRejected
-from vit_edge.files import may_write_folder, write_folder
+from vit_edge.files import may_write_folder, sha256_hex, write_folder
 from vit_edge.model_file.artifact import MANIFEST_KEY, ModelFile
 from vit_edge.runtime.bundle.builder import checked_engines, engines_promised, own_licence
 from vit_edge.runtime.bundle.decoding_probes import decoding_probes, resizes_tall_images_vertically_first
@@ -66,14 +66,14 @@ def bundle_site(
         _ABOUT: _about(opened, version),
         "_headers": _HEADERS,
     }
-    needed = [name for name in site if _is_needed(name)]
-    site[_SERVICE_WORKER] = _service_worker(fixed[_SERVICE_WORKER], opened, needed)
+    needed = {name: data for name, data in site.items() if _is_needed(name)}
+    site[_SERVICE_WORKER] = _service_worker(fixed[_SERVICE_WORKER], needed)
     write_folder(target, site)
     return Site(
         path=target,
         model_sha256=opened.sha256,
         size_bytes=sum(map(len, site.values())),
-        first_visit_bytes=sum(len(site[name]) for name in needed),
+        first_visit_bytes=sum(map(len, needed.values())),
         onnxruntime_web=version,
         checked_in=checked_in,
     )
@@ -124,8 +124,10 @@ def _about(model: ModelFile, version: str) -> bytes:
     return json.dumps(about, sort_keys=True).encode()
 
 
-def _service_worker(source: bytes, model: ModelFile, needed: list[str]) -> bytes:
-    """Return the service worker with the list of files; another model is another cache."""
-    names = ["./", *sorted(needed)]
-    cache = f"vit-edge-{vit_edge.__version__}-{model.sha256[:16]}"
-    return source.replace(b"__CACHE__", cache.encode()).replace(b"__FILES__", json.dumps(names, indent=2).encode())
+def _service_worker(source: bytes, kept: Mapping[str, bytes]) -> bytes:
+    """Return the service worker with the list of files to keep; any other content is another cache."""
+    names = ["./", *sorted(kept)]
+    digest = sha256_hex("".join(sha256_hex(kept[name]) for name in sorted(kept)).encode())
+    return source.replace(b"__CACHE__", f"vit-edge-{digest[:16]}".encode()).replace(
+        b"__FILES__", json.dumps(names, indent=2).encode()
+    )
