@@ -234,7 +234,7 @@ def test_a_portable_file_is_never_warned_of(
         assert warned(tiny, None, caplog) == []
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "portable"])
+@pytest.mark.parametrize("name", [name for name in NAMES if TARGETS[name].weight_bits == 8])
 def test_eight_bit_weights_are_warned_of_once_on_x86_without_vnni(
     tiny: bytes, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,7 +259,9 @@ def test_a_file_made_for_this_cpu_is_not_warned_of_and_others_are(
     assert "runs on the CPU here" in warned(tiny, "tensorrt", caplog)[0]
     assert "not known to this vit-edge" in warned(tiny, "quantum", caplog)[0]
     assert warned(tiny, ["x86-vnni"], caplog) == []
+    assert warned(tiny, "openvino-avx2", caplog) == []
     pretend(monkeypatch, "aarch64", "asimd", "asimddp")
+    assert "--target arm-dotprod" in warned(tiny, "openvino-avx2", caplog)[0]
     assert warned(tiny, "arm-dotprod", caplog) == []
     assert "--target arm-dotprod" in warned(tiny, "x86-vnni", caplog)[0]
     pretend(monkeypatch, "aarch64", "asimd")

@@ -3,7 +3,7 @@
 Measured on AMD Zen 3 and on Intel with VNNI and AVX-512 masked (DeiT-tiny, batch 1, one thread, OpenVINO 2026.4, ONNX
 Runtime 1.32): on x86 CPUs without VNNI an INT8 MatMul in OpenVINO is slower than a float32 one, 0.74 to 0.83 times as
 fast; an INT8 convolution is faster in OpenVINO, and an INT8 MatMul in ONNX Runtime. CPUs with AVX-512 and no VNNI have
-kernels of their own, which nobody measured.
+kernels of their own, not measured.
 """
 
 from __future__ import annotations

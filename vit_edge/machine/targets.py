@@ -128,7 +128,7 @@ _ALL = (
         engines=("openvino",),
         instructions=("avx2",),
         verified=False,
-        reason="OpenVINO gains from INT8 without VNNI in convolutions only, so each product is a 1x1 convolution",
+        reason="OpenVINO gains from INT8 without VNNI in convolutions only, so each MatMul is a 1x1 convolution",
         limits=("ONNX Runtime runs the file in float32: it needs integers at both sides of a convolution",),
         channels_first=True,
     ),

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _PAGE = "report.html"
-_TARGETS = "portable, x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn, auto, or a FILE.json of `vit-edge doctor`"
+_TARGETS = (
+    "portable, x86-vnni, openvino-avx2, arm-dotprod, openvino-npu, tensorrt, qnn, auto, or a FILE.json of "
+    "`vit-edge doctor`"
+)
 
 
 @command("deploy")

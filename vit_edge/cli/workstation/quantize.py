@@ -59,8 +59,8 @@ _NUM_NAMED = 8
     default=DEFAULT_TARGET,
     show_default=True,
     metavar="NAME|auto|FILE",
-    help="portable: the same predictions on every CPU. x86-vnni, arm-dotprod, openvino-npu, tensorrt, qnn: for that "
-    "hardware. auto: for this machine. FILE: from `vit-edge doctor --json` on the device.",
+    help="portable: the same predictions on every CPU. x86-vnni, openvino-avx2, arm-dotprod, openvino-npu, tensorrt, "
+    "qnn: for that hardware. auto: for this machine. FILE: from `vit-edge doctor --json` on the device.",
 )
 @click.option("-o", "--out", type=_PATH, help="Write this file  [default: MODEL.int8.onnx or .float16.onnx here].")
 @option_group(
