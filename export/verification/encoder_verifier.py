@@ -18,7 +18,7 @@ from vit_edge.export.verification.encoder_results import (
 )
 from vit_edge.export.verification.neighbours import BUDGET_NEIGHBOURS, PairedVectors, compare_vectors
 from vit_edge.export.verification.paired_run import EvaluatedImages, paired_outputs
-from vit_edge.export.verification.request import Model, VerificationRequest, open_request
+from vit_edge.export.verification.request import Model, VerificationRequest, check_kind, open_request, opened
 from vit_edge.export.verification.verdict import SEVERITY, certifiable, decide_encoder
 from vit_edge.export.verification.verifier import near_copies, run_verification
 from vit_edge.progress import Progress, silent
@@ -53,8 +53,10 @@ def verify_encoder(
     the drop of k-NN accuracy has to be within that too. It is `fail` if the measured figures are beyond the budget, and
     else `inconclusive`. Raises DataRejected, ModelRejected, NotTrusted, GoldenMismatch, UsageError.
     """
+    candidate = opened(model)
+    check_kind(candidate, is_encoder=True)
     request = open_request(
-        model,
+        candidate,
         reference=reference,
         data=data,
         min_neighbours=min_neighbours,

@@ -20,7 +20,7 @@ from vit_edge.files import sha256_hex
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.runtime.engines.protocol import chosen_engines
 
-__all__ = ["Labels", "Model", "VerificationRequest", "check_comparable", "open_request", "opened"]
+__all__ = ["Labels", "Model", "VerificationRequest", "check_comparable", "check_kind", "open_request", "opened"]
 
 Labels = Literal["all", "flips", "none"]
 Path: TypeAlias = str | os.PathLike[str]
@@ -79,6 +79,7 @@ def open_request(
     """Return a request whose files exist, belong together and have evaluation images; parameters as for `verify`."""
     candidate, source = opened(model), opened(reference)
     check_comparable(candidate, source)
+    _check_limits(candidate, min_agreement, min_neighbours)
     images = find_evaluation_images(data, source.manifest.labels, unlabelled=unlabelled or flips is not None)
     labels: Labels = "flips" if flips is not None else "all" if images.labelled else "none"
     budget = _budget(candidate, labels, max_drop_points, min_agreement, min_neighbours)
@@ -97,6 +98,28 @@ def open_request(
     )
 
 
+def check_kind(model: ModelFile, *, is_encoder: bool) -> None:
+    """Raise UsageError if the file is an encoder and a classifier is compared, or the other way round."""
+    if model.manifest.is_encoder and not is_encoder:
+        reason, remedy = "the file is an encoder", "use verify_encoder"
+    elif is_encoder and not model.manifest.is_encoder:
+        reason, remedy = "the file is a classifier, not an encoder", "use verify"
+    else:
+        return
+    raise UsageError("cannot verify", file=model.source, reason=reason, remedy=remedy)
+
+
+def _check_limits(model: ModelFile, min_agreement: float | None, min_neighbours: float | None) -> None:
+    """Raise UsageError if a limit is for the other kind of file."""
+    if model.manifest.is_encoder and min_agreement is not None:
+        reason, remedy = "the file is an encoder and makes no predictions that could agree", "use --min-neighbours"
+    elif not model.manifest.is_encoder and min_neighbours is not None:
+        reason, remedy = "min neighbours is for encoders; the file is a classifier", "use --max-drop, --min-agreement"
+    else:
+        return
+    raise UsageError("cannot verify", file=model.source, reason=reason, remedy=remedy)
+
+
 def _budget(
     model: ModelFile,
     labels: Labels,
@@ -104,35 +127,22 @@ def _budget(
     min_agreement: float | None,
     min_neighbours: float | None,
 ) -> Budget:
-    """Return the budget, with the default of classifiers or encoders; raises UsageError if it is for the other kind."""
-    if model.manifest.is_encoder:
-        _check_encoder_budget(model, labels, max_drop_points, min_agreement)
-        if max_drop_points is None and min_neighbours is None:
-            min_neighbours = DEFAULT_MIN_NEIGHBOURS
-        return Budget(max_drop_points=max_drop_points, min_neighbours=min_neighbours)
-    if min_neighbours is not None:
-        reason = "min neighbours is for encoders; the file is a classifier"
-        remedy = "use the drop of top-1 or the agreement (--max-drop, --min-agreement)"
-        raise UsageError("cannot verify", file=model.source, reason=reason, remedy=remedy)
-    # Agreement alone decides only if nothing else was requested and there are no labels.
-    if max_drop_points is None and (labels != "none" or min_agreement is None):
-        max_drop_points = DEFAULT_MAX_DROP_POINTS
-    return Budget(max_drop_points=max_drop_points, min_agreement=min_agreement)
-
-
-def _check_encoder_budget(
-    model: ModelFile, labels: Labels, max_drop_points: float | None, min_agreement: float | None
-) -> None:
-    """Raise UsageError if an option needs predictions, which an encoder does not make."""
+    """Return the budget, with the default of classifiers or encoders; raises UsageError."""
+    if not model.manifest.is_encoder:
+        # Agreement alone decides only if nothing else was requested and there are no labels.
+        if max_drop_points is None and (labels != "none" or min_agreement is None):
+            max_drop_points = DEFAULT_MAX_DROP_POINTS
+        return Budget(max_drop_points=max_drop_points, min_agreement=min_agreement)
+    if max_drop_points is None and min_neighbours is None:
+        min_neighbours = DEFAULT_MIN_NEIGHBOURS
     problem = None
-    if min_agreement is not None:
-        problem = ("the file is an encoder and makes no predictions that could agree", "use --min-neighbours")
-    elif labels == "flips":
+    if labels == "flips":
         problem = ("the file is an encoder and has no changed predictions to label", "leave --flips out")
     elif max_drop_points is not None and labels != "all":
         problem = ("a drop of k-NN accuracy needs labelled images", "use --min-neighbours, or labelled images")
     if problem is not None:
         raise UsageError("cannot verify", file=model.source, reason=problem[0], remedy=problem[1])
+    return Budget(max_drop_points=max_drop_points, min_neighbours=min_neighbours)
 
 
 def opened(model: Model) -> ModelFile:

@@ -15,7 +15,7 @@ from vit_edge.data.near_duplicates import near_duplicates
 from vit_edge.errors import DataRejected, printable, require
 from vit_edge.export.verification.flips import changes, class_titles, flips_csv, may_write_flips
 from vit_edge.export.verification.paired_run import EvaluatedImages, PairedRun, run_both
-from vit_edge.export.verification.request import Model, VerificationRequest, open_request
+from vit_edge.export.verification.request import Model, VerificationRequest, check_kind, open_request, opened
 from vit_edge.export.verification.results import ClassLoss, EngineResult, Verification
 from vit_edge.export.verification.verdict import SEVERITY, certifiable, decide
 from vit_edge.files import write_atomic
@@ -60,8 +60,10 @@ def verify(
     changed prediction counts as lost until `flips`, a file of `write_flips`, has its label (with `carry_labels` a file
     of other models). Raises DataRejected, ModelRejected, NotTrusted, GoldenMismatch, UsageError.
     """
+    candidate = opened(model)
+    check_kind(candidate, is_encoder=False)
     request = open_request(
-        model,
+        candidate,
         reference=reference,
         data=data,
         max_drop_points=max_drop_points,

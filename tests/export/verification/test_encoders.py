@@ -18,10 +18,11 @@ from tests.conftest import vit_edge
 from tests.support.encoders import NUM_IMAGES, write_images
 from tests.support.networks import FAMILIES, PREPROCESSING, SIZE, random_network, small_config
 from vit_edge.errors import DataRejected, GoldenMismatch, InputError, UsageError
-from vit_edge.export import ExportOptions, QuantizationOptions, export_onnx, quantize, verify_encoder
+from vit_edge.export import ExportOptions, QuantizationOptions, export_onnx, quantize, verify, verify_encoder
 from vit_edge.export.parity.golden_vectors import with_answers
 from vit_edge.export.tracing.fused_vit import DeployedViT
 from vit_edge.export.tracing.network import EmbeddingNetwork, reference_extras
+from vit_edge.export.verification.request import open_request
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Manifest, ModelFile, open_model
 from vit_edge.report.page import write_report
@@ -176,8 +177,6 @@ def test_a_budget_keeps_layers_in_float32(small_encoder: Path, tmp_path: Path) -
     [({"min_agreement": 90}, "no predictions"), ({"max_drop_points": 1, "unlabelled": True}, "labelled")],
 )
 def test_a_budget_of_classifiers_is_refused(small_encoder: Path, options: dict[str, Any], said: str) -> None:
-    from vit_edge.export.verification.request import open_request
-
     with pytest.raises(UsageError, match=said):
         open_request(
             small_encoder / "e.int8.onnx", reference=small_encoder / "e.onnx", data=small_encoder / "images", **options
@@ -187,8 +186,12 @@ def test_a_budget_of_classifiers_is_refused(small_encoder: Path, options: dict[s
 def test_an_encoder_and_a_classifier_are_not_compared(small_encoder: Path, small_model: Path) -> None:
     with pytest.raises(InputError, match="differ"):
         verify_encoder(small_encoder / "e.onnx", reference=small_model / "m.onnx", data=small_encoder / "images")
+    with pytest.raises(UsageError, match="classifier, not an encoder"):
+        verify_encoder(small_model / "m.onnx", reference=small_model / "m.onnx", data=small_encoder / "images")
+    with pytest.raises(UsageError, match="is an encoder"):
+        verify(small_encoder / "e.onnx", reference=small_encoder / "e.onnx", data=small_encoder / "images")
     with pytest.raises(UsageError, match="min neighbours is for encoders"):
-        verify_encoder(
+        open_request(
             small_model / "m.onnx", reference=small_model / "m.onnx", data=small_encoder / "images", min_neighbours=90
         )
 

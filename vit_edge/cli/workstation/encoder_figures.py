@@ -12,10 +12,18 @@ from vit_edge.errors import VerificationFailed, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vit_edge.export.quantization.accuracy_budget import SearchTrace
     from vit_edge.export.verification.encoder_results import EncoderResult, EncoderVerification
     from vit_edge.export.verification.verdict import Budget, Certifiable
 
-__all__ = ["encoder_certifiable_text", "encoder_data", "encoder_failure", "encoder_result", "encoder_table"]
+__all__ = [
+    "encoder_certifiable_text",
+    "encoder_data",
+    "encoder_failure",
+    "encoder_result",
+    "encoder_search_table",
+    "encoder_table",
+]
 
 _NUM_SHOWN = 10
 
@@ -69,6 +77,16 @@ def encoder_table(result: EncoderVerification, *, with_verdict: bool = True) -> 
     rows = [(name, *(figures[name] for figures in each)) for name in each[0]]
     title = f"On {result.results[0].images} {'labelled ' if result.labels == 'all' else ''}images"
     return make_table(title, ("", *(entry.engine for entry in result.results)), rows)
+
+
+def encoder_search_table(search: SearchTrace) -> Table:
+    """Return one row for each step of an accuracy search."""
+    rows = [
+        (str(step.num_integer), f"{step.neighbours:.2f} %", f"{step.neighbours_lower_bound:.2f} %",
+         f"{step.sqnr_db:.1f}", step.verdict)
+        for step in search.steps
+    ]  # fmt: skip
+    return make_table("Accuracy search", ("ops in INT8", "neighbours kept", "bound, 95 %", "SQNR dB", "verdict"), rows)
 
 
 def _figures(entry: EncoderResult) -> dict[str, str]:

@@ -21,7 +21,12 @@ from vit_edge.cli.output import (
     megabytes,
     progress_bar,
 )
-from vit_edge.cli.workstation.encoder_figures import encoder_certifiable_text, encoder_failure, encoder_table
+from vit_edge.cli.workstation.encoder_figures import (
+    encoder_certifiable_text,
+    encoder_failure,
+    encoder_search_table,
+    encoder_table,
+)
 from vit_edge.cli.workstation.verify import certifiable_text, figures_data, figures_table
 from vit_edge.errors import Interrupted, UsageError, VerificationFailed, require
 from vit_edge.machine.int8_engines import engine_advice
@@ -374,16 +379,6 @@ def _speed_table(result: QuantizationResult) -> Any:
     return make_table("Latency on this machine: median, batch 1, one thread", columns, rows)
 
 
-def _neighbour_lines(search: SearchTrace) -> list[Any]:
-    rows = [
-        (str(step.num_integer), f"{step.neighbours:.2f} %", f"{step.neighbours_lower_bound:.2f} %",
-         f"{step.sqnr_db:.1f}", step.verdict)
-        for step in search.steps
-    ]  # fmt: skip
-    columns = ("ops in INT8", "neighbours kept", "bound, 95 %", "SQNR dB", "verdict")
-    return [make_table("Accuracy search", columns, rows), *_cut_short(search)]
-
-
 def _cut_short(search: SearchTrace) -> list[str]:
     return [f"the search was cut short ({search.cut_short}); more ops may pass"] if search.cut_short else []
 
@@ -393,7 +388,7 @@ def _budget_lines(result: QuantizationResult) -> list[Any]:
 
     assert result.search is not None
     if not isinstance(result.verification, Verification):
-        return _neighbour_lines(result.search)
+        return [encoder_search_table(result.search), *_cut_short(result.search)]
     rows = [
         (str(step.num_integer), f"{step.drop_points:.2f}", f"{step.drop_upper_bound_points:.2f}",
          f"{step.agreement:.2f} %", f"{step.sqnr_db:.1f}", step.verdict)
