@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from vit_edge.errors import CheckpointRejected, printable
 from vit_edge.export.sources.torch_network import Given, TorchNetwork, settled_preprocessing
-from vit_edge.files import read_file
+from vit_edge.files import read_file, sha256_hex
 
 __all__ = ["is_program", "open_program"]
 
@@ -44,6 +45,7 @@ def open_program(source: str | os.PathLike[str], given: Given) -> TorchNetwork:
         labels=given.labels,
         activation=given.activation,
         assumed=assumed,
+        source={"program_sha256": sha256_hex(data)},
     )
 
 
@@ -62,7 +64,9 @@ def _opened(data: bytes, source: str | os.PathLike[str], read: Callable[[io.Byte
     before = os.environ.get(_ONLY_TENSORS)
     os.environ[_ONLY_TENSORS] = "1"
     try:
-        module: nn.Module = read(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is deprecated is no news to its user
+            module: nn.Module = read(io.BytesIO(data))
     # Damaged or of another torch: the readers raise nearly anything.
     except Exception as error:
         reason = f"torch {torch.__version__} cannot read the program ({type(error).__name__}: {str(error)[:200]})"
@@ -85,4 +89,5 @@ def _exported(file: io.BytesIO) -> Any:
 
 
 def _scripted(file: io.BytesIO) -> Any:
-    return torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    # Frozen, the weights are constants of the program; as its parameters torch.export would not have them.
+    return torch.jit.freeze(torch.jit.load(file, map_location="cpu").eval())  # type: ignore[no-untyped-call]

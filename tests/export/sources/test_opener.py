@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,9 @@ def test_programs_are_opened_and_export(tmp_path: Path) -> None:
     model, images = _small(), torch.zeros(2, 3, 32, 32)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.export.save(program, tmp_path / "m.pt2")
-    torch.jit.save(torch.jit.trace(model, images), tmp_path / "m.pt")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.save(torch.jit.trace(model, images), tmp_path / "m.pt")  # type: ignore[no-untyped-call]
     for name in ("m.pt2", "m.pt"):
         opened = open_network(tmp_path / name, image_size=(32, 32))
         result = export_onnx(opened, out=tmp_path / "m.onnx", force=True)
