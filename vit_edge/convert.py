@@ -266,9 +266,7 @@ def _alike(like: str, opened: Source) -> Facts:
     try:
         facts = facts_of_timm_name(name, origin=f"--like {like}")
     except NotPlainViT as error:
-        remedy = (
-            f"`vit-edge export {like} --weights {opened.weights.origin}`, which traces the network as timm makes it"
-        )
+        remedy = f"`vit-edge export {like} --weights {opened.weights.origin}`, which traces it as timm makes it"
         raise UsageError("cannot use --like", reason=error.reason, remedy=remedy) from error
     # Heads go with the width. The tensors give depth, patches and size; names and licence are those of the weights.
     shape_told = {"width": facts.shape["width"]}
