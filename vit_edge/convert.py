@@ -263,7 +263,11 @@ def _alike(like: str, opened: Source) -> Facts:
             reason=f"the value is {like!r}",
             remedy="write timm:NAME, such as timm:deit_tiny_patch16_224",
         )
-    facts = facts_of_timm_name(name, origin=f"--like {like}")
+    try:
+        facts = facts_of_timm_name(name, origin=f"--like {like}")
+    except NotPlainViT as error:
+        remedy = f"`vit-edge export {like} --weights {opened.weights.origin}`, which traces it as timm makes it"
+        raise UsageError("cannot use --like", reason=error.reason, remedy=remedy) from error
     # Heads go with the width. The tensors give depth, patches and size; names and licence are those of the weights.
     shape_told = {"width": facts.shape["width"]}
     labels = imagenet_names(tag_of_timm_name(name), _IMAGENET_CLASSES)

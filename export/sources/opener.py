@@ -38,7 +38,7 @@ def open_network(
 ) -> Checkpoint | TorchNetwork:
     """Return SOURCE as a checkpoint if it is a plain ViT, which `convert` reads, else as the network of its library.
 
-    SOURCE is also `timm:NAME`, `hf:REPO`, a folder of either, a program of torch.export or TorchScript, or
+    SOURCE is also `timm:NAME`, `hf:REPO`, a folder of either, a program of torch.export, or
     `package.module:factory`; the code of the last three runs. Raises VitEdgeError.
     """
     text = os.fspath(source)
@@ -88,7 +88,10 @@ def _of_library(text: str, given: Given) -> TorchNetwork | None:
         return open_timm_name(name, given)
     if hub == "hf" and not path.exists():
         opened = _of_folder(fetch_folder(name), given)
-        return None if opened is None else dataclasses.replace(opened, name=name.split("/")[-1], base_model=name)
+        if opened is None or Path(name).is_dir():  # a path of this machine is no name
+            return opened
+        repository = name.partition("@")[0]
+        return dataclasses.replace(opened, name=repository.split("/")[-1], base_model=repository)
     if hub in HUBS and not path.exists():
         return None
     if path.is_dir():

@@ -1,20 +1,19 @@
-"""A network out of one file with its code inside: `torch.export` (.pt2) and TorchScript."""
+"""A network out of one file with its code inside: a program of `torch.export` (.pt2)."""
 
 from __future__ import annotations
 
 import io
 import os
-import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from vit_edge.errors import CheckpointRejected, printable
 from vit_edge.export.sources.torch_network import Given, TorchNetwork, settled_preprocessing
-from vit_edge.files import read_file
+from vit_edge.files import read_file, sha256_hex
 
 __all__ = ["is_program", "open_program"]
 
@@ -24,65 +23,52 @@ _ONLY_TENSORS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def is_program(source: str | os.PathLike[str]) -> bool:
-    """Return whether a file holds a network with its code: a `.pt2`, or a TorchScript archive of any name."""
+    """Return whether a file is a program of torch.export."""
     path = Path(source)
-    return path.is_file() and (_is_exported(path) or _is_script(path))
+    return path.suffix.lower() == ".pt2" and path.is_file()
 
 
 def open_program(source: str | os.PathLike[str], given: Given) -> TorchNetwork:
     """Return the network in the file, whose code runs when it is exported; raises CheckpointRejected.
 
-    A program of torch.export needs a dynamic batch: `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`.
+    The program needs a dynamic batch: `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`.
     """
     data = read_file(source, what="program", max_bytes=_MAX_BYTES, error=CheckpointRejected)
-    module = _opened(data, source, _exported if _is_exported(Path(source)) else _scripted)
     preprocessing, assumed = settled_preprocessing(given.preprocessing, image_size=given.image_size)
     return TorchNetwork(
-        module=module,
+        module=_opened(data, source),
         name=printable(Path(source).stem),
         preprocessing=preprocessing,
         labels=given.labels,
         activation=given.activation,
         assumed=assumed,
+        source={"program_sha256": sha256_hex(data)},
     )
 
 
-def _is_exported(path: Path) -> bool:
-    return path.suffix.lower() == ".pt2"
-
-
-def _is_script(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
-
-
-def _opened(data: bytes, source: str | os.PathLike[str], read: Callable[[io.BytesIO], Any]) -> nn.Module:
-    before = os.environ.get(_ONLY_TENSORS)
-    os.environ[_ONLY_TENSORS] = "1"
+def _opened(data: bytes, source: str | os.PathLike[str]) -> nn.Module:
     try:
-        module: nn.Module = read(io.BytesIO(data))
-    # Damaged or of another torch: the readers raise nearly anything.
+        with _only_tensors():
+            module: nn.Module = torch.export.load(io.BytesIO(data)).module()
+    # Damaged or of another torch: the reader raises nearly anything.
     except Exception as error:
         reason = f"torch {torch.__version__} cannot read the program ({type(error).__name__}: {str(error)[:200]})"
         raise CheckpointRejected(
             "cannot use the program", file=source, reason=reason, remedy="export it again with this torch"
         ) from error
-    finally:
-        del os.environ[_ONLY_TENSORS]
-        if before is not None:
-            os.environ[_ONLY_TENSORS] = before
-    return module
-
-
-def _exported(file: io.BytesIO) -> Any:
-    module = torch.export.load(file).module()
     # Programs have no modes: what was exported for evaluation stays so, and eval() or train() would raise.
     module.train = lambda mode=True: module  # type: ignore[method-assign]
     module.eval = lambda: module  # type: ignore[method-assign]
     return module
 
 
-def _scripted(file: io.BytesIO) -> Any:
-    return torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+@contextmanager
+def _only_tensors() -> Iterator[None]:
+    before = os.environ.get(_ONLY_TENSORS)
+    os.environ[_ONLY_TENSORS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_ONLY_TENSORS]
+        if before is not None:
+            os.environ[_ONLY_TENSORS] = before

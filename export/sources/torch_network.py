@@ -104,6 +104,7 @@ class _Flipped(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.register_buffer("order", torch.tensor([2, 1, 0]), persistent=False)
 
     def forward(self, images_NCHW: Tensor) -> Any:
-        return self.network(images_NCHW[:, [2, 1, 0]])
+        return self.network(images_NCHW.index_select(1, self.get_buffer("order")))

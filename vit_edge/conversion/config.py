@@ -84,8 +84,9 @@ def facts_of_settings(settings: Mapping[str, Any]) -> tuple[Facts, ...]:
     network = timm_name_in(settings)
     if network is not None:
         facts = facts_of_timm_name(network, origin=f"timm:{network}, which the checkpoint names")
-        # The tensors show the size, and the names and licence are those of other weights.
-        found.append(dataclasses.replace(facts, image_size=None, labels=None, name=None, license=None, base_model=None))
+        # Heads go with the width; the tensors show the rest, and names and licence are those of other weights.
+        others: dict[str, Any] = dict.fromkeys(("image_size", "labels", "name", "license", "base_model"))
+        found.append(dataclasses.replace(facts, shape={"width": facts.shape["width"]}, **others))
     return tuple(found)
 
 

@@ -126,7 +126,10 @@ def _check_archive(data: bytes, origin: str) -> None:
     if sum(entry.file_size for entry in entries) > len(data):
         raise unusable(origin, "the file's zip archive claims more bytes than the file has", "copy it again")
     if any(entry.filename.endswith("constants.pkl") for entry in entries):
-        reason, remedy = "the file is a TorchScript program, not weights", "save `model.state_dict()` where it was made"
+        reason, remedy = (
+            "the file is a TorchScript program, not weights",
+            "save `model.state_dict()`, or a program of torch.export, where it was made",
+        )
         raise unusable(origin, reason, remedy)
 
 

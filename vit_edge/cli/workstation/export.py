@@ -116,7 +116,7 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
 
     SOURCE is a checkpoint, anything that `vit-edge convert` takes, any image classifier of timm or Hugging Face (a
     folder, timm:NAME, hf:REPO), or a third-party ONNX classifier with --labels and --preprocessing. It may also be
-    package.module:factory, a program of torch.export (.pt2) or TorchScript; their code is run. Plain Vision
+    package.module:factory, or a program of torch.export (.pt2); their code is run. Plain Vision
     Transformers become the fused inference graph, any other network is traced as it is. The file takes uint8 RGB
     pixels at any batch size and holds its preprocessing, labels and golden vectors. It is written only after ONNX
     Runtime and OpenVINO gave PyTorch's logits at batch sizes 1, 2, 3, 7 and 16.

@@ -77,7 +77,6 @@ _CLASSES = {
     "Segformer": _Class(size=_square(512), resample=2, normalisation=IMAGENET),
     "Siglip": _Class(size=_square(224), short_side=True),
     "ViT": _Class(size=_square(224), resample=2),
-    "VideoMAE": _Class(size=_short(224), resample=2, crop=224, crops=True, short_side=True),
 }
 # The class for a config.json whose processor names none (transformers before 4.26, models/auto).
 _FAMILIES = {
@@ -102,7 +101,8 @@ def facts_of_processor(values: Mapping[str, Any], *, origin: str, family: str | 
     """
     name = _class_name(values, family)
     if name is not None and name not in _CLASSES:
-        raise ValueError(f"the image processor {name} is not known; its code decides what its settings mean")
+        full = values.get("image_processor_type") or values.get("feature_extractor_type")
+        raise ValueError(f"the image processor {full} is not known; its code decides what its settings mean")
     kind = _CLASSES[name] if name else None
     settings = _completed(values, kind)
     _refuse_unknown_steps(settings, kind)
