@@ -146,7 +146,8 @@ def _window(node: _Node, kernel: list[int]) -> list[int]:
     steps, spread = node.integers("strides") or [1] * len(size), node.integers("dilations") or [1] * len(size)
     pads = node.integers("pads") or [0] * (2 * len(size))
     spans = [pads[i] + pads[i + len(size)] - spread[i] * (kernel[i] - 1) - 1 for i in range(len(size))]
-    return [-(-(n + span) // step) + 1 for n, span, step in zip(size, spans, steps, strict=True)]
+    up = [step - 1 if node.integer("ceil_mode", 0) else 0 for step in steps]
+    return [(n + span + more) // step + 1 for n, span, more, step in zip(size, spans, up, steps, strict=True)]
 
 
 def _convolution(node: _Node, weights: int = 1) -> tuple[list[Shape], int]:

@@ -19,6 +19,7 @@ from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import open_model
 from vit_edge.model_file.onnx_schema import parse
 from vit_edge.runtime import installed_engines, load
+from vit_edge.runtime.checks import tensor_sizes
 from vit_edge.runtime.checks.tensor_sizes import size_problems
 
 Change = Callable[[onnx.ModelProto], object]
@@ -203,8 +204,6 @@ def test_golden_inputs_of_too_many_pixels_are_refused(small_model: Path) -> None
 
 def test_shape_inference_agrees_with_onnx_on_every_tensor(small_model: Path) -> None:
     """A model of ours with a batch of one: what is inferred here is what onnx infers."""
-    from vit_edge.runtime.checks import tensor_sizes
-
     model = onnx.load(small_model / "m.onnx")
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     expected = {
@@ -220,6 +219,52 @@ def test_shape_inference_agrees_with_onnx_on_every_tensor(small_model: Path) -> 
         name: shape for name, shape in expected.items() if all(shape)
     }
     assert list(size_problems(graph)) == []
+
+
+# Input shape, operator, attributes, constant inputs: what small networks of ours do not hold.
+OPERATORS: dict[str, tuple[tuple[int, ...], str, dict[str, Any], tuple[Any, ...]]] = {
+    "average pool": ((1, 3, 9, 8), "AveragePool", {"kernel_shape": [2, 3], "strides": [2, 1]}, ()),
+    "average pool, rounded up": (
+        (1, 3, 9, 8), "AveragePool", {"kernel_shape": [2, 3], "strides": [2, 2], "ceil_mode": 1}, ()
+    ),
+    "max pool": (
+        (1, 3, 9, 8), "MaxPool", {"kernel_shape": [2, 2], "pads": [1, 0, 1, 1], "dilations": [2, 1]}, ()
+    ),
+    "global pool": ((1, 3, 9, 8), "GlobalAveragePool", {}, ()),
+    "gather": ((1, 5, 4), "Gather", {"axis": 1}, (np.zeros((2, 3), np.int64),)),
+    "mean": ((1, 5, 4), "ReduceMean", {}, (np.array([-1]),)),
+    "mean of all": ((1, 5, 4), "ReduceMean", {"keepdims": 0}, ()),
+    "arg max": ((1, 5, 4), "ArgMax", {"axis": 1, "keepdims": 0}, ()),
+    "flatten": ((1, 5, 4), "Flatten", {"axis": 2}, ()),
+    "squeeze": ((1, 5, 1, 4), "Squeeze", {}, (np.array([2]),)),
+    "squeeze all": ((1, 5, 1, 4), "Squeeze", {}, ()),
+    "gemm, both transposed": ((5, 4), "Gemm", {"transA": 1, "transB": 1}, (np.zeros((6, 5), np.float32),)),
+    "largest": ((1, 5, 4), "TopK", {"axis": 1}, (np.array([2]),)),
+    "tile": ((1, 5, 4), "Tile", {}, (np.array([1, 2, 3]),)),
+    "expand": ((1, 5, 1), "Expand", {}, (np.array([2, 1, 7]),)),
+    "pad of some axes": ((1, 5, 4), "Pad", {}, (np.array([1, 2]), np.float32(0), np.array([2]))),
+    "convolution": ((1, 3, 9, 8), "Conv", {"strides": [2, 2]}, (np.zeros((6, 3, 3, 3), np.float32),)),
+    "normalization": ((1, 5, 4), "LayerNormalization", {}, (np.zeros(4, np.float32), np.zeros(4, np.float32))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_shape_of_an_operator_is_that_of_onnx(name: str) -> None:
+    shape, operator, attributes, constants = OPERATORS[name]
+    outputs = ["y", "z"] if operator == "TopK" else ["y"]
+    names = [f"c{number}" for number in range(len(constants))]
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", *names], outputs, **attributes)],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.ValueInfoProto(name=output) for output in outputs],
+        [numpy_helper.from_array(np.asarray(value), key) for key, value in zip(names, constants, strict=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    found = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output
+    expected = [tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in found]
+    ours = parse(model.SerializeToString()).graph
+    assert tensor_sizes._inferred(tensor_sizes._Node(ours.node[0], tensor_sizes._Sizes(ours)))[0] == expected
 
 
 def test_values_whose_bytes_do_not_fill_their_shape_are_not_folded(small_model: Path) -> None:
