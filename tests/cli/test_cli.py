@@ -41,7 +41,7 @@ COMMANDS = (
 TEXT_ONLY = {"help", "completion"}
 # The README shows these outside of its console block.
 ELSEWHERE = {"convert", "explain", "bundle", "tune", "deploy", "report", "doctor", "seal", "sign", "verify-signature"}
-ELSEWHERE |= {"repository", *TEXT_ONLY}
+ELSEWHERE |= {"embed", "repository", *TEXT_ONLY}
 
 
 @pytest.fixture
