@@ -53,7 +53,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("torch", "torchvision", "safetensors", "filelock", "matplotlib", "tensorboard", "tomli-w"),
     ),
     "timm": ("weights and networks of timm", ("timm",)),
-    "huggingface": ("weights from Hugging Face", ("huggingface_hub",)),
+    "huggingface": ("weights from Hugging Face", ("huggingface_hub", "transformers")),
 }
 # They all install the folder `onnxruntime` and overwrite each other's files (onnxruntime#26996).
 _ONNXRUNTIME_WHEELS = (
