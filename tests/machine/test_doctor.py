@@ -169,9 +169,9 @@ def test_every_finding_has_advice(printed: dict[str, Any], changes: dict[str, An
     assert advice in found.advice
 
 
-@pytest.mark.parametrize("instructions", [["avx2"], []])
+@pytest.mark.parametrize(("instructions", "name"), [(["avx2"], "openvino-avx2"), ([], "portable")])
 def test_a_missing_vnni_is_the_reason_of_the_target_and_not_said_twice(
-    printed: dict[str, Any], instructions: list[str]
+    printed: dict[str, Any], instructions: list[str], name: str
 ) -> None:
     cpu = {
         **printed["cpu"],
@@ -180,9 +180,11 @@ def test_a_missing_vnni_is_the_reason_of_the_target_and_not_said_twice(
         "instructions_complete": bool(instructions),
     }
     target, reason = choose({**printed, "cpu": cpu})
-    assert target.name == "portable"
+    assert target.name == name
     assert "VNNI" in reason
-    assert not [found for found in findings({**printed, "cpu": cpu}) if "VNNI" in found.what]
+    found = findings({**printed, "cpu": cpu})
+    assert not [finding for finding in found if "VNNI" in finding.what]
+    assert any("--target openvino-avx2" in finding.advice for finding in found) is (name == "openvino-avx2")
 
 
 def test_each_piece_of_advice_is_printed_once(tmp_path: Path) -> None:

@@ -173,14 +173,14 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
 
 
 def _int8_findings(report: Mapping[str, Any]) -> list[Finding]:
-    """Return the advice for OpenVINO on a CPU whose INT8 kernels it does not use for MatMul."""
+    """Return the advice for OpenVINO on a CPU where its INT8 MatMul is slower than float32."""
     found = Instructions(
         names=frozenset(report["cpu"]["instructions"]), complete=bool(report["cpu"].get("instructions_complete"))
     )
     runs = any(e["name"] == "openvino" and e["installed"] and not e["error"] for e in report["engines"])
     if not runs or not lacks_int8_matmul(report["cpu"]["machine"], found):
         return []
-    what = "openvino runs INT8 files in float32 here: the CPU has no VNNI, and INT8 MatMul would be slower"
+    what = "openvino runs MatMul of INT8 files in float32 on this CPU: its INT8 kernels are slower"
     advice = "run portable files in onnxruntime, or quantize with --target openvino-avx2"
     return [Finding(kind="advice", what=what, advice=advice)]
 
