@@ -45,12 +45,12 @@ from vit_edge.export.tracing.openvino_ir import convert_to_ir
 from vit_edge.export.tracing.options import ExportOptions
 from vit_edge.export.tracing.outputs import finish
 from vit_edge.export.tracing.tracer import trace
-from vit_edge.files import is_file, sha256_hex, write_folder, write_together
+from vit_edge.files import is_file, sha256_hex, write_folder
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.releases import highest_versions
 from vit_edge.model_file.artifact import PIXELS_INPUT, Activation, Manifest, ModelFile, open_model, pack
 from vit_edge.model_file.weights import weights_entry
-from vit_edge.model_file.writing import write_model
+from vit_edge.model_file.writing import write_ir, write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
@@ -203,8 +203,7 @@ def _write(model: ModelFile, target: Path, options: ExportOptions, golden: _Gold
         xml, weights = convert_to_ir(
             model, images_NHWC=golden.images_NHWC, expected_BK=golden.expected_BK, tolerance=golden.tolerance
         )
-        # The `.xml` last: without it the other file is nothing.
-        write_together({target.with_suffix(".bin"): weights, target: xml})
+        write_ir(target, xml, weights)
         return sha256_hex(xml), len(xml) + len(weights)
     if options.format == "huggingface":
         files = folder_of(model)

@@ -1,4 +1,4 @@
-"""Write a model file, and the second file that a large one needs."""
+"""Write a model file of either format, and the second file that it needs: the one that names the other is the last."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from pathlib import Path
 from vit_edge.files import remove_set_aside, write_together
 from vit_edge.model_file.artifact import ModelFile
 
-__all__ = ["write_model"]
+__all__ = ["write_ir", "write_model"]
+
+
+def write_ir(path: Path, xml: bytes, weights: bytes) -> None:
+    """Write OpenVINO's IR: the `.bin`, then the `.xml` whose seal covers both."""
+    write_together({path.with_suffix(".bin"): weights, path: xml})
 
 
 def write_model(path: Path, model: ModelFile) -> None:

@@ -38,11 +38,11 @@ from vit_edge.errors import VitEdgeError
 from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.export.deployment.record import write_record
 from vit_edge.export.tracing import external_data
-from vit_edge.files import write_atomic, write_folder, write_together
+from vit_edge.files import write_atomic, write_folder
 from vit_edge.model_file.artifact import ModelFile, open_model, reseal
 from vit_edge.model_file.openvino_ir import open_ir
 from vit_edge.model_file.weights import weights_entry
-from vit_edge.model_file.writing import write_model
+from vit_edge.model_file.writing import write_ir, write_model
 from vit_edge.runtime.tuned_configuration import TunedConfiguration, save_configuration, tuned_configuration
 from vit_edge.tensor_file import read_tensors, write_tensors
 
@@ -85,9 +85,7 @@ def make_writers(source: Path) -> dict[str, Writer]:
             read=lambda folder: open_model(folder / "a.onnx", warn=False),
         ),
         "IR pair": Writer(
-            write=lambda folder, n: write_together(
-                dict(zip((folder / "a.xml", folder / "a.bin"), pairs[n % 2], strict=True))
-            ),
+            write=lambda folder, n: write_ir(folder / "a.xml", *pairs[n % 2]),
             read=lambda folder: open_ir(folder / "a.xml"),
         ),
         "network over 2 GiB": Writer(
