@@ -39,7 +39,7 @@ def open_network(
     """Return SOURCE as a checkpoint if it is a plain ViT, which `convert` reads, else as the network of its library.
 
     SOURCE is also `timm:NAME`, `hf:REPO`, a folder of either, a program of torch.export, or
-    `package.module:factory`; the code of the last three runs. Raises VitEdgeError.
+    `package.module:factory`; the code of the last two runs. Raises VitEdgeError.
     """
     text = os.fspath(source)
     given = Given(
