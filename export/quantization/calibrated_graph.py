@@ -12,26 +12,17 @@ import numpy.typing as npt
 import onnx
 from threadpoolctl import threadpool_limits
 
-from vit_edge.errors import UsageError, VerificationFailed
+from vit_edge.errors import VerificationFailed
 from vit_edge.export.graph.intermediate_tensors import Activations, logits_of
 from vit_edge.export.graph.macs import shapes_for_one_image
 from vit_edge.export.graph.matmuls import QuantizableOp, find_quantizable_ops, is_convolutional
 from vit_edge.export.graph.preparation import prepare
-from vit_edge.export.quantization.algorithms.account import Account, account_of, refuse_idle
 from vit_edge.export.quantization.algorithms.attention_scores import find_scores, with_room
-from vit_edge.export.quantization.algorithms.cross_layer_equalization import (
-    count_attentions,
-    equalize,
-    find_mixings,
-)
+from vit_edge.export.quantization.algorithms.cross_layer_equalization import equalize, find_mixings
 from vit_edge.export.quantization.algorithms.mixed_precision import choose_float
 from vit_edge.export.quantization.algorithms.recipes import ALGORITHMS, CHOOSE_RANGES, Algorithm, Effort
 from vit_edge.export.quantization.algorithms.reconstruction import Reconstruction, reconstruct
-from vit_edge.export.quantization.algorithms.reparameterisation import (
-    find_norms,
-    norms_left_alone,
-    reparameterise,
-)
+from vit_edge.export.quantization.algorithms.reparameterisation import find_norms, reparameterise
 from vit_edge.export.quantization.algorithms.sensitivity import noise_by_op
 from vit_edge.export.quantization.calibration.cache import CalibrationCache
 from vit_edge.export.quantization.calibration.images import CalibrationImages
@@ -55,8 +46,6 @@ Array: TypeAlias = npt.NDArray[Any]
 # Exact algorithms leave float32 rounding only; over a hundred dB was measured.
 _EXACT_DB = 60.0
 _NUM_PROOFS = 4
-_STILL = "do not vary within an image"
-_NOT_PLAIN = "have values or a projection that are not one MatMul each"
 _log = logging.getLogger(__name__)
 
 
@@ -64,8 +53,7 @@ _log = logging.getLogger(__name__)
 class Plan:
     """What is to be done: which algorithms with how much effort, which integers, how ranges are found at first.
 
-    `dynamic` ranges are found at run time; then algorithms that choose ranges have nothing to do. One of `named` that
-    finds nothing to do is an error.
+    `dynamic` ranges are found at run time; then algorithms that choose ranges have nothing to do.
     """
 
     algorithms: tuple[Algorithm, ...]
@@ -74,7 +62,6 @@ class Plan:
     method: Method = "moving-average"
     batch_size: int = 1
     dynamic: bool = False
-    named: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +69,7 @@ class CalibratedGraph:
     """What `calibrate` found; `quantized` makes the INT8 graph of it.
 
     `noise` is each product's share of noise in the logits, where it was measured. `float32_ops` are those that the
-    recipe leaves float, `openvino_rounds` what 127 stands for in what is int8 in OpenVINO only. `accounts` say what
-    the algorithms did that look for certain parts of a graph.
+    recipe leaves float, `openvino_rounds` what 127 stands for in what is int8 in OpenVINO only.
     """
 
     graph: onnx.ModelProto
@@ -96,7 +82,6 @@ class CalibratedGraph:
     float32_ops: frozenset[str]
     openvino_rounds: Mapping[str, float] = field(default_factory=dict)
     dynamic: bool = False
-    accounts: tuple[Account, ...] = ()
 
     def only(self, node: str) -> onnx.ModelProto:
         """Return the graph with one product in integers."""
@@ -146,16 +131,10 @@ def _calibrated(
     ops = _quantizable_ops(graph, plan)
     sample = [image[None] for image in images.sample(plan.effort.num_images)]
     wanted = _wanted(graph, plan)
-    aligned, accounts = _align(graph, images, wanted, plan, cache)
+    aligned, exact = _align(graph, images, wanted, plan, cache)
     _check_exact(graph, aligned, sample[:_NUM_PROOFS])
     scores = find_scores(aligned) if "attention-scores" in wanted else {}
     peaks = _peaks(aligned, list(scores), images, plan, cache)
-    if "attention-scores" in wanted:
-        accounts.append(
-            _account_of_scores(graph, [name for name, is_key in scores.items() if is_key and name in peaks])
-        )
-    refuse_idle(accounts, plan.named)
-    exact = {account.algorithm for account in accounts if account.done}
     fitting = wanted & {"range-search", "gptq-rounding", "bias-correction"}
     fitted = Reconstruction(model=aligned, ranges={})
     if fitting or not plan.dynamic:
@@ -166,12 +145,11 @@ def _calibrated(
         ranges={} if plan.dynamic else fitted.ranges,
         weights=fitted.weights,
         scheme=plan.scheme,
-        applied=tuple(name for name in ALGORITHMS if name in exact | fitting),
+        applied=tuple(n for n in ALGORITHMS if n in exact | fitting or (n == "attention-scores" and peaks)),
         noise={},
         float32_ops=plan.scheme.exclude,
         openvino_rounds=with_room(peaks, scores, bits=plan.scheme.weight_bits),
         dynamic=plan.dynamic,
-        accounts=tuple(accounts),
     )
     if not (needs_noise or "mixed-precision" in wanted):
         return calibrated
@@ -232,10 +210,7 @@ def _quantizable_ops(graph: onnx.ModelProto, plan: Plan) -> tuple[QuantizableOp,
 def _wanted(graph: onnx.ModelProto, plan: Plan) -> frozenset[Algorithm]:
     """Return the algorithms of the plan that are for such a graph."""
     if plan.algorithms and is_convolutional(graph):
-        if plan.named:
-            reason = f"Conv does most of the work, and {', '.join(plan.named)} are for transformers"
-            raise UsageError("cannot quantize", reason=reason, remedy="leave --algorithm out")
-        _log.warning("no algorithm is applied, only ranges are calibrated: Conv does most of the work")
+        _log.info("Conv does most of the work: only ranges are calibrated, no algorithm applies")
         return frozenset()
     return frozenset(plan.algorithms) - (CHOOSE_RANGES if plan.dynamic else frozenset())
 
@@ -282,31 +257,19 @@ def _align(
     wanted: frozenset[Algorithm],
     plan: Plan,
     cache: CalibrationCache | None,
-) -> tuple[onnx.ModelProto, list[Account]]:
-    """Return the same function with channels of nearer ranges, and what the algorithms did."""
+) -> tuple[onnx.ModelProto, frozenset[Algorithm]]:
+    """Return the same function with channels of nearer ranges, and which algorithms found something to do."""
     norms = find_norms(graph) if "repq" in wanted else []
     mixings = find_mixings(graph, _known_shapes(graph)) if "cross-layer-equalization" in wanted else []
     observed = [*norms, *(mixing.input for mixing in mixings)]
     # Hashes of the images come with this pass, even where nothing is to be observed.
     ranges = observe_channels(graph, observed, images, batch_size=plan.batch_size, cache=cache)
-    still = [_STILL for name in norms if not ranges[name].varies]
     norms = [name for name in norms if ranges[name].varies]
     mixings = [mixing for mixing in mixings if ranges[mixing.input].varies]
     aligned = reparameterise(graph, {name: ranges[name] for name in norms})
     aligned = equalize(aligned, mixings, {mixing.input: ranges[mixing.input] for mixing in mixings})
-    accounts = []
-    if "repq" in wanted:
-        accounts.append(account_of("repq", "norms", done=len(norms), left=[*still, *norms_left_alone(graph).values()]))
-    if "cross-layer-equalization" in wanted:
-        left = [_NOT_PLAIN] * (count_attentions(graph) - len(mixings))
-        accounts.append(account_of("cross-layer-equalization", "attentions", done=len(mixings), left=left))
-    return aligned, accounts
-
-
-def _account_of_scores(graph: onnx.ModelProto, keys: Sequence[str]) -> Account:
-    """Return the account of the products of queries and keys."""
-    left = ["are masked or biased by what is computed"] * max(0, count_attentions(graph) - len(keys))
-    return account_of("attention-scores", "attentions", done=len(keys), left=left)
+    applied: dict[Algorithm, bool] = {"repq": bool(norms), "cross-layer-equalization": bool(mixings)}
+    return aligned, frozenset(name for name, done in applied.items() if done)
 
 
 def _known_shapes(graph: onnx.ModelProto) -> dict[str, list[int]]:

@@ -43,7 +43,6 @@ def record_of(
         "recipe": options.recipe,
         "effort": options.effort,
         "algorithms": list(found.applied),
-        "accounts": [str(account) for account in found.accounts],
         "weights": {"dtype": "int8", "bits": scheme.weight_bits, "granularity": "per-channel", "symmetric": True},
         "activations": {"dtype": scheme.activation, "granularity": "per-tensor", "symmetric": symmetric},
         "float32_ops": sorted(left),

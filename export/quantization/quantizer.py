@@ -16,12 +16,10 @@ import onnx
 
 from vit_edge.data import find_images
 from vit_edge.errors import DataRejected, Interrupted, UsageError, printable
-from vit_edge.export.graph.intermediate_tensors import logits_of
 from vit_edge.export.graph.macs import macs_by_node
 from vit_edge.export.parity.golden_vectors import promised_engines, with_answers
 from vit_edge.export.quantization.accuracy_budget import SearchTrace, StepCache, ordered_by_noise, search_budget
 from vit_edge.export.quantization.algorithms.recipes import EFFORTS, Recipe
-from vit_edge.export.quantization.algorithms.sensitivity import noise_by_op
 from vit_edge.export.quantization.calibrated_graph import CalibratedGraph, Plan, calibrate, uncalibrated
 from vit_edge.export.quantization.calibration.cache import CalibrationCache, default_folder
 from vit_edge.export.quantization.calibration.images import CalibrationImages
@@ -39,7 +37,6 @@ from vit_edge.export.verification.verifier import run_verification
 from vit_edge.files import may_write, sha256_hex, write_atomic
 from vit_edge.machine.cpu import instruction_set
 from vit_edge.machine.targets import Resolved, Target, resolve_target
-from vit_edge.metrics import sqnr_db
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.acceptance import accept_own
@@ -52,8 +49,6 @@ __all__ = ["QuantizationResult", "quantize"]
 
 _DEFAULTS = QuantizationOptions()
 _FEW_IMAGES = 32
-# Below this many dB predictions change that should not; a usual ViT has 19 to 25.
-_LEAST_DB, _NUM_CHECKED, _NUM_WORST = 15.0, 8, 5
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +56,6 @@ _log = logging.getLogger(__name__)
 class QuantizationResult:
     """The file written, what calibrated it, the ops left in float32, and how accurate and fast it is.
 
-    `accounts` say what algorithms did and left alone; `calibration_sqnr_db` is of the logits of calibration images.
     `verification` is there if evaluation images were given, `search` if there was an accuracy budget; `coverage` and
     `speed` have one entry for each engine. A float16 file has no target, algorithms, coverage or speed.
     """
@@ -75,8 +69,6 @@ class QuantizationResult:
     target_reason: str | None = None
     recipe: Recipe | None = None
     algorithms: tuple[str, ...] = ()
-    accounts: tuple[str, ...] = ()
-    calibration_sqnr_db: float | None = None
     num_calibration_images: int = 0
     num_ops: int = 0
     float32_ops: tuple[str, ...] = ()
@@ -130,8 +122,7 @@ def quantize(
     if trace is not None and trace.cut_short == "interrupted":
         remedy = "run the same command to continue; the file holds the best model so far and its verdict"
         raise Interrupted("stopped", file=job.out, reason="interrupted by the user", remedy=remedy)
-    level = None if job.folder is None else _checked_noise(job, found, trace)
-    return _result(job, found, finished, trace, verification, level)
+    return _result(job, found, finished, trace, verification)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +230,6 @@ def _calibrated(job: _Job) -> CalibratedGraph:
         method=options.ranges,
         batch_size=options.batch_size,
         dynamic=options.precision == "int8-dynamic",
-        named=tuple(options.algorithms or ()),
     )
     if job.folder is None:
         return uncalibrated(job.source.graph(), plan)
@@ -329,7 +319,6 @@ def _result(
     finished: ModelFile,
     trace: SearchTrace | None,
     verification: Verification | None,
-    level: float | None,
 ) -> QuantizationResult:
     left = found.float32_ops | frozenset(() if trace is None else trace.float32_ops)
     finished = replace(finished, source=printable(job.out))
@@ -348,8 +337,6 @@ def _result(
         target_reason=job.target.reason,
         recipe=job.options.recipe,
         algorithms=found.applied,
-        accounts=tuple(map(str, found.accounts)),
-        calibration_sqnr_db=level,
         num_calibration_images=len(job.images.hashes),
         num_ops=len(found.ops) - len(left),
         float32_ops=tuple(sorted(left)),
@@ -359,20 +346,6 @@ def _result(
         search=trace,
         verification=verification,
     )
-
-
-def _checked_noise(job: _Job, found: CalibratedGraph, trace: SearchTrace | None) -> float:
-    """Return the SQNR of the logits on a few calibration images in dB; warn, by the worst layers, if it is low."""
-    left = found.float32_ops | frozenset(() if trace is None else trace.float32_ops)
-    images = [image[None] for image in job.images.sample(_NUM_CHECKED)]
-    level = sqnr_db(logits_of(found.graph, images), logits_of(found.quantized(left), images))
-    if level < _LEAST_DB:
-        quantized = [op for op in found.ops if op.node not in left]
-        noise = found.noise or noise_by_op(found.graph, quantized, found.only, images, progress=job.progress)
-        worst = sorted((op.node for op in quantized), key=lambda node: -noise[node])[:_NUM_WORST]
-        text = "the logits of INT8 are only %.1f dB above its noise on calibration images (usual: over %g); worst: %s"
-        _log.warning(text, level, _LEAST_DB, ", ".join(worst))
-    return level
 
 
 def _size_ratio(model: ModelFile, source: ModelFile) -> float:

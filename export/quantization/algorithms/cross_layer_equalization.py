@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from vit_edge.export.quantization.algorithms.reparameterisation import alignment
 from vit_edge.export.quantization.calibration.observers import ChannelRange
 
-__all__ = ["Mixing", "count_attentions", "equalize", "find_mixings"]
+__all__ = ["Mixing", "equalize", "find_mixings"]
 
 Array = npt.NDArray[Any]
 
@@ -56,13 +56,6 @@ def find_mixings(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) ->
         if mixing is not None:
             found.append(mixing)
     return found
-
-
-def count_attentions(model: onnx.ModelProto) -> int:
-    """Return how many products of two activations mix values by the weights of a softmax."""
-    graph = _Graph(model)
-    softmaxes = {name for name, node in graph.makers.items() if node.op_type == "Softmax"}
-    return sum(node.op_type == "MatMul" and node.input[0] in softmaxes for node in model.graph.node)
 
 
 def equalize(model: onnx.ModelProto, mixings: Sequence[Mixing], ranges: Mapping[str, ChannelRange]) -> onnx.ModelProto:

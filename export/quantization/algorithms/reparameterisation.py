@@ -19,11 +19,10 @@ from onnx import numpy_helper
 
 from vit_edge.export.quantization.calibration.observers import ChannelRange
 
-__all__ = ["alignment", "find_norms", "norms_left_alone", "reparameterise"]
+__all__ = ["alignment", "find_norms", "reparameterise"]
 
 # What keeps the last axis, channels, as it is on the way from a norm to its products.
 _KEEPS_CHANNELS = ("Slice", "Reshape")
-_AN = dict.fromkeys("AEIO", "an")
 # A channel that never varies has no range to divide by.
 _SMALLEST_RATIO, _SMALLEST_WIDTH = 1e-3, 1e-12
 
@@ -40,34 +39,16 @@ class _Use:
 
 def find_norms(model: onnx.ModelProto) -> list[str]:
     """Return the output of every LayerNormalization that only feeds products with constant weights and biases."""
-    return [name for name, reason in _norms(model).items() if reason is None]
-
-
-def norms_left_alone(model: onnx.ModelProto) -> dict[str, str]:
-    """Return why each other norm has to stay as it is, by its output: what follows it, such as "feed a Transpose"."""
-    return {name: reason for name, reason in _norms(model).items() if reason is not None}
-
-
-def _norms(model: onnx.ModelProto) -> dict[str, str | None]:
     constants = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    return {
-        node.output[0]: _obstacle(node, model, constants)
-        for node in model.graph.node
-        if node.op_type == "LayerNormalization"
-    }
-
-
-def _obstacle(node: onnx.NodeProto, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> str | None:
-    """Return what keeps a norm from being aligned, None if nothing does."""
-    if not set(node.input[1:]) <= constants.keys() or len(node.input) != 3:
-        return "have no constant scale and shift"
-    for use in _uses(node.output[0], model, constants):
-        if isinstance(use, str):
-            return use
-        # Two tokens side by side, as a distilled network's heads read them, are no longer the norm's channels.
-        if constants[use.weight][0] != constants[node.input[1]][-1]:
-            return "feed a MatMul over several tokens"
-    return None
+    norms = []
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization" and set(node.input[1:]) <= constants.keys() and len(node.input) == 3:
+            uses = list(_uses(node.output[0], model, constants))
+            # Two tokens side by side, as a distilled network's heads read them, are no longer the norm's channels.
+            fits = all(use and constants[use.weight][0] == constants[node.input[1]][-1] for use in uses)
+            if uses and fits:
+                norms.append(node.output[0])
+    return norms
 
 
 def reparameterise(model: onnx.ModelProto, ranges: Mapping[str, ChannelRange]) -> onnx.ModelProto:
@@ -92,7 +73,7 @@ def reparameterise(model: onnx.ModelProto, ranges: Mapping[str, ChannelRange]) -
         for name, values in zip(node.input[1:], (gamma_D / ratio_D, (beta_D - middle_D) / ratio_D), strict=True):
             tensors[name] = _tensor(name, values)
         for use in _uses(node.output[0], changed, constants):
-            assert isinstance(use, _Use)
+            assert use is not None
             weight_DO = _array(tensors[use.weight])
             tensors[use.bias] = _tensor(use.bias, _array(tensors[use.bias]) + middle_D @ weight_DO)
             tensors[use.weight] = _tensor(use.weight, ratio_D[:, None] * weight_DO)
@@ -111,30 +92,28 @@ def alignment(observed: ChannelRange, *, smallest_ratio: float) -> tuple[Array, 
     return np.maximum(width_D / mean, smallest_ratio), (low_D + high_D) / 2
 
 
-def _uses(tensor: str, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> Iterator[_Use | str]:
-    """Yield every product that reads `tensor`; for any other reader what it is, as the norms that "feed" it."""
+def _uses(tensor: str, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> Iterator[_Use | None]:
+    """Yield every product that reads `tensor`; None for a reader that is none, or whose weight or bias is shared."""
     readers = [node for node in model.graph.node if tensor in node.input]
     if not readers or any(value.name == tensor for value in model.graph.output):
-        yield "feed an output"
+        yield None
     for node in readers:
         if node.op_type in _KEEPS_CHANNELS and node.input[0] == tensor:
             yield from _uses(node.output[0], model, constants)
         elif node.op_type == "MatMul" and node.input[0] == tensor and len(constants.get(node.input[1], ())) == 2:
             yield _use(node, model, constants)
         else:
-            yield f"feed {_AN.get(node.op_type[0], 'a')} {node.op_type}"
+            yield None
 
 
-def _use(op: onnx.NodeProto, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> _Use | str:
+def _use(op: onnx.NodeProto, model: onnx.ModelProto, constants: Mapping[str, list[int]]) -> _Use | None:
     added = [node for node in model.graph.node if op.output[0] in node.input]
     if len(added) != 1 or added[0].op_type != "Add":
-        return "feed a MatMul without a bias"
+        return None
     bias = next((name for name in added[0].input if len(constants.get(name, ())) == 1), None)
     counts = [name for node in model.graph.node for name in node.input]
-    if bias is None:
-        return "feed a MatMul without a bias"
-    if counts.count(bias) != 1 or counts.count(op.input[1]) != 1:
-        return "feed a MatMul whose weights are shared"
+    if bias is None or counts.count(bias) != 1 or counts.count(op.input[1]) != 1:
+        return None
     return _Use(weight=op.input[1], bias=bias)
 
 

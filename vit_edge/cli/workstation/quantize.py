@@ -253,8 +253,6 @@ def _fields(result: QuantizationResult) -> dict[str, Any]:
         "target_reason": result.target_reason,
         "recipe": result.recipe,
         "algorithms": list(result.algorithms),
-        "accounts": list(result.accounts),
-        "calibration_sqnr_db": result.calibration_sqnr_db,
         "num_calibration_images": result.num_calibration_images,
         "num_ops": result.num_ops,
         "float32_ops": list(result.float32_ops),
@@ -282,7 +280,6 @@ def _shown(result: QuantizationResult) -> list[Any]:
             f"target: {result.target.describe()}",
             f"{result.num_ops} ops run in INT8, {ranges}",
             f"algorithms: {', '.join(result.algorithms) or 'none'}",
-            *(f"  {account}" for account in result.accounts),
         ]
     if result.float32_ops:
         more = " ..." if len(result.float32_ops) > _NUM_NAMED else ""
