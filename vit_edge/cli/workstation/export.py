@@ -155,7 +155,7 @@ def export(source: str, out: Path | None, data: Path | None, force: bool, **valu
     network = _network(source, values)
     with progress_bar() as progress:
         result = export_onnx(**network, out=target, options=options, data=data, force=force, progress=progress)
-    return Result(data=asdict(result), shown=_shown(result))
+    return Result(data=asdict(result), shown=_shown(result, is_encoder="embedding" in options.outputs))
 
 
 _DEFAULT_OUT = {"onnx": "model.onnx", "openvino": "model.xml", "huggingface": "model"}
@@ -255,28 +255,28 @@ def _refuse(source: str, name: str, values: dict[str, Any], why: str) -> None:
         raise UsageError("cannot export", file=source, reason=f"--{name} {why}", remedy=f"leave --{name} out")
 
 
-def _shown(result: ExportResult) -> Sequence[Any]:
+def _shown(result: ExportResult, *, is_encoder: bool) -> Sequence[Any]:
     return [
-        _sentence(result.model, result.size_bytes, "those of PyTorch", result.parity),
-        _parity_table("Compared with PyTorch in float32", result.parity),
+        _sentence(result.model, result.size_bytes, "those of PyTorch", result.parity, is_encoder=is_encoder),
+        _parity_table("Compared with PyTorch in float32", result.parity, is_encoder=is_encoder),
         f"sha256: {result.sha256}",
     ]
 
 
-def _sentence(model: Path, size_bytes: int, source: str, parity: Sequence[Parity]) -> str:
-    """Return in one sentence what was written and how near its logits are to those of its source."""
+def _sentence(model: Path, size_bytes: int, source: str, parity: Sequence[Parity], *, is_encoder: bool = False) -> str:
+    """Return in one sentence what was written and how near its outputs are to those of its source."""
     written = f"{model} ({megabytes(size_bytes)})"
     if not parity:
         return written
-    engines = " and ".join(dict.fromkeys(entry.engine for entry in parity))
-    return f"{written}: its logits in {engines} equal {source}, SQNR {min(p.sqnr_db for p in parity):.0f} dB or more"
+    engines, outputs = " and ".join(dict.fromkeys(p.engine for p in parity)), "embeddings" if is_encoder else "logits"
+    return f"{written}: its {outputs} in {engines} equal {source}, SQNR {min(p.sqnr_db for p in parity):.0f} dB or more"
 
 
-def _parity_table(title: str, parity: Sequence[Parity]) -> Any:
+def _parity_table(title: str, parity: Sequence[Parity], *, is_encoder: bool = False) -> Any:
     columns = ("engine", "on", "batch", "max difference", "mean", "SQNR dB", "same top-1")
     rows = [
         (p.engine, p.inputs, p.batch_size, f"{p.max_difference:.1e}", f"{p.mean_difference:.1e}", f"{p.sqnr_db:.0f}",
-         f"{p.top1_equal} of {p.num_images}")
+         "-" if is_encoder else f"{p.top1_equal} of {p.num_images}")
         for p in parity
     ]  # fmt: skip
     return make_table(title, columns, rows)
