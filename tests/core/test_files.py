@@ -14,7 +14,8 @@ import pytest
 
 from vit_edge import files
 from vit_edge.errors import InputError, ResourceExhausted, UsageError
-from vit_edge.files import kind_of, may_write, read_file, read_partner, write_atomic, write_together
+from vit_edge.files import kind_of, may_write, read_file, write_atomic
+from vit_edge.model_file.paired_files import read_partner, write_together
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from vit_edge.errors import ModelRejected, NotTrusted, printable
-from vit_edge.files import kind_of, read_file, read_partner, sha256_hex
+from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.model_file.artifact import Manifest, warn_of_assumed
+from vit_edge.model_file.paired_files import read_partner
 
 __all__ = ["NO_SEAL", "IrModel", "open_ir", "seal_ir"]
 

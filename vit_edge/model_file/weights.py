@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_edge.errors import ModelRejected, NotTrusted
-from vit_edge.files import read_partner, sha256_hex
+from vit_edge.files import sha256_hex
+from vit_edge.model_file.paired_files import read_partner
 
 __all__ = ["checked_weights", "is_plain_name", "weights_entry"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vit_edge.files import remove_set_aside, write_together
 from vit_edge.model_file.artifact import ModelFile
+from vit_edge.model_file.paired_files import remove_set_aside, write_together
 
 __all__ = ["write_ir", "write_model"]
 
