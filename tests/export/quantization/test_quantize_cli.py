@@ -175,7 +175,7 @@ _REFUSED = {
     "unknown ranges": (["--ranges", "nonsense"], 2, "choose min-max, moving-average"),
     "a budget without images": (["--max-drop", "1"], 2, "give --data"),
     "a drop that is no number": (["--max-drop", "nan", "--data", "judge"], 2, "max drop is nan"),
-    "a time limit without a search": (["--time-limit", "1"], 2, "add --max-drop or --min-agreement"),
+    "a time limit without a search": (["--time-limit", "1"], 2, "add --max-drop, --min-agreement or --min-neighbours"),
     "an agreement over all": (["--min-agreement", "101", "--data", "judge"], 2, "min agreement is 101"),
     "images that calibrate to judge": (["--data", "cal"], 3, "used for calibration"),
     "a file that is there": (["-o", "labels.txt"], 2, "will not overwrite"),
