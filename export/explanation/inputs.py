@@ -85,7 +85,7 @@ def prepare_explanation(
         raise UsageError("cannot explain", file=source.source, reason=reason, remedy="leave out --checkpoint")
     engines = [*dict.fromkeys(("onnxruntime", *chosen_engines(options.engines)))]
     for file in (candidate, source):
-        admit(file, engines=engines)
+        admit(file, engines=engines, golden=False)  # a damaged file is what it explains
     found = find_evaluation_images(data, source.manifest.labels, unlabelled=True).paths
     number = min(options.num_images, len(found))
     calibration = None

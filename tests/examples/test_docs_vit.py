@@ -129,7 +129,7 @@ def test_the_shapes_of_figure_1_are_those_of_the_network() -> None:
         images = torch.empty(2, 3, 224, 224)
         features = model.forward_features(images)
         shapes = [images, model.patch_embed(images), model.embed(images), model.embed(images), features]
-        shapes += [model._pool(features), model(images)]
+        shapes += [model.pool(features), model(images)]
     (figure,) = fences(TEXTS["en"], "text")
     assert [list(t.shape[1:]) for t in shapes] == [
         [int(side) for side in sides.split(", ")] for sides in re.findall(r"\[B, ([\d, ]+)\]", figure)

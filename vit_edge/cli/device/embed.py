@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 
 from vit_edge.cli.image_files import combined, image_files
 from vit_edge.cli.options import load_options, option_group
@@ -105,6 +104,8 @@ def _embed_all(
     encoder: Encoder, paths: Sequence[Path], vectors: VectorsFile, progress: Progress
 ) -> list[ImageRejected]:
     """Add the vector of every image that can be read, 16 at a time; return the errors of the others."""
+    import numpy as np
+
     rejected: list[ImageRejected] = []
     for part in _parts(encoder, paths, rejected, progress):
         vectors.add([printable(path) for path, _ in part], encoder.run(np.stack([one.pixels for _, one in part])))
