@@ -9,11 +9,33 @@ from typing import Any
 
 import click
 
-__all__ = ["COMMON", "GroupedCommand", "load_options", "option_group"]
+__all__ = ["COMMON", "DECODING", "ENGINE", "GroupedCommand", "load_options", "option_group"]
 
 COMMON = "Common options"
 # click's column for option names; longer lists of values go into the help text, where they wrap.
 _WIDEST = 30
+# Which engine runs one model file, and how its images are decoded.
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["auto", "onnxruntime", "openvino"]),
+    default="auto",
+    show_default=True,
+    help="Inference engine; auto takes what `vit-edge tune` saved, else the first installed one.",
+)
+DECODING = (
+    click.option(
+        "--decode",
+        type=click.Choice(["full", "fast"]),
+        default="full",
+        show_default=True,
+        help="fast: decode large JPEGs at a reduced scale, never below the input size.",
+    ),
+    click.option(
+        "--max-image-megapixels",
+        type=click.FloatRange(0, 10_000, min_open=True),
+        help="Refuse larger images: decoding needs 12 bytes a pixel  [default: 50].",
+    ),
+)
 _log = logging.getLogger(__name__)
 _TITLES: dict[click.Parameter, str] = {}
 

@@ -9,7 +9,7 @@ import click
 
 from vit_edge.cli.device.remote import classified, on_devices
 from vit_edge.cli.image_files import combined, image_files
-from vit_edge.cli.options import load_options, option_group
+from vit_edge.cli.options import DECODING, ENGINE, load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
 from vit_edge.errors import ImageRejected, printable
@@ -21,13 +21,7 @@ from vit_edge.errors import ImageRejected, printable
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Labels for each image.")
 @option_group(
     "Engine and device",
-    click.option(
-        "--engine",
-        type=click.Choice(["auto", "onnxruntime", "openvino"]),
-        default="auto",
-        show_default=True,
-        help="Inference engine; auto takes what `vit-edge tune` saved, else the first installed one.",
-    ),
+    ENGINE,
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, tensorrt, gpu, npu, ..."),
     threads_option(),
     click.option(
@@ -49,18 +43,7 @@ from vit_edge.errors import ImageRejected, printable
         show_default=True,
         help="full: seal, operators and golden vectors; hash: no golden vectors; none: no seal either.",
     ),
-    click.option(
-        "--decode",
-        type=click.Choice(["full", "fast"]),
-        default="full",
-        show_default=True,
-        help="fast: decode large JPEGs at a reduced scale, never below the input size.",
-    ),
-    click.option(
-        "--max-image-megapixels",
-        type=click.FloatRange(0, 10_000, min_open=True),
-        help="Refuse larger images: decoding needs 12 bytes a pixel  [default: 50].",
-    ),
+    *DECODING,
 )
 @third_party_options
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)

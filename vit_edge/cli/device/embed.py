@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vit_edge.cli.image_files import combined, image_files
-from vit_edge.cli.options import load_options, option_group
+from vit_edge.cli.options import DECODING, ENGINE, load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, progress_bar, threads_option
 from vit_edge.errors import ImageRejected, printable
 
@@ -37,26 +37,9 @@ _AT_ONCE = 16
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @option_group(
     "Engine and decoding",
-    click.option(
-        "--engine",
-        type=click.Choice(["auto", "onnxruntime", "openvino"]),
-        default="auto",
-        show_default=True,
-        help="Inference engine; auto takes what `vit-edge tune` saved, else the first installed one.",
-    ),
+    ENGINE,
     threads_option(),
-    click.option(
-        "--decode",
-        type=click.Choice(["full", "fast"]),
-        default="full",
-        show_default=True,
-        help="fast: decode large JPEGs at a reduced scale, never below the input size.",
-    ),
-    click.option(
-        "--max-image-megapixels",
-        type=click.FloatRange(0, 10_000, min_open=True),
-        help="Refuse larger images: decoding needs 12 bytes a pixel  [default: 50].",
-    ),
+    *DECODING,
 )
 @load_options
 def embed(
