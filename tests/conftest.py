@@ -171,7 +171,8 @@ def deployment(shared_folder: Path) -> Path:
 @pytest.fixture
 def openvino_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let OpenVINO run every quantized op in INT8, also on a CPU where it would be slower than float32."""
-    monkeypatch.setattr("vit_edge.runtime.engines.ov_graph.lacks_int8_matmul", lambda: False)
+    for module in ("vit_edge.runtime.engines.ov_graph", "vit_edge.machine.int8_engines"):
+        monkeypatch.setattr(f"{module}.lacks_int8_matmul", lambda: False)
 
 
 @pytest.fixture(scope="session")
