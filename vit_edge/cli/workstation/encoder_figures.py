@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_edge.cli.output import Result, make_table
+from vit_edge.cli.workstation.engine_figures import deciding_engine, engines_table
 from vit_edge.errors import VerificationFailed, printable
 
 if TYPE_CHECKING:
@@ -71,12 +72,7 @@ def encoder_data(result: EncoderVerification) -> dict[str, Any]:
 
 def encoder_table(result: EncoderVerification, *, with_verdict: bool = True) -> Table:
     """Return one row for each figure and one column for each engine."""
-    each = [_figures(entry) for entry in result.results]
-    if with_verdict:
-        each = [{**figures, "verdict": entry.verdict} for figures, entry in zip(each, result.results, strict=True)]
-    rows = [(name, *(figures[name] for figures in each)) for name in each[0]]
-    title = f"On {result.results[0].images} {'labelled ' if result.labels == 'all' else ''}images"
-    return make_table(title, ("", *(entry.engine for entry in result.results)), rows)
+    return engines_table(result, [_figures(entry) for entry in result.results], with_verdict=with_verdict)
 
 
 def encoder_search_table(search: SearchTrace) -> Table:
@@ -119,9 +115,7 @@ def _sentence(result: EncoderVerification) -> str:
         bound = f"no more than {worst.knn.drop_upper_bound_points:.2f} with 95 % confidence"
         drop = f"the drop of k-NN accuracy is {worst.knn.drop_points:.2f} points"
         said.append(f"{drop}, {bound} (limit {result.max_drop_points:g})")
-    others = len(result.results) - 1
-    where = worst.engine + (f", the worst of {others + 1} engines" if others else "")
-    return f"{result.verdict}: on {worst.images} images {' and '.join(said)}, in {where}"
+    return f"{result.verdict}: on {worst.images} images {' and '.join(said)}, in {deciding_engine(result)}"
 
 
 def encoder_certifiable_text(found: Certifiable, budget: Budget) -> str:

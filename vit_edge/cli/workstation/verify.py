@@ -14,6 +14,7 @@ from vit_edge.cli.messages import print_message
 from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
 from vit_edge.cli.workstation.encoder_figures import encoder_certifiable_text, encoder_result
+from vit_edge.cli.workstation.engine_figures import deciding_engine, engines_table
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
 
 if TYPE_CHECKING:
@@ -242,12 +243,7 @@ def figures_data(result: Verification) -> list[dict[str, Any]]:
 
 def figures_table(result: Verification, *, with_verdict: bool = True) -> Table:
     """Return one row for each figure and one column for each engine, which fits 80 columns."""
-    each = [_figures(entry) for entry in result.results]
-    if with_verdict:
-        each = [{**figures, "verdict": entry.verdict} for figures, entry in zip(each, result.results, strict=True)]
-    rows = [(name, *(figures[name] for figures in each)) for name in each[0]]
-    title = f"On {result.results[0].images} {'labelled ' if result.labels == 'all' else ''}images"
-    return make_table(title, ("", *(entry.engine for entry in result.results)), rows)
+    return engines_table(result, [_figures(entry) for entry in result.results], with_verdict=with_verdict)
 
 
 def _figures(entry: EngineResult) -> dict[str, str]:
@@ -276,12 +272,7 @@ def _sentence(result: Verification) -> str:
     if result.min_agreement is not None:
         bound = f"at least {worst.agreement_lower_bound:.2f} % with 95 % confidence"
         said.append(f"{worst.agreement:.2f} % of the predictions agree, {bound} (limit {result.min_agreement:g} %)")
-    return f"{result.verdict}: on {worst.images} images {' and '.join(said)}, in {_where(result)}"
-
-
-def _where(result: Verification) -> str:
-    others = len(result.results) - 1
-    return result.decisive.engine + (f", the worst of {others + 1} engines" if others else "")
+    return f"{result.verdict}: on {worst.images} images {' and '.join(said)}, in {deciding_engine(result)}"
 
 
 def _tables(result: Verification) -> Iterator[Table]:
