@@ -79,7 +79,6 @@ def load(
 
     The file of an encoder gives an `Encoder`; `load_encoder`, which takes the same options, has that type.
 
-
     - `engine` "auto" is what `vit-edge tune` found fastest for this file on this machine, else the first installed of
       ONNX Runtime and OpenVINO that has the device and that the file is promised for, the engines of its target first.
       Nothing is measured here.

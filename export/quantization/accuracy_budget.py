@@ -153,11 +153,11 @@ class _Search:
 
     def passes(self, left: frozenset[str], size: int) -> bool:
         """Return whether the file with the ops `left` in float32 passes."""
-        model = self._make(left)
-        kept = self._cache.read(model) if self._cache else None
-        found = self._verify(model) if kept is None else None
-        step = kept if found is None else _step(size, found)
-        assert step is not None  # one of the two is there
+        model, found = self._make(left), None
+        step = self._cache.read(model) if self._cache else None
+        if step is None:
+            found = self._verify(model)
+            step = _step(size, found)
         self.steps.append(step)
         if step.verdict == "pass":
             self.best = (model, found, left)
