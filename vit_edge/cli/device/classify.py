@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import click
 from vit_edge.cli.device.remote import classified, on_devices
 from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
+from vit_edge.cli.ray_options import classify_many, ray_options
 from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
-from vit_edge.errors import DataRejected, ImageRejected, printable
+from vit_edge.errors import DataRejected, ImageRejected, UsageError, printable
 
 
 @command("classify")
@@ -65,10 +67,11 @@ from vit_edge.errors import DataRejected, ImageRejected, printable
 @third_party_options
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
 @load_options
+@ray_options
 def classify(
     model: Path, images: tuple[Path, ...], top: int, max_image_megapixels: float | None, **values: Any
 ) -> Result:
-    """Classify IMAGES (files or folders) with MODEL, an .onnx file or OpenVINO's .xml with its .bin.
+    """Classify IMAGES (files, folders or shards) with MODEL, an .onnx file or OpenVINO's .xml with its .bin.
 
     Unreadable images are listed and skipped; the exit code is then 3.
 
@@ -77,6 +80,7 @@ def classify(
       vit-edge classify model.int8.onnx photo.jpg folder/
       vit-edge classify third_party.onnx photo.jpg --labels names.txt --preprocessing preprocessing.json
       vit-edge classify model.int8.onnx photo.jpg --on ssh://pi@raspberrypi
+      vit-edge classify model.int8.onnx 'shards/*.tar' --ray local --out labels/
     """
     from vit_edge.image import Limits
     from vit_edge.runtime.loading import load
@@ -84,6 +88,11 @@ def classify(
     if max_image_megapixels is not None:
         values["limits"] = Limits.of_megapixels(max_image_megapixels)
     values |= read_third_party_options(values)
+    job = {name: values.pop(name) for name in ("ray", "out", "resume", "shard_size")}
+    if job["ray"] is not None:
+        return classify_many(model, images, job, values)
+    if job["out"] is not None or job["resume"]:
+        raise UsageError("cannot classify", reason="--out and --resume are for --ray", remedy="add --ray local")
     rows, classified_images, rejected = [], [], []
     with progress_bar(f"loading {printable(model)}") as progress, load(model, **values) as classifier:
         described = classifier.describe()
@@ -119,7 +128,8 @@ def _files(images: Sequence[Path]) -> list[Path]:
 
     found: list[Path] = []
     for path in images:
-        inside = find_images(path) if path.is_dir() else (path,)
+        is_image = path.is_file() and path.suffix.lower() not in (".tar", ".parquet")
+        inside = (path,) if is_image or not (path.exists() or has_magic(str(path))) else find_images(path)
         if not inside:
             raise DataRejected("cannot classify", file=path, reason="the folder holds no image", remedy="name images")
         found += inside
