@@ -14,7 +14,7 @@ from vit_edge.data.labelled import (
     read_unlabelled,
     refuse_one_class,
 )
-from vit_edge.data.shards import draw_images, find_images
+from vit_edge.data.shards import draw_images, find_images, images_named
 from vit_edge.data.streaming import (
     Rejections,
     pixel_hashes,
@@ -32,6 +32,7 @@ __all__ = [
     "draw_images",
     "find_images",
     "hold_out",
+    "images_named",
     "lies_loose",
     "pixel_hashes",
     "read_class_names",

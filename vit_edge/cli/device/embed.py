@@ -68,7 +68,7 @@ def embed(
 
     limits = None if max_image_megapixels is None else Limits.of_megapixels(max_image_megapixels)
     with progress_bar(f"loading {printable(model)}") as progress:
-        paths = image_files(images, verb="embed")
+        paths = image_files(images)
         with (
             load_encoder(model, engine=engine, threads=threads, decode=decode, limits=limits) as encoder,  # type: ignore[arg-type]
             open_vectors(out, width=encoder.width, force=force, made_from=model) as vectors,
