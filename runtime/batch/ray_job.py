@@ -1,131 +1,93 @@
-"""A job that classifies images on a Ray cluster: shards of inputs, actors that load the model once, Parquet shards out.
+"""A job on a Ray cluster: shards of inputs, actors that load the models once, Parquet shards out.
 
-Ray Data schedules, autoscales the actors and computes the shards of a lost worker again. A shard's file appears whole
-or not at all, so that a stopped job goes on where it was and every input is in one shard.
+Ray Data schedules, adds actors and computes the shards of a lost worker again. Only the process that started the job
+writes. A shard's file appears whole or not at all: a stopped job goes on where it was, and each input is in one shard.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vit_edge.errors import MissingExtra, ModelRejected, ResourceExhausted, UsageError, VitEdgeError
-from vit_edge.files import read_file, sha256_hex, write_atomic
-from vit_edge.model_file.artifact import MODEL_BYTES, ModelFile
+from vit_edge.errors import ResourceExhausted, UsageError, VitEdgeError, require
+from vit_edge.files import write_atomic
 from vit_edge.progress import Progress, silent
-from vit_edge.runtime.batch.inputs import JobInput, find_inputs, inputs_sha256
-from vit_edge.runtime.batch.shard_classifier import ShardClassifier, ShardSummary, shard_path
-from vit_edge.runtime.loading import open_any
+from vit_edge.runtime.batch.inputs import JobInput
+from vit_edge.runtime.batch.job_folder import JobFolder, JobResult
+from vit_edge.runtime.batch.shard_files import shard_path
+from vit_edge.runtime.batch.shard_work import ShardWorker, Task
 
-__all__ = ["JobResult", "classify_on_ray"]
+__all__ = ["run_on_ray"]
 
-_JOB_FILE = "job.json"
-_DEFAULT_SHARD_SIZE = 1000
 _GPUS = ("cuda", "tensorrt")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobResult:
-    """What a job did: all images and errors, the shards that were computed now or kept, and the rate of this run.
-
-    `workers` is the number of processes by the instruction set of their CPU.
-    """
-
-    out: Path
-    images: int
-    errors: int
-    shards: int
-    kept_shards: int
-    seconds: float
-    images_per_s: float
-    workers: Mapping[str, int]
-
-
-def classify_on_ray(
-    model: str | os.PathLike[str],
-    sources: Sequence[str | os.PathLike[str]],
+def run_on_ray(
+    task: Task,
+    inputs: Sequence[JobInput],
     *,
     out: str | os.PathLike[str],
     address: str = "local",
     resume: bool = False,
-    shard_size: int = _DEFAULT_SHARD_SIZE,
-    options: Mapping[str, Any] | None = None,
+    shard_size: int = 1000,
     progress: Progress = silent,
 ) -> JobResult:
-    """Classify the images of folders, shards and lists of URIs on a Ray cluster, and write Parquet shards to `out`.
+    """Run `task` on the inputs on a Ray cluster, and write Parquet shards with a row for each input to `out`.
 
-    Each row has `path`, `sha256`, `label`, `probability` and `error`: an image that cannot be read is a row with its
-    error. `address` is "local" for a cluster of this machine, else that of a cluster whose machines share the folders
-    and `out`. `resume` keeps the shards that an earlier run of the same job finished. `options` are those of `load`; an
-    actor has one thread unless they say more. Raises as `load` does, DataRejected, UsageError, MissingExtra.
+    A row has `path`, `sha256`, what the task computes, and `error`: an image that cannot be used is a row with its
+    error. `address` is "local" for a cluster of this machine, else that of a cluster whose machines have the inputs at
+    the same paths. `resume` keeps the shards that an earlier run of the same job finished. An actor has one thread
+    unless the options of the task say more. Raises what `Task.open` raises, UsageError, MissingExtra, and
+    ResourceExhausted if the cluster is lost.
     """
-    ray = _ray()
-    data = _model_bytes(model)
-    inputs = find_inputs(sources)
-    folder = Path(out).absolute()
-    shards = [inputs[start : start + shard_size] for start in range(0, len(inputs), shard_size)]
-    described = {"model": sha256_hex(data), "inputs": inputs_sha256(inputs), "shard_size": shard_size}
-    _begin(folder, described, resume=resume)
-    left = [number for number in range(len(shards)) if not shard_path(folder, number).exists()]
-    done: list[ShardSummary] = []
-    with _cluster(ray, address):
-        started = time.perf_counter()
-        for summary in _summaries(ray, data, shards, left, folder, options or {}):
-            done.append(summary)
-            progress("classifying", sum(one.images for one in done), sum(len(shards[number]) for number in left))
-        seconds = time.perf_counter() - started
-    num_done = sum(one.images for one in done)
-    result = JobResult(
-        out=folder,
-        images=len(inputs),
-        errors=_num_errors(folder, len(shards)),
-        shards=len(shards),
-        kept_shards=len(shards) - len(left),
-        seconds=seconds,
-        images_per_s=num_done / seconds,
-        workers=_by_instruction_set(done),
-    )
-    summary_text = json.dumps(
-        {**asdict(result), "out": str(folder), "finished": [asdict(one) for one in done]}, indent=2
-    )
-    write_atomic(folder / "summary.json", summary_text.encode())
-    return result
+    ray = require("ray", extra="ray", what="start the job")
+    require("ray.data", extra="ray", what="start the job")
+    threads = task.options.get("threads") or 1
+    task = replace(task, options={**task.options, "threads": threads})
+    folder = JobFolder.begin(Path(out).absolute(), task, inputs, shard_size=shard_size, resume=resume)
+    left, done, started = folder.left(), 0, time.perf_counter()
+    total = sum(len(folder.inputs_of(shard)) for shard in left)
+    if left:
+        with _cluster(ray, address):
+            progress(_ing(task), 0, total)
+            started = time.perf_counter()
+            for shard, data in _computed(ray, task, folder, left):
+                write_atomic(shard_path(folder.path, shard), data)
+                done += len(folder.inputs_of(shard))
+                progress(_ing(task), done, total)
+    return folder.finish(num_kept=folder.num_shards - len(left), images=done, seconds=time.perf_counter() - started)
 
 
-def _summaries(
-    ray: Any,
-    model: bytes,
-    shards: Sequence[Sequence[JobInput]],
-    left: Sequence[int],
-    folder: Path,
-    options: Mapping[str, Any],
-) -> Iterator[ShardSummary]:
-    """Yield the summary of each shard as it is finished."""
-    if not left:
-        return
-    threads = options.get("threads") or 1
-    most = max(1, min(len(left), int(ray.cluster_resources().get("CPU", 1)) // threads))
-    rows = [{"shard": number, "inputs": pickle.dumps(list(shards[number]))} for number in left]
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the command has its own
+def _computed(ray: Any, task: Task, folder: JobFolder, left: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """Yield each shard as it is computed, in any order."""
+    threads = int(task.options["threads"])
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the command has its own
+    context.execution_options.preserve_order = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = [{"shard": shard, "inputs": pickle.dumps(folder.inputs_of(shard))} for shard in left]
+    at_first = max(1, min(len(left), int(ray.cluster_resources().get("CPU", 1)) // threads))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Actor,
-        fn_constructor_args=(ray.put(model), str(folder), {**options, "threads": threads}),
-        concurrency=(1, most),
+        fn_constructor_args=(ray.put(pickle.dumps(task)),),
+        # Ray adds more if the cluster grows, and goes on with fewer if a machine is lost.
+        compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=at_first, max_size=len(left)),
         num_cpus=threads,
-        num_gpus=1 if options.get("device") in _GPUS else None,
+        num_gpus=1 if task.options.get("device") in _GPUS else None,
     )
     try:
         for row in dataset.iter_rows():
-            yield ShardSummary(**row)
+            found = pickle.loads(row["found"])
+            if isinstance(found, VitEdgeError):
+                raise found
+            yield row["shard"], found
     except ray.exceptions.RayError as error:
         reason = " ".join(str(getattr(error, "cause", None) or error).split())[-300:]
         remedy = "run it again with --resume: finished shards are kept"
@@ -133,94 +95,43 @@ def _summaries(
 
 
 class _Actor:
-    """What Ray Data runs in each of its actors."""
+    """What Ray Data runs in each of its actors; our errors are what it returns, for Ray would wrap them in its own."""
 
-    def __init__(self, model: Any, folder: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, task: Any) -> None:
         import ray
 
-        data = ray.get(model) if isinstance(model, ray.ObjectRef) else model
-        with _plain_errors():
-            self._classifier = ShardClassifier(data, out=Path(folder), options=options)
+        self._task: Task = pickle.loads(ray.get(task) if isinstance(task, ray.ObjectRef) else task)
+        self._node = ray.get_runtime_context().get_node_id()[:8]
+        self._worker: ShardWorker | None = None
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        with _plain_errors():
-            return asdict(self._classifier.run(row["shard"], pickle.loads(row["inputs"])))
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            found: bytes | VitEdgeError = self._open().run(row["shard"], pickle.loads(row["inputs"]), node=self._node)
+        except VitEdgeError as error:
+            found = error
+        return {"shard": row["shard"], "found": pickle.dumps(found)}
 
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise our errors as RuntimeError: they do not pickle, and Ray would hide what they say."""
-    try:
-        yield
-    except VitEdgeError as error:
-        raise RuntimeError(str(error)) from None
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        remedy = 'pip install "vit-edge[ray]"'
-        raise MissingExtra("cannot start the job", reason="Ray Data is not installed", remedy=remedy) from error
-    return ray
-
-
-def _model_bytes(model: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of the model file, which every actor gets; raises ModelRejected if it is more than one file."""
-    opened = open_any(model)
-    if not isinstance(opened, ModelFile) or opened.weights is not None:
-        reason, remedy = "the model is in two files; actors get one", "give an .onnx file below 2 GiB"
-        raise ModelRejected("cannot start the job", file=model, reason=reason, remedy=remedy)
-    return read_file(model, what="model file", max_bytes=MODEL_BYTES, error=ModelRejected)
+    def _open(self) -> ShardWorker:
+        if self._worker is None:
+            self._worker = self._task.open()
+        return self._worker
 
 
 @contextlib.contextmanager
 def _cluster(ray: Any, address: str) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine, and leave it."""
+    own = {"include_dashboard": False} if address == "local" else {}
     try:
-        dashboard = False if address == "local" else None
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
     except Exception as error:  # ConnectionError; Exception itself where a node does not start in time
-        remedy = "start it with `ray start --head`, or give local"
-        raise UsageError("cannot reach the cluster", reason=str(error)[:300], remedy=remedy) from error
+        reason = " ".join(str(error).split())[:300]
+        remedy = "start it with `ray start --head`, or use --ray local"
+        raise UsageError("cannot reach the cluster", reason=reason, remedy=remedy) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _begin(folder: Path, described: Mapping[str, Any], *, resume: bool) -> None:
-    """Make the folder of a new job, or check that it belongs to this job; raises UsageError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / _JOB_FILE
-    if not file.exists():
-        if os.listdir(folder):
-            reason, remedy = "the folder is not empty, and no job began in it", "choose another folder"
-            raise UsageError("cannot start the job", file=folder, reason=reason, remedy=remedy)
-        write_atomic(file, json.dumps(described).encode())
-        return
-    if not resume:
-        remedy = "add --resume to finish it, or choose another folder"
-        raise UsageError("cannot start the job", file=folder, reason="a job began in the folder", remedy=remedy)
-    try:
-        before = json.loads(read_file(file, what="job", max_bytes=10_000))
-    except ValueError:
-        before = None
-    if before != described:
-        reason = "the job in the folder has another model, other images or another shard size"
-        raise UsageError("cannot resume the job", file=folder, reason=reason, remedy="choose another folder")
-
-
-def _num_errors(folder: Path, num_shards: int) -> int:
-    """Return how many rows of all shards have an error, whichever run wrote them."""
-    from pyarrow import parquet
-
-    columns = (parquet.read_table(shard_path(folder, n), columns=["error"])["error"] for n in range(num_shards))
-    return sum(len(column) - column.null_count for column in columns)
-
-
-def _by_instruction_set(done: Sequence[ShardSummary]) -> dict[str, int]:
-    pairs = {(one.instruction_set, one.worker) for one in done}
-    names = [name for name, _ in pairs]
-    return {name: names.count(name) for name in sorted(set(names))}
+def _ing(task: Task) -> str:
+    return {"classify": "classifying", "embed": "embedding", "compare": "verifying"}[task.verb]

@@ -1,151 +1,146 @@
-"""A job gives each input one row, as one process does, whatever is wrong with single images; a stopped job goes on."""
+"""A job on Ray gives the rows of one process, survives what is killed, and a stopped job goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
 
-from tests.data.test_shards import png, samples, write_tar
-from vit_edge.cli import main
-from vit_edge.errors import DataRejected, UsageError
+from tests.runtime.batch.test_shard_work import check_inputs, check_labels, images, rows_of
+from vit_edge.export.verification.encoder_verifier import verify_encoder
 from vit_edge.files import sha256_hex
-from vit_edge.runtime import load
-from vit_edge.runtime.batch import ray_job
-from vit_edge.runtime.batch.inputs import find_inputs, inputs_sha256, read_input
-from vit_edge.runtime.batch.shard_classifier import COLUMNS, ShardClassifier, shard_path
-from vit_edge.runtime.checks.golden import golden_images
+from vit_edge.runtime import load_encoder
+from vit_edge.runtime.batch.shard_files import shard_path
 
-needs_pyarrow = pytest.mark.skipif(
-    importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed: pip install pyarrow"
-)
-needs_ray = pytest.mark.skipif(
+__all__ = ["images"]
+
+pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None,
     reason="ray is not installed: pip install 'ray[data]'",
 )
+PATIENCE_S = 900
+# A machine that does other work starts the processes of Ray slowly.
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "240", "RAY_AUTH_MODE": "token"}
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Return a folder of six images, one damaged, one that is none, and one too small."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number, pixels in enumerate(golden_images(range(6), height=48, width=40)):
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    (folder / "bad.png").write_bytes(png(0)[:100])
-    (folder / "none.jpg").write_bytes(b"hello")
-    Image.new("RGB", (4, 4)).save(folder / "small.png")
-    return folder
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Start a cluster with two CPUs, and return the environment in which commands reach it."""
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "token").write_text(sha256_hex(os.urandom(16)))
+    environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    script = Path(__file__).with_name("cluster_process.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().strip() if process.stdout else ""
+        assert address, "the cluster did not start"
+        yield {**environment, "TEST_RAY_ADDRESS": address}
+    finally:
+        process.communicate("", timeout=PATIENCE_S)
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    from pyarrow import parquet
-
-    return [row for path in sorted(folder.glob("part-*.parquet")) for row in parquet.read_table(path).to_pylist()]
-
-
-def check_rows(rows: list[dict[str, Any]], images: Path, model: Path) -> None:
-    """Check each row against one process."""
-    assert [row["path"] for row in rows] == sorted(str(path) for path in images.iterdir())
-    with load(model, threads=1) as classifier:
-        for row in rows:
-            data = Path(row["path"]).read_bytes()
-            assert (tuple(row), row["sha256"]) == (COLUMNS, sha256_hex(data))
-            if row["error"] is None:
-                found = classifier(data)
-                assert (row["label"], row["probability"]) == (found.label, found.probability)
-    wrong = {Path(row["path"]).name: row["error"] for row in rows if row["error"] is not None}
-    assert {*wrong} == {"bad.png", "none.jpg", "small.png"}
-    assert "not an image" in wrong["none.jpg"]
+def run(environment: dict[str, str], *arguments: object, code: int = 0) -> dict[str, Any]:
+    """Run a command on the cluster and return what it printed as JSON."""
+    command = [sys.executable, "-m", "vit_edge", *map(str, arguments), "--json"]
+    command += ["--ray", environment["TEST_RAY_ADDRESS"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
+    assert done.returncode == code, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-def test_inputs_of_all_kinds_are_there_once(images: Path, tmp_path: Path) -> None:
-    archive = write_tar(tmp_path / "s.tar", samples(0, 3))
-    (tmp_path / "list.txt").write_text(f"images/0.png\n\n{images / '1.png'}\nfile://{images}/2.png\n")
-    found = find_inputs([images, images / "0.png", archive, tmp_path / "list.txt", str(tmp_path / "*.tar")])
-    assert len(found) == 9 + 3 + 1
-    assert len({item.name for item in found}) == len(found)
-    assert read_input(found[9]) == png(0)
-    assert inputs_sha256(found) != inputs_sha256(found[1:])
-    with pytest.raises(DataRejected, match="no such file or folder"):
-        find_inputs([tmp_path / "gone"])
-
-
-def test_a_uri_is_read_through_fsspec(images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("fsspec", reason="fsspec is not installed")
-    (tmp_path / "list.txt").write_text(f"file://{images}/2.png")
-    (item,) = find_inputs([tmp_path / "list.txt"])
-    assert read_input(item) == (images / "2.png").read_bytes()
-
-
-@needs_pyarrow
-def test_a_shard_has_a_row_for_each_image_and_errors_are_rows(images: Path, small_model: Path, tmp_path: Path) -> None:
-    model = small_model / "m.onnx"
-    classifier = ShardClassifier(model.read_bytes(), out=tmp_path, options={"threads": 1})
-    summary = classifier.run(7, find_inputs([images]))
-    classifier.close()
-    assert (summary.shard, summary.images, summary.errors) == (7, 9, 3)
-    assert shard_path(tmp_path, 7).is_file()
-    check_rows(rows_of(tmp_path), images, model)
-
-
-def test_a_folder_is_resumed_only_by_its_own_job(tmp_path: Path) -> None:
-    job = {"model": "a", "inputs": "b", "shard_size": 3}
-    ray_job._begin(tmp_path / "new", job, resume=True)
-    ray_job._begin(tmp_path / "new", job, resume=True)
-    with pytest.raises(UsageError, match="a job began in the folder"):
-        ray_job._begin(tmp_path / "new", job, resume=False)
-    with pytest.raises(UsageError, match="another model, other images"):
-        ray_job._begin(tmp_path / "new", {**job, "shard_size": 4}, resume=True)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(UsageError, match="not empty"):
-        ray_job._begin(tmp_path / "other", job, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [(["--ray", "local"], "--ray needs a folder"), (["--resume"], "--out and --resume are for --ray")],
-)
-def test_options_that_do_not_fit_are_refused(
-    images: Path, small_model: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["classify", str(small_model / "m.onnx"), str(images), *options]) == 2
-    assert reason in capsys.readouterr().err
-
-
-@needs_ray
-def test_a_job_on_ray_gives_the_rows_of_one_process_and_resumes(
-    images: Path, small_model: Path, tmp_path: Path
+def test_a_job_gives_the_rows_of_one_process_and_resumes(
+    cluster: dict[str, str], images: Path, small_model: Path, tmp_path: Path
 ) -> None:
     out, model = tmp_path / "out", small_model / "m.onnx"
-    command = [sys.executable, "-m", "vit_edge", "classify", str(model), str(images), "--ray", "local", "--json"]
-    command += ["--out", str(out), "--shard-size", "4"]
-
-    def run(*more: str) -> dict[str, Any]:
-        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-        done = subprocess.run(
-            [*command, *more], capture_output=True, text=True, timeout=600, check=False, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-    printed = run()
+    job = ("classify", model, images, "--out", out, "--shard-size", 4)
+    printed = run(cluster, *job)
     assert (printed["images"], printed["errors"], printed["shards"], printed["kept_shards"]) == (9, 3, 3, 0)
-    assert sum(printed["workers"].values()) >= 1
-    check_rows(rows_of(out), images, model)
+    assert sum(node["images"] for node in printed["nodes"]) == 9
+    assert all(node["instruction_set"] and node["cpu"] for node in printed["nodes"])
+    check_inputs(rows_of(out), images)
+    check_labels(rows_of(out), model)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
     shard_path(out, 1).unlink()
-    printed = run("--resume")
+    printed = run(cluster, *job, "--resume")
     assert (printed["images"], printed["errors"], printed["kept_shards"]) == (9, 3, 2)
-    check_rows(rows_of(out), images, model)
+    check_inputs(rows_of(out), images)
     changed = {path.name for path in out.glob("part-*") if path.stat().st_mtime_ns != before[path.name]}
     assert changed == {"part-000001.parquet"}
+
+
+def actors() -> list[int]:
+    """Return the processes in which actors of a job run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [int(path.parent.name)] if path.read_bytes().startswith(b"ray::MapWorker(Map(_Actor") else []
+    return found
+
+
+def test_the_shard_of_a_killed_actor_is_computed_again(
+    cluster: dict[str, str], images: Path, small_model: Path, tmp_path: Path
+) -> None:
+    many, out = tmp_path / "many", tmp_path / "out"
+    for number in range(50):
+        shutil.copytree(images, many / str(number))
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not list(out.glob("part-*")):
+            time.sleep(0.01)
+        killed.extend(actors()[:1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killing = threading.Thread(target=kill, daemon=True)
+    killing.start()
+    printed = run(cluster, "classify", small_model / "m.onnx", many, "--out", out, "--shard-size", 2)
+    killing.join(PATIENCE_S)
+    assert (len(killed), printed["images"], printed["errors"]) == (1, 450, 150)
+    assert sorted(row["path"] for row in rows_of(out)) == sorted(str(path) for path in many.rglob("*.*"))
+
+
+def test_embeddings_are_those_of_one_process(cluster: dict[str, str], small_encoder: Path, tmp_path: Path) -> None:
+    model, images = small_encoder / "e.onnx", small_encoder / "images" / "odd"
+    printed = run(cluster, "embed", images, "--model", model, "--out", tmp_path / "out", "--shard-size", 25)
+    assert (printed["images"], printed["errors"], printed["shards"]) == (60, 0, 3)
+    with load_encoder(model, threads=1) as encoder:
+        for row in rows_of(tmp_path / "out"):
+            assert np.array_equal(np.float32(row["embedding"]), encoder.embed(row["path"]))
+
+
+def test_a_verification_decides_here_with_what_the_cluster_computed(
+    cluster: dict[str, str], small_encoder: Path, tmp_path: Path
+) -> None:
+    model, reference = small_encoder / "e.int8.onnx", small_encoder / "e.onnx"
+    command = ("verify", model, "--reference", reference, "--data", small_encoder / "images")
+    options = ("--min-neighbours", 50, "--engine", "onnxruntime", "--threads", 1)
+    alone = verify_encoder(
+        model, reference=reference, data=small_encoder / "images", min_neighbours=50, engines=["onnxruntime"], threads=1
+    )
+    code = 0 if alone.verdict == "pass" else 6
+    printed = run(cluster, *command, *options, "--out", tmp_path / "out", "--shard-size", 50, code=code)
+    assert (printed["verdict"], printed["data_sha256"]) == (alone.verdict, alone.data_sha256)
+    assert (printed["job"]["images"], printed["job"]["shards"]) == (120, 3)
+
+
+def test_an_error_in_the_actors_is_the_error_of_the_command(
+    cluster: dict[str, str], images: Path, small_model: Path, tmp_path: Path
+) -> None:
+    job = ("classify", small_model / "m.onnx", images, "--out", tmp_path / "out", "--device", "qnn")
+    assert "qnn" in run(cluster, *job, code=7)["error"]["reason"]

@@ -11,9 +11,9 @@ from vit_edge.cli.device.remote import classified, on_devices
 from vit_edge.cli.image_files import combined, image_files
 from vit_edge.cli.options import DECODING, ENGINE, load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
-from vit_edge.cli.ray_options import classify_many, ray_options
+from vit_edge.cli.ray_options import RayJob, job_result, one_model_file, ray_job, ray_options, trust
 from vit_edge.cli.third_party_options import read_third_party_options, third_party_options
-from vit_edge.errors import ImageRejected, UsageError, printable
+from vit_edge.errors import ImageRejected, printable
 
 
 @command("classify")
@@ -49,7 +49,7 @@ from vit_edge.errors import ImageRejected, UsageError, printable
 @third_party_options
 @on_devices(uploads=("model", "images", "labels", "preprocessing"), shown=classified)
 @load_options
-@ray_options
+@ray_options()
 def classify(
     model: Path, images: tuple[Path, ...], top: int, max_image_megapixels: float | None, **values: Any
 ) -> Result:
@@ -72,11 +72,9 @@ def classify(
     if max_image_megapixels is not None:
         values["limits"] = Limits.of_megapixels(max_image_megapixels)
     values |= read_third_party_options(values)
-    job = {name: values.pop(name) for name in ("ray", "out", "resume", "shard_size")}
-    if job["ray"] is not None:
-        return classify_many(model, images, job, values)
-    if job["out"] is not None or job["resume"]:
-        raise UsageError("cannot classify", reason="--out and --resume are for --ray", remedy="add --ray local")
+    job = ray_job(values, verb="classify", unused=("top",))
+    if job is not None:
+        return _on_ray(job, model, images, values)
     rows, classified_images, rejected = [], [], []
     with (
         progress_bar(f"loading {printable(model)}") as progress,
@@ -98,6 +96,14 @@ def classify(
     data = {"model": described, "images": classified_images, "rejected": failed}
     shown = [_headline(described, len(rows)), make_table("", ("image", "labels", "ms"), rows)] if rows else []
     return Result(data=data, shown=shown, error=combined(rejected, len(paths)))
+
+
+def _on_ray(job: RayJob, model: Path, images: tuple[Path, ...], options: dict[str, Any]) -> Result:
+    from vit_edge.runtime.batch.inputs import find_inputs
+    from vit_edge.runtime.batch.shard_work import ClassifyTask
+
+    task = ClassifyTask(model=one_model_file(model, options, encoder=False).data, options={**options, **trust()})
+    return job_result(job.run(task, find_inputs(images)), verbed="Classified")
 
 
 def _headline(described: dict[str, Any], num_images: int) -> str:
