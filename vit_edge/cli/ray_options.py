@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +49,8 @@ class RayJob:
         """Run a task on the cluster, and show images/s and the time left."""
         from vit_edge.runtime.batch.ray_job import run_on_ray
 
-        with progress_bar("starting the job on Ray") as progress:
+        # Ray prints to standard output, as when a node is lost; there, --json has one object.
+        with redirect_stdout(sys.stderr), progress_bar("starting the job on Ray") as progress:
             return run_on_ray(
                 task,
                 inputs,
