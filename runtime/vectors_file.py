@@ -80,7 +80,8 @@ class _Npy:
     def finish(self) -> int:
         header = io.BytesIO()
         fields = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self._width)}
-        np.lib.format.write_array_header_1_0(header, fields)
+        write_header: Any = np.lib.format.write_array_header_1_0  # it has no types in numpy 2.2
+        write_header(header, fields)
         write_atomic(self.files[1], _chunks(self._names))
         write_atomic(self.files[0], _chunks(self._rows, first=header.getvalue()))
         return self._count

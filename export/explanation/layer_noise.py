@@ -96,7 +96,8 @@ class _Gathered:
     def add(self, expected: Array, found: Array) -> None:
         if found.ndim > expected.ndim:  # of a convolution over tokens: channels first
             found = np.moveaxis(found, 1, -1)
-        right, got = (np.asarray(value, np.float64).reshape(-1, expected.shape[-1]) for value in (expected, found))
+        right: Array = np.asarray(expected, np.float64).reshape(-1, expected.shape[-1])
+        got: Array = np.asarray(found, np.float64).reshape(-1, expected.shape[-1])
         self._signal += float(np.square(right).sum())
         if self.columns is not None:
             self._add_scaled(right[:, self.columns], got[:, self.columns])

@@ -232,8 +232,8 @@ def _mosaic(seed: int, height: int, width: int) -> Pixels:
     rows, columns = np.arange(height) * tiles // height, np.arange(width) * tiles // width
     colours = _bytes(2 * seed, tiles * tiles * 3).reshape(tiles, tiles, 3).astype(np.int64)
     noise = _bytes(2 * seed + 1, height * width * 3).reshape(height, width, 3).astype(np.int64)
-    mixed = (3 * colours[rows[:, None], columns[None, :]] + noise) // 4
-    return mixed.astype(np.uint8)
+    mixed: Pixels = ((3 * colours[rows[:, None], columns[None, :]] + noise) // 4).astype(np.uint8)
+    return mixed
 
 
 def _bytes(stream: int, count: int) -> Pixels:
