@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -67,6 +69,10 @@ class VitEdgeError(Exception):
         self.what, self.reason, self.remedy = escaped(what), escaped(reason), escaped(remedy)
         self.file = None if file is None else printable(file)
         super().__init__(what, reason, remedy)
+
+    def __reduce__(self) -> tuple[Callable[[], VitEdgeError], tuple[()]]:
+        # Exceptions are rebuilt from `args`, which has no keywords: it would fail in another process.
+        return partial(type(self), self.what, reason=self.reason, remedy=self.remedy, file=self.file), ()
 
     def __str__(self) -> str:
         subject = " ".join(part for part in (self.what, self.file) if part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import vit_edge
+from vit_edge.data.shards import find_shards
 from vit_edge.errors import InputError, printable
 from vit_edge.files import finite, read_file, sha256_hex, write_atomic
 from vit_edge.machine.cpu import cpu_name, instruction_set, usable_threads
@@ -111,21 +113,22 @@ def machine() -> dict[str, Any]:
 
 def relative(path: str | os.PathLike[str], folder: Path) -> str:
     """Return a path as a record keeps it, relative to the record's folder; what is no path here stays as it is."""
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) and not glob.has_magic(os.fspath(path)):
         return printable(path)
     return printable(Path(os.path.relpath(path, folder)).as_posix())
 
 
 def folder_sha256(folder: str | os.PathLike[str], *, option: str = "--data", progress: Progress = silent) -> str:
-    """Return one hash of the names and bytes of all files below a folder; links to files are followed."""
-    root = Path(folder)
-    if not root.is_dir():
-        reason, remedy = "there is no such folder", f"give the folder of the images with {option}"
+    """Return one hash of the names and bytes of all files below a folder, or of shards; links to files are followed."""
+    root, parts = Path(folder), list[str]()
+    found = [path for path in sorted(root.rglob("*")) if path.is_file()] if root.is_dir() else find_shards(root)
+    if not found and not root.is_dir():
+        reason, remedy = "there is no such folder", f"give the folder or the shards of the images with {option}"
         raise InputError("cannot read the images", file=folder, reason=reason, remedy=remedy)
-    found, parts = [path for path in sorted(root.rglob("*")) if path.is_file()], []
     for number, path in enumerate(found):
         progress(f"hashing {root.name}", number, len(found))
-        parts.append(f"{path.relative_to(root).as_posix()}\0{file_sha256(path)}")
+        name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+        parts.append(f"{name}\0{file_sha256(path)}")
     progress(f"hashing {root.name}", len(found), len(found))
     return sha256_hex("\n".join(parts).encode("utf-8", errors="surrogateescape"))
 

@@ -17,7 +17,7 @@ from vit_edge.export.verification.encoder_results import (
     MovedImage,
 )
 from vit_edge.export.verification.neighbours import BUDGET_NEIGHBOURS, PairedVectors, compare_vectors
-from vit_edge.export.verification.paired_run import EvaluatedImages, paired_outputs
+from vit_edge.export.verification.paired_run import EvaluatedImages
 from vit_edge.export.verification.request import Model, VerificationRequest, check_kind, open_request, opened
 from vit_edge.export.verification.verdict import SEVERITY, certifiable, decide_encoder
 from vit_edge.export.verification.verifier import near_copies, run_verification
@@ -108,7 +108,7 @@ class _Run:
 
 def _run_both(request: VerificationRequest, engine: str, progress: Progress) -> _Run:
     reference = request.reference_run
-    pairs = paired_outputs(reference, request.model, engine=engine, progress=progress, candidate=request.open_candidate)
+    pairs = reference.outputs(request.model, engine=engine, progress=progress, candidate=request.open_candidate)
     before, after = zip(*pairs, strict=True)
     vectors = PairedVectors(reference_BD=np.concatenate(before), candidate_BD=np.concatenate(after))
     return _Run(engine=engine, images=reference.evaluated, vectors=vectors)

@@ -31,7 +31,6 @@ __all__ = [
     "Predictor",
     "ReferenceRun",
     "find_evaluation_images",
-    "paired_outputs",
     "run_both",
 ]
 
@@ -185,6 +184,23 @@ class ReferenceRun:
         if self._keeps:
             self._logits[engine] = computed
 
+    def outputs(
+        self, model: ModelFile, *, engine: str, progress: Progress, candidate: OpenCandidate | None = None
+    ) -> Iterator[tuple[Logits, Logits]]:
+        """Yield what the reference and `model` give for batch after batch of different images; raises as `run_both`."""
+        refuse_null(engine)
+        options, done = EngineOptions(threads=self.threads), 0
+        progress(f"verifying in {engine}", 0, self.images.num_images)
+        with (
+            self.predicting(engine) as expected,
+            candidate(engine) if candidate else load_model(model, engine=engine, options=options) as predictor,
+        ):
+            for number, images_NHWC in enumerate(self.batches()):
+                progress(f"verifying in {engine}", done, self.images.num_images)
+                yield expected(number, images_NHWC), predictor.run(images_NHWC)
+                done += len(images_NHWC)
+        progress(f"verifying in {engine}", self.images.num_images, self.images.num_images)
+
     @property
     def evaluated(self) -> EvaluatedImages:
         """Return the different images, once all of them were run."""
@@ -209,34 +225,11 @@ def run_both(
     With `candidate` the model runs where this opens it; the reference always runs here. Raises DataRejected if images
     cannot be used, GoldenMismatch and more if a model cannot be loaded.
     """
-    outputs = paired_outputs(reference, model, engine=engine, progress=progress, candidate=candidate)
+    outputs = reference.outputs(model, engine=engine, progress=progress, candidate=candidate)
     answers = join_answers([pair_answers(*both) for both in outputs])
     images = reference.evaluated
     known = {field.name: getattr(images, field.name) for field in fields(images)}
     return PairedRun(**known, engine=engine, answers=answers)
-
-
-def paired_outputs(
-    reference: ReferenceRun,
-    model: ModelFile,
-    *,
-    engine: str,
-    progress: Progress,
-    candidate: OpenCandidate | None = None,
-) -> Iterator[tuple[Logits, Logits]]:
-    """Yield what the reference and `model` give for one batch of different images after the other, as `run_both`."""
-    refuse_null(engine)
-    options, done = EngineOptions(threads=reference.threads), 0
-    progress(f"verifying in {engine}", 0, reference.images.num_images)
-    with (
-        reference.predicting(engine) as expected,
-        candidate(engine) if candidate else load_model(model, engine=engine, options=options) as predictor,
-    ):
-        for number, images_NHWC in enumerate(reference.batches()):
-            progress(f"verifying in {engine}", done, reference.images.num_images)
-            yield expected(number, images_NHWC), predictor.run(images_NHWC)
-            done += len(images_NHWC)
-    progress(f"verifying in {engine}", reference.images.num_images, reference.images.num_images)
 
 
 class _Decoded:

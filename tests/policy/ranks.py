@@ -35,6 +35,7 @@ _RUNTIME = (
     "vit_edge.runtime",
     "vit_edge.runtime.serving",
     "vit_edge.runtime.benchmark",
+    "vit_edge.runtime.batch",
     "vit_edge.runtime.bundle",
     "vit_edge.runtime.repository",
     "vit_edge.runtime.__init__",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import pkgutil
 
 import pytest
 
 import vit_edge
+from vit_edge import errors
 
 SURFACE = {
     "vit_edge": ["__version__"],
@@ -105,6 +107,14 @@ def test_every_error_has_one_base_and_an_exit_code() -> None:
         kind = getattr(errors, name)
         assert issubclass(kind, errors.VitEdgeError)
         assert kind.exit_code == code
+
+
+def test_an_error_is_the_same_in_another_process() -> None:
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, errors.VitEdgeError):
+            error = kind("cannot read", file="a\nb.jpg", reason="it's\x00", remedy="none")
+            again = pickle.loads(pickle.dumps(error))
+            assert (type(again), str(again), again.file) == (kind, str(error), error.file)
 
 
 def test_a_message_has_what_file_why_and_what_to_do() -> None:

@@ -13,12 +13,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.conftest import ROOT, Workspace, vit_edge
+from tests.data.test_shards import write_tar
 from vit_edge.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vit_edge.errors import (
     CheckpointRejected,
@@ -460,24 +462,46 @@ def test_accumulation_is_the_same_step_in_parts(few: Path, start: Path, tmp_path
         assert abs(a - b) < 1e-5
 
 
-def test_two_processes_take_the_same_steps_as_one(few: Path, start: Path, tmp_path: Path) -> None:
+def shards_of(folder: Path, target: Path) -> Path:
+    """Return a folder of tar shards with the images of an image folder in its order, two for training."""
+    for split, num_shards in (("train", 2), ("test", 1)):
+        paths = sorted((folder / split).rglob("*.png"))
+        for shard in range(num_shards):
+            part = paths[shard * len(paths) // num_shards : (shard + 1) * len(paths) // num_shards]
+            files = [(f"{number:04}.png", path.read_bytes()) for number, path in enumerate(part)]
+            labels = [(f"{number:04}.cls", path.parent.name.encode()) for number, path in enumerate(part)]
+            both = [file for pair in zip(files, labels, strict=True) for file in pair]
+            write_tar(target / f"{split}-{shard:05}-of-{num_shards:05}.tar", both)
+    return target
+
+
+def in_two_processes(data: Path, start: Path, recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Train under torchrun, and return what the one process that speaks printed."""
+    file = out.with_suffix(".toml")
+    file.write_text(recipe.to_toml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vit_edge", "train", str(data), "--from", str(start), "--recipe", str(file)]
+    command += ["--out", str(out), "--device", "cpu", "--threads", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
+
+
+def test_two_processes_take_the_same_steps_as_one_and_from_shards_too(few: Path, start: Path, tmp_path: Path) -> None:
     recipe = replace(
         BUSY, epochs=4, dropout=0.0, stochastic_depth=0.0, batch_size=7
     )  # 7 images are 4 pairs: the processes get 4 and 3
     alone = train(few, out=tmp_path / "one", recipe=recipe, options=options(start))
-    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "vit_edge", "train", str(few), "--from", str(start), "--recipe", str(tmp_path / "recipe.toml")]
-    command += ["--out", str(tmp_path / "two"), "--device", "cpu", "--threads", "1", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)  # one process speaks
-    assert printed["top1"] == alone.top1
+    assert in_two_processes(few, start, recipe, tmp_path / "two")["top1"] == alone.top1
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 20
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
     weights = [load_checkpoint(tmp_path / name / "last.safetensors").model.state_dict() for name in ("one", "two")]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+    shards = shards_of(few, tmp_path / "shards")
+    assert in_two_processes(shards, start, recipe, tmp_path / "from-shards")["top1"] == alone.top1
+    assert max(abs(a - b) for a, b in zip(two, losses(tmp_path / "from-shards"), strict=True)) < 1e-6
 
 
 def test_worker_processes_make_the_same_batches(few: Path, start: Path, tmp_path: Path) -> None:

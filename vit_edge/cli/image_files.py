@@ -1,26 +1,20 @@
-"""The images that a command is given, files or folders, and those among them that cannot be read."""
+"""The images that a command is given, files, folders or shards, and those among them that cannot be read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_edge.errors import DataRejected, ImageRejected
+from vit_edge.errors import ImageRejected
 
 __all__ = ["combined", "image_files"]
 
 
-def image_files(images: Sequence[Path], *, verb: str) -> list[Path]:
-    """Return the files, and in place of each folder the images below it; raises DataRejected for an empty folder."""
-    from vit_edge.data import find_images
+def image_files(images: Sequence[Path]) -> list[Path]:
+    """Return the files, and in place of folders, shards and patterns of shards the images in them."""
+    from vit_edge.data import images_named
 
-    found: list[Path] = []
-    for path in images:
-        inside = find_images(path) if path.is_dir() else (path,)
-        if not inside:
-            raise DataRejected(f"cannot {verb}", file=path, reason="the folder holds no image", remedy="name images")
-        found += inside
-    return found
+    return [image for path in images for image in images_named(path)]
 
 
 def combined(rejected: list[ImageRejected], num_images: int) -> ImageRejected | None:

@@ -15,7 +15,7 @@ from vit_edge.data.labelled import (
     refuse_one_class,
     training_folder,
 )
-from vit_edge.data.shards import draw_images, find_images
+from vit_edge.data.shards import draw_images, find_images, images_named
 from vit_edge.data.streaming import (
     Rejections,
     pixel_hashes,
@@ -33,6 +33,7 @@ __all__ = [
     "draw_images",
     "find_images",
     "hold_out",
+    "images_named",
     "lies_loose",
     "pixel_hashes",
     "read_class_names",

@@ -15,7 +15,7 @@ from vit_edge.data.parquet_shards import read_parquet
 from vit_edge.data.tar_shards import LabelledPath, read_tar
 from vit_edge.errors import printable
 
-__all__ = ["draw_images", "find_images", "find_shards", "is_shard", "read_shards", "shards_by_split"]
+__all__ = ["draw_images", "find_images", "find_shards", "images_named", "is_shard", "read_shards", "shards_by_split"]
 
 _READERS = {".tar": read_tar, ".parquet": read_parquet}
 _MOST_IMAGES = 10_000_000
@@ -25,6 +25,13 @@ def find_images(source: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Return every image below a folder, sorted, or in shards, in their order; raises DataRejected if there is none."""
     shards = find_shards(source)
     return tuple(path for path, _ in read_shards(shards)) if shards else images_below(source)
+
+
+def images_named(path: Path) -> tuple[Path, ...]:
+    """Return the images that a path names: those of a folder, a shard or a pattern of shards, else the path itself."""
+    if path.is_dir() or (path.is_file() and is_shard(path)) or (glob.has_magic(os.fspath(path)) and not path.exists()):
+        return find_images(path)
+    return (path,)
 
 
 def draw_images(paths: Sequence[Path], count: int | None, *, seed: int = 0) -> tuple[Path, ...]:

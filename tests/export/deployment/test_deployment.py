@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import vit_edge
-from tests.support.deployments import run
+from tests.data.test_shards import write_tar
+from tests.support.deployments import ASKED, run
 from vit_edge.errors import InputError, NotTrusted, UsageError
 from vit_edge.export.deployment.claims import Claim, accuracy_claim, device_claim, speed_claim, worst_verdict
-from vit_edge.export.deployment.deployer import DeploymentOptions, check_record
+from vit_edge.export.deployment.deployer import DeploymentOptions, check_record, deploy
 from vit_edge.export.deployment.record import folder_sha256, read_record
 from vit_edge.files import sha256_hex
 from vit_edge.model_file.artifact import open_model
@@ -81,6 +82,27 @@ def test_a_check_updates_the_record_and_refuses_other_files_and_images(folder: P
     shutil.rmtree(tmp_path / "f" / "data")
     with pytest.raises(InputError, match="--data"):
         check_record(record)
+
+
+def test_images_may_be_shards_and_the_record_finds_them_again(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "c.safetensors", tmp_path)
+    for name in ("calibration", "data"):
+        paths = sorted((folder / name).rglob("*.png"))
+        for shard, part in enumerate((paths[::2], paths[1::2])):
+            pairs = [
+                ((f"{path.stem}.png", path.read_bytes()), (f"{path.stem}.cls", path.parent.name.encode()))
+                for path in part
+            ]
+            write_tar(tmp_path / "shards" / f"{name}-{shard}.tar", [file for pair in pairs for file in pair])
+    images = {name: tmp_path / "shards" / f"{name}-*.tar" for name in ("calibration", "data")}
+    settings = DeploymentOptions(quantization=ASKED, measure_speed=False)
+    found = deploy(tmp_path / "c.safetensors", **images, out=tmp_path / "out", options=settings)
+    assert found.record["folders"] == {name: f"../shards/{name}-*.tar" for name in images}
+    assert found.record["steps"]["quantize"]["result"]["num_calibration_images"] == 40
+    assert check_record(tmp_path / "out" / "record.json").verdict == found.verdict
+    (tmp_path / "shards" / "data-2.tar").write_bytes((tmp_path / "shards" / "data-1.tar").read_bytes())
+    with pytest.raises(NotTrusted, match="evaluation images of the record"):
+        check_record(tmp_path / "out" / "record.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', "x" * 10])

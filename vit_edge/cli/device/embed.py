@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vit_edge.cli.image_files import combined, image_files
 from vit_edge.cli.options import DECODING, ENGINE, load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, progress_bar, threads_option
+from vit_edge.cli.ray_options import RayJob, job_result, one_model_file, ray_job, ray_options, trust
 from vit_edge.errors import ImageRejected, printable
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _AT_ONCE = 16
     type=_PATH,
     default=Path("vectors.npy"),
     show_default=True,
-    help="File to write: .npy, with the image paths in a .txt file of the same name; or .parquet.",
+    help="File to write: .npy, with the image paths in a .txt file of the same name; or .parquet; with --ray a folder.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @option_group(
@@ -42,17 +43,11 @@ _AT_ONCE = 16
     *DECODING,
 )
 @load_options
+@ray_options(with_out=False)
 def embed(
-    images: tuple[Path, ...],
-    model: Path,
-    out: Path,
-    force: bool,
-    engine: str,
-    threads: int | None,
-    decode: str,
-    max_image_megapixels: float | None,
+    images: tuple[Path, ...], model: Path, out: Path, force: bool, max_image_megapixels: float | None, **values: Any
 ) -> Result:
-    """Compute the vector of each of IMAGES (files or folders) with an encoder, and write them to one file.
+    """Compute the vector of each of IMAGES (files, folders or shards) with an encoder, and write them to one file.
 
     The memory does not grow with the number of images. Unreadable images are listed and skipped; the exit code is then
     3, and the file holds all others.
@@ -61,16 +56,23 @@ def embed(
     Examples:
       vit-edge embed photos/ --model encoder.int8.onnx --out vectors.npy
       vit-edge embed photos/ --model encoder.int8.onnx --out vectors.parquet
+      vit-edge embed 'shards/*.tar' --model encoder.int8.onnx --ray local \\
+        --out vectors/
     """
     from vit_edge.image import Limits
     from vit_edge.runtime.loading import load_encoder
     from vit_edge.runtime.vectors_file import open_vectors
 
-    limits = None if max_image_megapixels is None else Limits.of_megapixels(max_image_megapixels)
+    if max_image_megapixels is not None:
+        values["limits"] = Limits.of_megapixels(max_image_megapixels)
+    values["out"] = out
+    job = ray_job(values, verb="embed", unused=("force",))
+    if job is not None:
+        return _on_ray(job, model, images, values)
     with progress_bar(f"loading {printable(model)}") as progress:
-        paths = image_files(images, verb="embed")
+        paths = image_files(images)
         with (
-            load_encoder(model, engine=engine, threads=threads, decode=decode, limits=limits) as encoder,  # type: ignore[arg-type]
+            load_encoder(model, **values) as encoder,
             open_vectors(out, width=encoder.width, force=force, made_from=model) as vectors,
         ):
             rejected = _embed_all(encoder, paths, vectors, progress)
@@ -81,6 +83,14 @@ def embed(
     data = {"model": described, "images": count, "width": width, "files": files, "rejected": failed}
     shown = [f"{count} vectors of {width} values, {described['engine']}: wrote {' and '.join(files)}"]
     return Result(data=data, shown=shown, error=combined(rejected, len(paths)))
+
+
+def _on_ray(job: RayJob, model: Path, images: tuple[Path, ...], options: dict[str, Any]) -> Result:
+    from vit_edge.runtime.batch.inputs import find_inputs
+    from vit_edge.runtime.batch.shard_work import EmbedTask
+
+    task = EmbedTask(model=one_model_file(model, options, encoder=True).data, options={**options, **trust()})
+    return job_result(job.run(task, find_inputs(images)), verbed="Embedded")
 
 
 def _embed_all(

@@ -13,8 +13,10 @@ from vit_edge.cli.device.remote import Remote, merged, on_devices, ran_on
 from vit_edge.cli.messages import print_message
 from vit_edge.cli.options import load_options, option_group
 from vit_edge.cli.output import Result, command, file_argument, make_table, progress_bar, threads_option
+from vit_edge.cli.ray_options import ray_job, ray_options
 from vit_edge.cli.workstation.encoder_figures import encoder_certifiable_text, encoder_result
 from vit_edge.cli.workstation.engine_figures import deciding_engine, engines_table
+from vit_edge.cli.workstation.verify_on_ray import verify_on_ray
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
 
 if TYPE_CHECKING:
@@ -91,20 +93,16 @@ _PATH = click.Path(path_type=Path)
 )
 @on_devices(own=True)
 @load_options
+@ray_options()
 def verify(
     model: Path,
-    reference: Path,
-    data: Path,
-    max_drop_points: float | None,
-    min_agreement: float | None,
-    min_neighbours: float | None,
-    unlabelled: bool,
     flips: Path | None,
     flips_out: Path | None,
     force: bool,
     engines: tuple[str, ...],
     threads: int | None,
     remote: Remote | None,
+    **values: Any,
 ) -> Result:
     """Compare MODEL with its float32 reference on the same images, in every engine.
 
@@ -129,28 +127,26 @@ def verify(
         --max-drop 0.5 --flips flips.csv
     """
     require("scipy", extra="export", what="verify")
+    job = ray_job(values, verb="verify", unused=("on", "device_list"))
     from vit_edge.export.verification.encoder_verifier import run_any_verification
     from vit_edge.export.verification.request import open_request
 
     with progress_bar("reading the files"):
         request = open_request(
             model,
-            reference=reference,
-            data=data,
-            max_drop_points=max_drop_points,
-            min_agreement=min_agreement,
-            min_neighbours=min_neighbours,
-            unlabelled=unlabelled,
             flips=flips,
             carry_labels=flips_out is not None,
             engines=() if remote else engines,
             threads=threads,
+            **values,
         )
     output = _FlipsFiles(given=flips, target=_flips_target(flips_out, request, force=force), force=force)
     if not click.get_current_context().meta["quiet"]:
         print_message(_certifiable(request))
     if remote is not None:
         return _on_devices(remote, model, request, engines, output)
+    if job is not None:
+        return verify_on_ray(job, request, threads=threads, result_of=lambda found: _result(found, model, output))
     with progress_bar() as progress:
         result = run_any_verification(request, progress=progress)
     return _result(result, model, output)
