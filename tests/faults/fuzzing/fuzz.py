@@ -139,14 +139,18 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
 def _child(seeds: Path, work: Path, start: int, end: int, seed: int) -> None:
     """Run mutants in this process; print one line for each."""
     from tests.faults.fuzzing.fuzz_targets import run_one
+    from tests.faults.fuzzing.sandbox_server import SandboxServer
+    from vit_edge.runtime.checks import sandbox
 
+    server = SandboxServer(work)
+    sandbox.subprocess = server  # type: ignore[assignment]
     logging.getLogger("vit_edge").addHandler(logging.NullHandler())
     stdout = sys.stdout
     for number in range(start, end):
         _reset_peak()
-        started = _cpu_s()
+        started = _cpu_s() + server.cpu_s
         kind, wrong = run_one(number, seed, seeds, work)
-        line = json.dumps([number, kind, wrong, _cpu_s() - started, _peak_bytes()])
+        line = json.dumps([number, kind, wrong, _cpu_s() + server.cpu_s - started, _peak_bytes()])
         stdout.write(f"{line}\n")
         stdout.flush()
     os._exit(0)  # what an engine does at its end is another matter
