@@ -34,7 +34,7 @@ MOST_S, MOST_BYTES = 20.0, 1_500_000_000
 # A subprocess that says nothing for so long is killed: its mutant hangs.
 _PATIENCE_S = 90.0
 # Mutants of one subprocess: engines leave a little behind at each start.
-_BATCH = 200
+_BATCH = 500
 
 
 @dataclass(kw_only=True, slots=True)

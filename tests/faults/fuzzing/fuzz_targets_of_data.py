@@ -79,8 +79,8 @@ def parquet_shard(seeds: Path, work: Path, rng: random.Random) -> str | None:
     else:
         changed = mutants.raw(data[-8 - footer : -8], rng)
         data = data[: -8 - footer] + changed + len(changed).to_bytes(4, "little") + b"PAR1"
-    (work / f"{rng.random()}.parquet").write_bytes(data)
-    (path,) = work.glob("*.parquet")  # a name of its own, as row groups are remembered by it
+    path = work / f"shard.{rng.random()}.parquet"  # a name of its own, as row groups are remembered by it
+    path.write_bytes(data)
     try:
         return _read_all(path, read_parquet)
     finally:

@@ -1,6 +1,6 @@
 """Sandbox subprocesses that are forked from one that has imported the engines already: the fuzzer runs thousands.
 
-Each mutant still has a process to itself. The sandbox's own code starts it, by a `subprocess.run` that asks this server.
+Each mutant still has a process to itself. The sandbox's own code starts it by `subprocess.run`, which asks this server.
 """
 
 from __future__ import annotations
