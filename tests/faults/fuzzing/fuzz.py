@@ -32,7 +32,7 @@ __all__ = ["Found", "fuzz", "main"]
 
 MOST_S, MOST_BYTES = 20.0, 1_500_000_000
 # A subprocess that says nothing for so long is killed: its mutant hangs.
-_PATIENCE_S = 90.0
+_PATIENCE_S = 600.0
 # Mutants of one subprocess: engines leave a little behind at each start.
 _BATCH = 500
 
