@@ -17,6 +17,7 @@ import numpy as np
 
 from vit_edge.errors import UsageError, require
 from vit_edge.files import may_write, temporary_folder, write_atomic
+from vit_edge.model_file.paired_files import write_together
 from vit_edge.runtime.engines.protocol import Array
 
 __all__ = ["VectorsFile", "open_vectors"]
@@ -82,8 +83,8 @@ class _Npy:
         fields = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self._width)}
         write_header: Any = np.lib.format.write_array_header_1_0  # it has no types in numpy 2.2
         write_header(header, fields)
-        write_atomic(self.files[1], _chunks(self._names))
-        write_atomic(self.files[0], _chunks(self._rows, first=header.getvalue()))
+        rows = _chunks(self._rows, first=header.getvalue())
+        write_together({self.files[1]: _chunks(self._names), self.files[0]: rows})
         return self._count
 
     def close(self) -> None:
