@@ -146,7 +146,7 @@ class _Graph:
 
     def product_after(self, node: onnx.NodeProto) -> Product | None:
         """Return the product that begins with `node`."""
-        readers = self.readers.get(node.output[0], ())
+        readers = self.readers.get(node.output[0], [])
         if node.op_type == "MatMul" and self.once(node.output[0]) and readers[0].op_type == "Add":
             return self.product(readers[0]) or self.product(node)
         return self.product(node) if node.op_type in ("Gemm", "MatMul") else None
