@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.conftest import vit_edge
+from vit_edge.cli.workstation.score_figures import score_figures, terms_of
+from vit_edge.cli.workstation.verify import verification_data
 from vit_edge.errors import DataRejected, UsageError
 from vit_edge.export import ExportOptions, QuantizationOptions, export_onnx, quantize, verify
 from vit_edge.export.verification.request import open_request
-from vit_edge.export.verification.scores import best_certifiable_drop, pair_scores
+from vit_edge.export.verification.scores import SCORE_METHOD, best_certifiable_drop, pair_scores
 from vit_edge.export.verification.verdict import Budget, certifiable_scores, decide_scores
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Manifest, open_model
@@ -137,13 +138,17 @@ def test_a_verification_counts_labels_and_errors_with_and_without_their_truth(ma
         open_request(made / "regression.int8.onnx", reference=made / "regression.onnx", data=tmp_path / "m")
 
 
-def test_the_commands_print_the_figures_of_their_task(made: Path, tmp_path: Path) -> None:
+def test_what_is_printed_has_the_figures_of_the_task(made: Path, tmp_path: Path) -> None:
     folder = _label(made, tmp_path / "r", "file,height,age", lambda row: f"{row[0]},{row[1]}", "regression")
-    files = ["--reference", str(made / "regression.onnx"), "--data", str(folder), "--max-drop", "60"]
-    shown = vit_edge("verify", str(made / "regression.int8.onnx"), *files, "--engine", "onnxruntime").stdout
-    assert "the rise of the error is" in shown
-    assert "mean absolute error, candidate" in " ".join(shown.split())
-    assert "%" not in vit_edge("classify", str(made / "regression.onnx"), str(folder / "000.png")).stdout
+    files: dict[str, Any] = {"reference": made / "regression.onnx", "data": folder, "engines": ("onnxruntime",)}
+    found = verify(made / "regression.int8.onnx", **files, max_drop_points=60)
+    figures = score_figures(found.decisive)
+    assert figures["mean absolute error, reference"] == "0"
+    assert figures["rise of the error"].endswith("% of the range")
+    printed = verification_data(found)
+    assert printed["scores"]["task"] == "regression"
+    assert printed["bound_method"] == SCORE_METHOD
+    assert terms_of(found.decisive).drop == "the rise of the error is"
 
 
 def test_flips_and_limits_of_other_tasks_are_refused(made: Path) -> None:
