@@ -16,7 +16,7 @@ check: $(VENV)/.dev-installed lint
 	$(BIN)/python -m pytest tests/core tests/data tests/machine tests/policy --quick --numprocesses 2
 
 test: $(VENV)/.dev-installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Mutated files and answers, and kills at random moments: nothing dies, hangs, lies or is lost. MUTANTS=N, KILLS=N, SEED=N.
 fuzz: $(VENV)/.dev-installed
@@ -25,7 +25,7 @@ fuzz: $(VENV)/.dev-installed
 
 # The suite as an x86 CPU without AVX-512 and VNNI runs it, at native speed; PYTEST_ARGS=tests/FILE.py runs that file.
 test-avx2: $(VENV)/.dev-installed
-	$(BIN)/python -m tests.support.masked_cpu $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m tests.support.masked_cpu $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # An INT8 file on an emulated x86 CPU without VNNI against this one: some minutes. MODEL=FILE asks of that file,
 # ENGINE=openvino in that engine.

@@ -9,12 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from tests.support.commands import run_forked
 
 # Two processes share the cores: idle threads of OpenMP that spin would make training ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -56,19 +59,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with one file that needs the workspace and end with the rest of them: no process waits while it is made."""
+    """Begin with one file that needs the workspace and end with the rest of them: no process waits while it is made.
+
+    Large files come before small ones, so that all processes end at about the same time.
+    """
     if config.getoption("--quick"):
         items[:] = [item for item in items if not SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}]
     needing = list(dict.fromkeys(item.path for item in items if "workspace" in getattr(item, "fixturenames", ())))
     turn = dict.fromkeys(needing, 2) | dict.fromkeys(needing[:1], 0)
-    items.sort(key=lambda item: turn.get(item.path, 1))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (turn.get(item.path, 1), -tests[item.path]))
 
 
 def vit_edge(
     *arguments: str | Path, cwd: Path | None = None, python: str | Path = sys.executable
 ) -> subprocess.CompletedProcess[str]:
     """Run `vit-edge` as a person does, in a process of its own."""
-    command = [str(python), "-m", "vit_edge", *(str(argument) for argument in arguments)]
+    given = [str(argument) for argument in arguments]
+    if python == sys.executable:
+        return run_forked(given, cwd=cwd)
+    command = [str(python), "-m", "vit_edge", *given]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1800, check=False)
 
 

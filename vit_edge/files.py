@@ -23,7 +23,6 @@ __all__ = [
     "PackedFile",
     "Part",
     "finite",
-    "has_home",
     "kind_of",
     "looks_like_safetensors",
     "may_write",
@@ -115,14 +114,6 @@ class PackedFile(_SystemPath):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedFile.of, (self.archive, str(self.relative_to(self.archive)), self.part)
-
-
-def has_home() -> bool:
-    """Return whether the user has a home folder: HOME, or an entry in the list of users."""
-    try:
-        return bool(Path.home())
-    except RuntimeError:
-        return False
 
 
 def looks_like_safetensors(data: bytes) -> bool:

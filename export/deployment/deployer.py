@@ -44,9 +44,10 @@ from vit_edge.export.verification.flips import path_below
 from vit_edge.export.verification.results import Verification
 from vit_edge.export.verification.verdict import Verdict
 from vit_edge.export.verification.verifier import verify
-from vit_edge.files import read_file, sha256_hex
+from vit_edge.files import is_file, read_file, sha256_hex
 from vit_edge.machine.noise import Watch
 from vit_edge.model_file.artifact import MODEL_BYTES, open_model
+from vit_edge.model_file.writing import write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.notebook import html_table
 
@@ -151,6 +152,12 @@ class _Job:
         return {name: getattr(self.options, name) for name in ("like", "preprocessing", "labels")}
 
     @property
+    def is_exported(self) -> bool:
+        """Return whether the source is a model file: there is nothing to export."""
+        is_onnx = is_file(self.source) and Path(self.source).suffix.lower() == ".onnx"
+        return is_onnx and not is_third_party_onnx(self.source)
+
+    @property
     def quantization(self) -> QuantizationOptions:
         return replace(self.options.quantization, measure_speed=False)  # speed is a step by itself
 
@@ -170,6 +177,8 @@ class _Job:
         options = self.options
         if is_third_party_onnx(self.source):
             return self._import()
+        if self.is_exported:
+            return self._taken()
         network = open_network(
             self.source,
             like=options.like,
@@ -178,6 +187,23 @@ class _Job:
             progress=self.progress,
         )
         return asdict(export_onnx(network, out=self.folder / FLOAT32_FILE, force=True, progress=self.progress))
+
+    def _taken(self) -> dict[str, Any]:
+        """Take a float32 model file as it is: it was exported before."""
+        model, refused = open_model(self.source), ""
+        if given := [f"--{name}" for name, value in self.network.items() if value is not None]:
+            refused = f"{given[0]} is for checkpoints and third-party models; this file has a manifest"
+        elif model.manifest.precision != "float32":
+            refused = f"the file is {model.manifest.precision} already"
+        elif model.manifest.is_encoder:
+            refused = "the file is an encoder, which has no classes"
+        if refused:
+            remedy = "give the float32 model file of a classifier, or its checkpoint, and no options for it"
+            raise UsageError("cannot deploy", file=self.source, reason=refused, remedy=remedy)
+        out = self.folder / FLOAT32_FILE
+        write_model(out, model)
+        size_bytes = len(model.data) + len(model.weights or b"")
+        return {"model": out, "sha256": model.sha256, "size_bytes": size_bytes, "parity": []}
 
     def _import(self) -> dict[str, Any]:
         """Import a third-party ONNX model, which has no preprocessing and labels of its own."""
@@ -221,6 +247,8 @@ class _Job:
         commands = step_commands(
             self.source, images=folders, network=self.network, options=self.quantization, folder=self.folder
         )
+        if self.is_exported:
+            del commands["export"]
         return {
             "schema": SCHEMA,
             "made_with": made_with(),

@@ -30,7 +30,7 @@ from vit_edge.export.sources.opener import open_network
 from vit_edge.export.sources.torch_network import TorchNetwork
 from vit_edge.export.tracing.external_data import move_weights_out
 from vit_edge.export.tracing.formats import may_write_format
-from vit_edge.export.tracing.hf_folder import folder_of, require_vit
+from vit_edge.export.tracing.hf_folder import folder_of, require_expressible
 from vit_edge.export.tracing.network import (
     EXTRAS,
     Network,
@@ -133,7 +133,7 @@ def _export(
     network: Network, target: Path, options: ExportOptions, real_images: Sequence[Path], progress: Progress
 ) -> ExportResult:
     if options.format == "huggingface":
-        require_vit(network.architecture)
+        require_expressible(network.architecture, network.preprocessing)
     if options.is_encoder and network.ends_in_activation:
         reason = f"the network ends in {network.final_activation}: its output is no embedding"
         raise UsageError("cannot export", file=network.name, reason=reason, remedy="return the features from forward()")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +13,35 @@ from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.vit_config import ViTConfig
 
-__all__ = ["folder_of", "require_vit"]
+__all__ = ["folder_of", "require_expressible"]
 
+_log = logging.getLogger(__name__)
 # PIL's numbers for its filters, which these configurations use.
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 
-def require_vit(architecture: Mapping[str, Any]) -> None:
-    """Raise UsageError for what is no Vision Transformer."""
+def require_expressible(architecture: Mapping[str, Any], preprocessing: Preprocessing) -> None:
+    """Raise UsageError for a network or preprocessing that the folder cannot express; log where it is one pixel off."""
+    reason = ""
     if architecture.get("family") != "vit":
         reason = "transformers has no class for a network that is no Vision Transformer"
+    elif preprocessing.keep_ratio:
+        reason = "no image processor resizes as timm does for inputs that are not square (keep_ratio)"
+    if reason:
         raise UsageError("cannot export", reason=reason, remedy="use --format onnx")
+    if preprocessing.crop_rounding == "half-even" and not _crops_whole_pixels(preprocessing):
+        _log.warning(
+            "image processors round the offset of the crop down: some images are cropped one pixel away from ours"
+        )
+
+
+def _crops_whole_pixels(preprocessing: Preprocessing) -> bool:
+    """Return whether both ways to round the offset of the crop agree for every image."""
+    if isinstance(preprocessing.resize, int):
+        return False  # the long side may have any length
+    offsets = [(side - crop) / 2 for side, crop in zip(preprocessing.resize, preprocessing.crop, strict=True)]
+    return all(round(offset) == math.floor(offset) for offset in offsets)
 
 
 def folder_of(model: ModelFile) -> dict[str, bytes]:

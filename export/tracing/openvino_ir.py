@@ -16,6 +16,7 @@ from vit_edge.errors import VerificationFailed
 from vit_edge.export.parity.parity import BATCHES
 from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
+from vit_edge.machine.telemetry import openvino_without_telemetry
 from vit_edge.model_file.artifact import ModelFile, open_model
 from vit_edge.model_file.openvino_ir import NO_SEAL, seal_ir
 from vit_edge.model_file.writing import write_model
@@ -59,7 +60,8 @@ def convert_to_ir(
 
 def main(name: str) -> int:
     """Convert, and run what was converted."""
-    import openvino
+    with openvino_without_telemetry():
+        import openvino
 
     folder = Path(name)
     model = open_model(folder / _MODEL, warn=False)

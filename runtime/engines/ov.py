@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 
 from vit_edge.errors import Closed, EngineUnavailable, ModelRejected
 from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
+from vit_edge.machine.telemetry import openvino_without_telemetry
 from vit_edge.model_file.artifact import ModelFile
 from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.engines.devices import DEVICES, known_as, unavailable
@@ -29,6 +29,9 @@ from vit_edge.runtime.engines.protocol import (
     log_fallback,
     private_copy,
 )
+
+with openvino_without_telemetry():
+    import openvino
 
 __all__ = ["ENGINE", "OpenVinoEngine", "as_ir", "compile_model", "devices_here", "is_as_asked"]
 

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from openvino import opset13
-from openvino.passes import ConstantFolding, Manager
 
 from vit_edge.machine.int8_engines import lacks_int8_matmul, why_float32
+from vit_edge.machine.telemetry import openvino_without_telemetry
 from vit_edge.model_file.openvino_ir import IrModel
 from vit_edge.runtime.engines.protocol import Model
+
+with openvino_without_telemetry():
+    from openvino import opset13
+    from openvino.passes import ConstantFolding, Manager
 
 __all__ = ["avoid_int8", "read_graph", "runs_slower_in_int8", "why_no_int8"]
 

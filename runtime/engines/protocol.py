@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.errors import EngineUnavailable, MissingExtra, ModelRejected, UsageError
-from vit_edge.files import has_home, temporary_folder
+from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
 from vit_edge.machine.cpu import MOST_THREADS, usable_threads
+from vit_edge.machine.telemetry import openvino_without_telemetry
 from vit_edge.metrics import Logits
 from vit_edge.model_file.artifact import MOST_BATCH, Manifest, ModelFile
 from vit_edge.model_file.openvino_ir import IrModel
@@ -153,11 +154,10 @@ class Engine(Protocol):
 def installed_engines() -> tuple[str, ...]:
     """Return the engines whose package is installed, in the order of "auto" (the null engine is never chosen).
 
-    An engine whose import failed is left out. To import one takes 0.3 s, so it is tried here only in a process without
-    a home folder, where OpenVINO cannot be imported.
+    An engine whose import failed in this process is left out.
     """
     names = [name for name, (_, package, _) in ENGINES.items() if package and _is_installed(package)]
-    return tuple(name for name in names if name not in _unusable and (has_home() or _is_usable(name)))
+    return tuple(name for name in names if name not in _unusable)
 
 
 def _is_usable(name: str) -> bool:
@@ -181,12 +181,10 @@ def _module(name: str) -> ModuleType:
     module, package, _ = ENGINES[name]
     try:
         return importlib.import_module(module)
-    except Exception as error:  # OpenVINO raises RuntimeError without a home folder
+    except Exception as error:  # a package of a version that does not fit may raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         _unusable[name] = f"{package} is installed, but cannot be imported ({why})"
         remedy = f"pip install --force-reinstall {package}, in a release that fits numpy"
-        if not has_home():
-            remedy = "set HOME to a folder that this user may write"
         raise EngineUnavailable("cannot load the engine", reason=_unusable[name], remedy=remedy) from error
 
 
@@ -241,7 +239,10 @@ def make_engine(name: str, model: Model, options: EngineOptions) -> Engine:
 def engine_version(name: str) -> str:
     """Return the version of an installed engine, as it says itself."""
     package = ENGINES[name][1]
-    return "1" if package is None else str(importlib.import_module(package).__version__).split("-")[0]
+    if package is None:
+        return "1"
+    with openvino_without_telemetry():
+        return str(importlib.import_module(package).__version__).split("-")[0]
 
 
 def installed_version(name: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from vit_edge.cli import cli, main
@@ -59,6 +60,15 @@ def test_without_a_home_and_an_entry_in_passwd_the_cache_is_left_out(tmp_path: P
     code += "; assert recall('probes', 'k') is None"
     done = run("inspect", "x", cwd=tmp_path, code=code, VIT_EDGE_CACHE="", XDG_CACHE_HOME="")
     assert done.returncode == 3, done.stderr
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_without_a_home_every_engine_classifies(small_model: Path, tmp_path: Path, engine: str) -> None:
+    Image.new("RGB", (40, 40), "orange").save(tmp_path / "image.png")
+    code = "import pwd; pwd.getpwuid = lambda uid: {}[uid]; import os; os.environ.pop('HOME', None)"
+    command = ("classify", str(small_model / "m.onnx"), "image.png", "--engine", engine)
+    done = run(*command, cwd=tmp_path, code=code, VIT_EDGE_CACHE="", XDG_CACHE_HOME="", VIT_EDGE_CONFIG="")
+    assert done.returncode == 0, done.stderr
 
 
 def test_packages_that_do_not_fit_are_named_with_their_versions(tmp_path: Path) -> None:

@@ -200,18 +200,6 @@ def test_each_piece_of_advice_is_printed_once(tmp_path: Path) -> None:
     assert re.search(r"memory +\d+\.\d GB in total", done.stdout)
 
 
-def test_without_a_home_an_engine_is_left_out_and_the_advice_is_to_set_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package(tmp_path, "openvino", "raise RuntimeError('Could not determine home directory.')")
-    monkeypatch.setattr("vit_edge.machine.doctor.has_home", lambda: False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (problem,) = [finding for finding in examine()["findings"] if finding["kind"] == "problem"]
-    assert "Could not determine home directory" in problem["what"]
-    assert problem["advice"].startswith("set HOME")
-
-
 def test_packages_that_do_not_fit_end_with_7_and_both_versions(tmp_path: Path) -> None:
     wheel(tmp_path, "protobuf", "3.20.3")
     package(tmp_path, "onnx", "raise TypeError('Descriptors cannot be created directly')")

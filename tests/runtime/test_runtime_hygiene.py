@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT, Workspace
 from vit_edge.runtime import installed_engines
@@ -176,3 +181,41 @@ except MissingExtra as error:
     done = run(hidden + script)
     assert done.returncode == 0, done.stderr
     assert 'pip install "vit-edge[onnxruntime]"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("doctor",),
+        ("classify", "m.onnx", "image.png", "--engine", "openvino"),
+        ("verify", "m.onnx", "--reference", "m.onnx", "--data", "images", "--max-drop", "99"),
+        ("export", "c.safetensors", "--format", "openvino", "-o", "again.xml"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_openvinos_telemetry_is_never_imported(small_model: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "openvino_telemetry.py").write_text(
+        f"import sys\nwith open({str(tmp_path / 'imported')!r}, 'a') as file:\n    print(sys.argv, file=file)\n"
+    )
+    for name in ("m.onnx", "c.safetensors"):
+        shutil.copy(small_model / name, tmp_path)
+    (tmp_path / "images").mkdir()
+    for image in (tmp_path / "image.png", tmp_path / "images" / "a.png"):
+        Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(image)
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_edge", *command],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "packages"), "VIT_EDGE_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "imported").exists(), (tmp_path / "imported").read_text()
+
+
+def test_openvinos_telemetry_is_there_for_whoever_wants_it_afterwards() -> None:
+    script = "import vit_edge.runtime.engines.ov, openvino_telemetry; print(openvino_telemetry.Telemetry.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "Telemetry\n", done.stderr

@@ -86,7 +86,7 @@ def cli() -> None:
 
     \b
     All steps in one command:
-      vit-edge deploy hf:google/vit-base-patch16-224 --data images/
+      vit-edge deploy hf:google/vit-base-patch16-224 --data images/ --max-drop 1
     \b
     One step at a time:
       vit-edge train images/ --out run/

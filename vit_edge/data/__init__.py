@@ -13,6 +13,7 @@ from vit_edge.data.labelled import (
     read_splits,
     read_unlabelled,
     refuse_one_class,
+    training_folder,
 )
 from vit_edge.data.shards import draw_images, find_images
 from vit_edge.data.streaming import (
@@ -43,4 +44,5 @@ __all__ = [
     "set_hash",
     "stream",
     "stream_pixels",
+    "training_folder",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "read_splits",
     "read_unlabelled",
     "refuse_one_class",
+    "training_folder",
 ]
 
 # The folder names of each split, in any capitals.
@@ -134,6 +135,12 @@ def read_class_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     names = sorted({_name(path.name) for path in holding or subfolders(root)})
     refuse_one_class(names, root)
     return tuple(names)
+
+
+def training_folder(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of the training images if `folder` is divided into splits, of which that is one of several."""
+    present = _present_splits(Path(folder), labelled=False) if Path(folder).is_dir() else {}
+    return present.get("train") if len(present) > 1 else None
 
 
 def refuse_one_class(class_names: Sequence[str], root: str | os.PathLike[str]) -> None:

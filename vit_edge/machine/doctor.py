@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 from vit_edge import __version__
 from vit_edge.errors import version_of
-from vit_edge.files import has_home
 from vit_edge.machine.cpu import Instructions, cpu_report, is_arm
 from vit_edge.machine.int8_engines import lacks_int8_matmul
 from vit_edge.machine.targets import TARGETS, choose
@@ -70,7 +69,7 @@ _ONNXRUNTIME_WHEELS = (
     "ort-nightly-gpu",
 )
 # The current folder is left out: a file of that name there is not the engine.
-_PREAMBLE = "import json, sys; sys.path[:] = [p for p in sys.path if p]; "
+_PREAMBLE = "import json, sys; sys.path[:] = [p for p in sys.path if p]; sys.modules['openvino_telemetry'] = None; "
 _QUESTIONS = {
     "onnxruntime": "import onnxruntime as e; d = e.get_available_providers()",
     "openvino": "import openvino as e; d = e.Core().available_devices",
@@ -156,8 +155,6 @@ def _engine_findings(report: Mapping[str, Any]) -> list[Finding]:
     for engine in report["engines"]:
         if engine["installed"] and engine["error"]:
             advice = f"install another release of {engine['name']}"
-            if not has_home():  # OpenVINO's import needs one
-                advice = "set HOME to a folder that this user may write"
             found.append(Finding(kind="problem", what=f"{engine['name']} {engine['error']}", advice=advice))
         for device, why in engine.get("do_not_load", {}).items():
             advice = "install the driver and the libraries that it asks for; until then --device cpu"

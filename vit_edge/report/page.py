@@ -239,7 +239,7 @@ def _accuracy_said(verified: Verified) -> Iterator[str]:
 
 def _flips_said(shown: str, flips: Sequence[Flip], *, has_models: bool) -> Iterator[str]:
     if flips:
-        yield f"{shown} images, lost correct predictions first."
+        yield f"{shown} {'image' if shown == '1' else 'images'}, lost correct predictions first."
     if any(flip.attention for flip in flips):
         yield (
             "Each image is shown as the network sees it, then under the attention of the last block, on one scale for "

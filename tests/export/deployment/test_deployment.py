@@ -190,3 +190,45 @@ def test_the_command_ends_with_the_verdict(folder: Path, tmp_path: Path) -> None
         refused = vit_edge(*wrong, cwd=tmp_path)
         assert refused.returncode == 2
         assert text in refused.stderr
+
+
+def test_a_model_file_and_a_divided_folder_are_enough(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "out" / "model.onnx", tmp_path / "mine.onnx")
+    for name, there in (("train", "calibration"), ("test", "data")):
+        shutil.copytree(folder / there, tmp_path / "images" / name)
+    given = ("--data", "images", "--max-drop", "90", "--effort", "fast", "--no-speed", "-o", "out", "--json")
+    done = vit_edge("deploy", "mine.onnx", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == (tmp_path / "mine.onnx").read_bytes()
+    record = read_record(tmp_path / "out" / "record.json")
+    assert record["folders"] == {"calibration": "../images/train", "data": "../images"}
+    assert list(record["commands"]) == ["check", "quantize"]
+    assert check_record(tmp_path / "out" / "record.json", measure_speed=False).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("int8.onnx", "--data", "images"), "the file is int8 already"),
+        (("mine.onnx", "--data", "images", "--labels", "names.txt"), "--labels is for checkpoints"),
+        (("mine.onnx", "--data", "images/test"), "--calibration is missing"),
+    ],
+)
+def test_a_model_file_that_cannot_be_deployed_says_why(
+    folder: Path, tmp_path: Path, arguments: tuple[str, ...], reason: str
+) -> None:
+    shutil.copy(folder / "out" / "model.onnx", tmp_path / "mine.onnx")
+    shutil.copy(folder / "out" / "model.int8.onnx", tmp_path / "int8.onnx")
+    shutil.copytree(folder / "calibration", tmp_path / "images" / "train")
+    shutil.copytree(folder / "data", tmp_path / "images" / "test")
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    done = vit_edge("deploy", *arguments, "--max-drop", "1", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert reason in done.stderr
+    assert not (tmp_path / "deploy" / "model.onnx").exists()
+
+
+def test_export_of_a_model_file_names_the_commands_for_it(folder: Path, tmp_path: Path) -> None:
+    done = vit_edge("export", folder / "out" / "model.onnx", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "is a model file of vit-edge already" in done.stderr

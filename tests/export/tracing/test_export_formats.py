@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -17,6 +19,7 @@ from tests.conftest import vit_edge
 from tests.support.networks import PREPROCESSING, SIZE, random_network, small_config
 from vit_edge.errors import ModelRejected, NotTrusted, UsageError
 from vit_edge.export import ExportOptions, export_onnx
+from vit_edge.export.tracing.hf_folder import require_expressible
 from vit_edge.export.tracing.network import reference_logits
 from vit_edge.model_file.artifact import open_model
 from vit_edge.model_file.openvino_ir import open_ir
@@ -155,3 +158,26 @@ def test_formats_that_do_not_fit_are_refused_before_any_work(folder: Path, tmp_p
     with pytest.raises(UsageError, match="no Vision Transformer"):
         export_onnx(network, out=tmp_path / "m", options=HUGGINGFACE, preprocessing=PREPROCESSING)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_exact"),
+    [
+        ({"resize": max(SIZE)}, False),
+        ({"resize": max(SIZE), "crop_rounding": "floor"}, True),
+        ({}, True),
+        ({"resize": (SIZE[0] + 4, SIZE[1] + 8)}, True),
+        ({"resize": (SIZE[0] + 3, SIZE[1])}, False),
+    ],
+)
+def test_a_crop_that_the_image_processor_cuts_one_pixel_away_is_named(
+    changes: dict[str, Any], is_exact: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    require_expressible({"family": "vit"}, replace(PREPROCESSING, **changes))
+    assert ("one pixel away" in caplog.text) == (not is_exact)
+
+
+def test_what_no_image_processor_does_is_refused() -> None:
+    preprocessing = replace(PREPROCESSING, resize=(SIZE[0] + 4, SIZE[1] + 4), keep_ratio=True)
+    with pytest.raises(UsageError, match="keep_ratio"):
+        require_expressible({"family": "vit"}, preprocessing)

@@ -30,7 +30,12 @@ _TARGETS = (
 
 @command("deploy")
 @click.argument("source", required=False)
-@click.option("--calibration", type=_PATH, metavar="DIR", help="Calibration images, with or without labels.")
+@click.option(
+    "--calibration",
+    type=_PATH,
+    metavar="DIR",
+    help="Calibration images, with or without labels; by default those in train/ of --data.",
+)
 @click.option("--data", type=_PATH, metavar="DIR", help="Evaluation images; must not overlap the calibration images.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Accept at most this drop of top-1.")
 @click.option(
@@ -81,9 +86,9 @@ def deploy(
 ) -> Result:
     """Convert, export, quantize, verify and measure SOURCE, with one verdict.
 
-    SOURCE is anything that `vit-edge export` takes. The folder gets model.onnx, model.int8.onnx, record.json (hashes,
-    versions and results of every step) and report.html, a page that shows all of it. A step is skipped if its inputs
-    did not change.
+    SOURCE is anything that `vit-edge export` takes, or a float32 model file. The folder gets model.onnx,
+    model.int8.onnx, record.json (hashes, versions and results of every step) and report.html, a page that shows all of
+    it. A step is skipped if its inputs did not change.
 
     The verdict is `pass` if the images certify the accuracy and INT8 is faster here, `fail` if it is less accurate or
     slower, and else `inconclusive`. Exit code 0 on pass, else 6. With --on, INT8 has to be faster on each device
@@ -92,8 +97,7 @@ def deploy(
 
     \b
     Examples:
-      vit-edge deploy run/best.safetensors --calibration images/train \\
-        --data images/test --max-drop 1
+      vit-edge deploy run/best.safetensors --data images/ --max-drop 1
       vit-edge deploy CKPT --calibration cal/ --data test/ --max-drop 1 \\
         --on ssh://pi@raspberrypi
       vit-edge deploy --check deploy/record.json
@@ -107,10 +111,13 @@ def deploy(
         raise UsageError("cannot deploy", reason="--on measures speed", remedy="leave out --no-speed or --on")
     if check is not None:
         return _checked(check, source, data, remote, no_speed=no_speed)
+    calibration = calibration or _training_folder(data)
     if source is None or calibration is None or data is None:
         given = {"SOURCE": source, "--calibration": calibration, "--data": data}
         missing = ", ".join(name for name, value in given.items() if value is None)
         remedy = "add the missing arguments; see `vit-edge deploy -h`"
+        if calibration is None and data is not None:
+            remedy = "add --calibration, or give --data a folder that is divided into train/ and test/"
         raise UsageError("cannot deploy", reason=f"{missing} is missing", remedy=remedy)
     quantization = QuantizationOptions(
         target=target, recipe=recipe, effort=effort, max_drop_points=max_drop, min_agreement=min_agreement
@@ -120,6 +127,13 @@ def deploy(
     )
     images = _Images(calibration=calibration, data=data)
     return _result(list(_deployments(source, images, options, remote, target=target, out=out)))
+
+
+def _training_folder(data: Path | None) -> Path | None:
+    """Return the training images beside the evaluation images, if DIR of --data is divided into both."""
+    from vit_edge.data import training_folder
+
+    return None if data is None else training_folder(data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -239,6 +239,11 @@ def _import(source: Path, out: Path, data: Path | None, force: bool, values: dic
 
 def _check_options(source: Path, values: dict[str, Any]) -> None:
     """Raise UsageError if an option is not for an ONNX model, or a required one is missing."""
+    from vit_edge.model_file.artifact import seal_state
+
+    if seal_state(source.read_bytes()) != "third-party":
+        reason, remedy = "the file is a model file of vit-edge already", "run `vit-edge quantize` or `deploy` with it"
+        raise UsageError("cannot export", file=source, reason=reason, remedy=remedy)
     for name, default in _NOT_FOR_ONNX.items():
         if values[name] != default:
             option = name.strip("_").replace("_", "-")
