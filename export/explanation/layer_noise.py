@@ -47,7 +47,7 @@ def result_tensors(graph: onnx.GraphProto, ops: Iterable[QuantizableOp]) -> dict
 def scaled_columns(model: onnx.ModelProto, ops: Sequence[QuantizableOp]) -> dict[str, Columns]:
     """Return the channels that cross-layer equalization scales and shifts, by the node of their op."""
     shapes = {name: shape for name, shape in shapes_for_one_image(model).items() if shape is not None}
-    columns = {mixing.value_weight: mixing.columns_D for mixing in find_mixings(model, shapes)}
+    columns = {mixing.value.weight: mixing.columns_D for mixing in find_mixings(model, shapes)}
     return {op.node: columns[op.weight] for op in ops if op.weight in columns}
 
 

@@ -206,7 +206,7 @@ def _tolerance(entry: Mapping[str, Any], engine: Engine, manifest: Manifest) -> 
     """
     tolerance = Tolerance(**entry["tolerance"])
     if engine.float_precision not in ("float32", "none"):
-        return replace(_REDUCED, top1_gap=None) if manifest.is_encoder else _REDUCED
+        return _REDUCED if manifest.chooses_class else replace(_REDUCED, top1_gap=None)
     as_recorded = engine.batch_size == manifest.batch and entry.get("made_on") == made_here(engine)
     if tolerance.sqnr_db is not None and as_recorded:
         return replace(tolerance, sqnr_db=max(tolerance.sqnr_db, _SAME_MACHINE_SQNR_DB))

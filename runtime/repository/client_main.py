@@ -123,6 +123,10 @@ def _check(server: Server, manifest: Manifest) -> None:
 def _classify(server: Server, manifest: Manifest, path: Path) -> None:
     logits_BK = server.run(manifest.preprocessing.pixels(path)[np.newaxis])
     probabilities_K = activated(logits_BK, manifest.activation)[0]
+    if manifest.task == "regression":
+        values = (f"{label} {value:.6g}" for label, value in zip(manifest.labels, probabilities_K, strict=True))
+        print(f"{path}: {'  '.join(values)}")
+        return
     best = int(probabilities_K.argmax())
     print(f"{printable(path)}: {escaped(manifest.labels[best])} {probabilities_K[best]:.1%}")
 
