@@ -12,6 +12,7 @@ import numpy as np
 from vit_edge.errors import UsageError
 from vit_edge.image import Color, ImageSource, Pixels
 from vit_edge.metrics import activated
+from vit_edge.model_file.tasks import Task
 from vit_edge.runtime.engines.protocol import Logits
 from vit_edge.runtime.loaded_model import LoadedModel, Prepared
 from vit_edge.runtime.notebook import html_table
@@ -19,16 +20,31 @@ from vit_edge.runtime.notebook import html_table
 __all__ = ["Answer", "Classifier", "Prediction", "Timings", "as_classifier", "check_top"]
 
 
+# Of several labels at once, those that are as likely as not count as present.
+_PRESENT = 0.5
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One label, its class index and its probability in [0, 1].
 
-    A model whose manifest has the activation "none" gives plain values: `probability` is the value then.
+    Of a regression, `probability` is the value, and `is_value` true.
     """
 
     label: str
     index: int
     probability: float
+    is_value: bool = False
+
+    @property
+    def text(self) -> str:
+        """Return the label with its probability, or with its value."""
+        return f"{self.label} {self.probability:.6g}" if self.is_value else f"{self.label} {self.probability:.1%}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer as JSON-ready values: `label`, `index`, and `probability` or `value`."""
+        name = "value" if self.is_value else "probability"
+        return {"label": self.label, "index": self.index, name: self.probability}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +69,28 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Prediction:
-    """The most likely labels of one image, the most likely first, and the time of each stage."""
+    """The most likely labels of one image, the most likely first, and the time of each stage.
+
+    Of a network with several labels at once, `present` are those whose probability is 50 % or more. The values of a
+    regression come in their own order.
+    """
 
     answers: tuple[Answer, ...]
     timings: Timings
+    task: Task = "classification"
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Return the labels that the network gives the image: the likeliest, or all that are as likely as not."""
+        if self.task != "multi-label":
+            return (self.label,)
+        return tuple(answer.label for answer in self.answers if answer.probability >= _PRESENT)
+
+    @property
+    def text(self) -> str:
+        """Return the answers as they are printed; labels in parentheses are less likely than not."""
+        absent = {answer.label for answer in self.answers} - {*self.present} if self.task == "multi-label" else set()
+        return "  ".join(f"({one.text})" if one.label in absent else one.text for one in self.answers)
 
     @property
     def label(self) -> str:
@@ -69,18 +103,22 @@ class Prediction:
         return self.answers[0].probability
 
     def __repr__(self) -> str:
-        named = ", ".join(f"{answer.label!r}: {answer.probability:.1%}" for answer in self.answers)
+        named = ", ".join(f"{one.label!r}: {one.text[len(one.label) + 1 :]}" for one in self.answers)
         return f"<Prediction {named}; {self.timings.total_ms:.1f} ms>"
 
     def _repr_html_(self) -> str:
-        rows = [(answer.label, f"{answer.probability:.1%}") for answer in self.answers]
+        rows = [(one.label, one.text[len(one.label) + 1 :]) for one in self.answers]
         return html_table(f"{self.timings.total_ms:.1f} ms", ("label", "probability"), rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the prediction as JSON-ready values: `label`, `probability`, `answers`, `timings`."""
-        answers = [asdict(answer) for answer in self.answers]
+        """Return the prediction as JSON-ready values: `label`, `probability`, `answers`, `timings`.
+
+        Several labels at once are also in `present`; a regression has `value` in place of `probability`.
+        """
+        first = {key: value for key, value in self.answers[0].to_dict().items() if key != "index"}
+        several = {"present": list(self.present)} if self.task == "multi-label" else {}
         timings = {**asdict(self.timings), "total_ms": self.timings.total_ms}
-        return {"label": self.label, "probability": self.probability, "answers": answers, "timings": timings}
+        return {**first, **several, "answers": [answer.to_dict() for answer in self.answers], "timings": timings}
 
 
 def check_top(top: object) -> None:
@@ -146,7 +184,8 @@ class Classifier(LoadedModel):
             )
             for one in prepared
         ]
-        return [Prediction(answers=each, timings=times) for each, times in zip(named, timings, strict=True)]
+        task = self._manifest.task
+        return [Prediction(answers=each, timings=times, task=task) for each, times in zip(named, timings, strict=True)]
 
     def logits(self, images_NHWC: Pixels) -> Logits:
         """Return float32 logits [batch, classes] from uint8 RGB images [batch, height, width, 3]; batch 0 gives none.
@@ -164,9 +203,16 @@ class Classifier(LoadedModel):
 
     def _answers(self, probabilities_K: Logits, top: int) -> tuple[Answer, ...]:
         # A stable sort: equal probabilities come in class order everywhere.
-        best = np.argsort(-probabilities_K, kind="stable")[:top]
+        order_K = np.argsort(-probabilities_K, kind="stable")
+        best = range(len(order_K)) if self._manifest.task == "regression" else order_K
+        if self._manifest.task == "multi-label":
+            top = max(top, int(np.sum(probabilities_K >= _PRESENT)))
+        is_value = self._manifest.task == "regression"
         return tuple(
-            Answer(label=self.labels[int(i)], index=int(i), probability=float(probabilities_K[int(i)])) for i in best
+            Answer(
+                label=self.labels[int(i)], index=int(i), probability=float(probabilities_K[int(i)]), is_value=is_value
+            )
+            for i in best[:top]
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from vit_edge.errors import UsageError, require
 from vit_edge.files import may_write, temporary_folder, write_atomic
+from vit_edge.model_file.paired_files import write_together
 from vit_edge.runtime.engines.protocol import Array
 
 __all__ = ["VectorsFile", "open_vectors"]
@@ -80,9 +81,10 @@ class _Npy:
     def finish(self) -> int:
         header = io.BytesIO()
         fields = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self._width)}
-        np.lib.format.write_array_header_1_0(header, fields)
-        write_atomic(self.files[1], _chunks(self._names))
-        write_atomic(self.files[0], _chunks(self._rows, first=header.getvalue()))
+        write_header: Any = np.lib.format.write_array_header_1_0  # it has no types in numpy 2.2
+        write_header(header, fields)
+        rows = _chunks(self._rows, first=header.getvalue())
+        write_together({self.files[1]: _chunks(self._names), self.files[0]: rows})
         return self._count
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from vit_edge.checkpoint import Checkpoint, save_checkpoint
 from vit_edge.conversion.architecture import Shaped, defaults, shape
 from vit_edge.conversion.conversion import Conversion, ConversionReport, TensorMapping
 from vit_edge.conversion.label_names import read_labels
-from vit_edge.conversion.pickled_weights import not_plain, unusable
+from vit_edge.conversion.pickled_weights import not_plain
 from vit_edge.conversion.preprocessing.inference import InferredPreprocessing, infer_preprocessing
 from vit_edge.conversion.preprocessing.knowledge import Facts, Knowledge
 from vit_edge.conversion.preprocessing.settings import preprocessing_facts, read_settings
@@ -316,7 +316,7 @@ def _refuse_other_heads(knowledge: Knowledge, num_classes: int, origin: str) -> 
         return
     what = f"problem_type is {problem!r}" if problem else "the head has one logit"
     remedy = "use a head for one class of several; --num-classes N replaces the head, to train it anew"
-    raise unusable(origin, f"{what}: no single-label classification, which softmax needs", remedy)
+    raise not_plain(origin, f"{what}: no single-label classification, which softmax needs", remedy)
 
 
 def _field_of(name: str) -> str:

@@ -308,13 +308,14 @@ def _p_value(images: int, worse: int, better: int, *, drop: float) -> float:
     seen = float(_score(images, worse, better, drop))
     interval = _scipy_stats().binomtest(better, images).proportion_ci(1 - _RULED_OUT, method="exact")
     low, high = float(interval.low), min(float(interval.high), (1 - drop) / 2)
-    rates_R = np.linspace(min(low, high), high, 64)
+    rates_R = np.linspace(min(low, high), high, 64, dtype=np.float64)
     largest = 0.0
     for _ in range(2):
         tails_R = _tails(images, seen, drop, rates_R)
         best = int(tails_R.argmax())
         largest = max(largest, float(tails_R[best]))
-        rates_R = np.linspace(rates_R[max(best - 1, 0)], rates_R[min(best + 1, len(rates_R) - 1)], 32)
+        ends = rates_R[max(best - 1, 0)], rates_R[min(best + 1, len(rates_R) - 1)]
+        rates_R = np.linspace(*ends, 32, dtype=np.float64)
     return largest + _RULED_OUT
 
 

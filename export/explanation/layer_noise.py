@@ -47,7 +47,7 @@ def result_tensors(graph: onnx.GraphProto, ops: Iterable[QuantizableOp]) -> dict
 def scaled_columns(model: onnx.ModelProto, ops: Sequence[QuantizableOp]) -> dict[str, Columns]:
     """Return the channels that cross-layer equalization scales and shifts, by the node of their op."""
     shapes = {name: shape for name, shape in shapes_for_one_image(model).items() if shape is not None}
-    columns = {mixing.value_weight: mixing.columns_D for mixing in find_mixings(model, shapes)}
+    columns = {mixing.value.weight: mixing.columns_D for mixing in find_mixings(model, shapes)}
     return {op.node: columns[op.weight] for op in ops if op.weight in columns}
 
 
@@ -96,7 +96,8 @@ class _Gathered:
     def add(self, expected: Array, found: Array) -> None:
         if found.ndim > expected.ndim:  # of a convolution over tokens: channels first
             found = np.moveaxis(found, 1, -1)
-        right, got = (np.asarray(value, np.float64).reshape(-1, expected.shape[-1]) for value in (expected, found))
+        right: Array = np.asarray(expected, np.float64).reshape(-1, expected.shape[-1])
+        got: Array = np.asarray(found, np.float64).reshape(-1, expected.shape[-1])
         self._signal += float(np.square(right).sum())
         if self.columns is not None:
             self._add_scaled(right[:, self.columns], got[:, self.columns])

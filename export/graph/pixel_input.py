@@ -104,7 +104,8 @@ def _normalisation(rewriting: Rewriting, node: onnx.NodeProto) -> _Normalisation
     makers = {output: node for node in rewriting.nodes for output in node.output}
     if not steps or maker is None or not pixels_before(maker, makers, rewriting.inputs):
         return None
-    scale_C, shift_C = np.ones(channels), np.zeros(channels)
+    scale_C: Array = np.ones(channels)
+    shift_C: Array = np.zeros(channels)
     for operator, value_C in reversed(steps):
         if operator in ("Add", "Sub"):
             shift_C = shift_C + value_C if operator == "Add" else shift_C - value_C

@@ -8,6 +8,7 @@ overlap is a matrix product, whose result may stay float in every engine, and ta
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -40,6 +41,7 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     _fold_batch_norms(rewriting)
     _settle_gemms(rewriting)
     _put_weights_right(rewriting)
+    _part_biases(rewriting)
     if is_convolutional(rewriting.model()):
         lay_pixels_in_rows(rewriting)
         _pool_by_pooling(rewriting)
@@ -72,6 +74,18 @@ def _fold_constants(rewriting: Rewriting) -> None:
         else:
             continue
         rewriting.replace(node, [])
+
+
+def _part_biases(rewriting: Rewriting) -> None:
+    """Give each product its own bias: exporters keep equal ones once, and an algorithm changes one of them."""
+    counts = Counter(name for node in rewriting.nodes for name in node.input)
+    products = {node.output[0] for node in rewriting.nodes if node.op_type == "MatMul"}
+    for node in rewriting.nodes:
+        if node.op_type != "Add" or not products.intersection(node.input):
+            continue
+        for place, name in enumerate(node.input):
+            if name in rewriting.tensors and len(rewriting.tensors[name].dims) == 1 and counts[name] > 1:
+                node.input[place] = rewriting.add_tensor(f"{node.name}.own", rewriting.array(name))
 
 
 def _fold_batch_norms(rewriting: Rewriting) -> None:

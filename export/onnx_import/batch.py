@@ -17,10 +17,10 @@ from vit_edge.export.onnx_import.reference import ThirdPartyReference
 from vit_edge.export.onnx_import.sandbox import probe
 from vit_edge.export.onnx_import.shape_folding import fold_shapes, open_batch, reshaped_tensors, shape_tensors
 from vit_edge.export.parity.parity import float32_tolerance
-from vit_edge.model_file.artifact import Activation
+from vit_edge.model_file.tasks import Activation
 from vit_edge.runtime.checks.golden import differences
 from vit_edge.runtime.onnx_import.editing import prune
-from vit_edge.runtime.onnx_import.head import Output, are_probabilities, check_classes, drop_activation
+from vit_edge.runtime.onnx_import.head import Output, are_probabilities, check_labels, drop_activation
 
 __all__ = ["choose_output", "settle_batch"]
 
@@ -49,7 +49,7 @@ def choose_output(
         raise ModelRejected("cannot import", reason=reason, remedy="export an image classifier")
     name = min(fitting, key=lambda name: (values[name].ndim, names.index(name)))
     num_classes = values[name].size // batch
-    check_classes(num_classes, num_labels)
+    check_labels(num_classes, num_labels)
     if len(names) > 1:
         notes.append(f"of the outputs {', '.join(names)}, {name} is used as the logits")
     found = Output(name=name, rank=values[name].ndim, num_classes=num_classes)

@@ -31,7 +31,6 @@ from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.artifact import (
     MODEL_BYTES,
     PRODUCER,
-    Activation,
     Manifest,
     ModelFile,
     open_model,
@@ -39,6 +38,7 @@ from vit_edge.model_file.artifact import (
     warn_of_assumed,
 )
 from vit_edge.model_file.onnx_schema import parse
+from vit_edge.model_file.tasks import Activation, binary_labels, settled_task
 from vit_edge.model_file.writing import write_model
 from vit_edge.progress import Progress, silent
 from vit_edge.runtime.checks.golden import expectation, golden_images
@@ -47,7 +47,7 @@ from vit_edge.runtime.checks.operators import check_graph
 from vit_edge.runtime.engines.protocol import installed_engines
 from vit_edge.runtime.notebook import html_table
 from vit_edge.runtime.onnx_import.external_weights import take_in_weights
-from vit_edge.runtime.onnx_import.head import set_output, settled_activation
+from vit_edge.runtime.onnx_import.head import add_zero_logit, one_value, set_output, settled_activation
 from vit_edge.runtime.onnx_import.importer import parsed
 from vit_edge.runtime.onnx_import.interface import Layout, read_input, set_input
 
@@ -192,21 +192,30 @@ def _imported(
     entry = read_input(graph.graph, given.preprocessing, layout=given.layout)
     reference = ThirdPartyReference(original, entry, given.preprocessing)
     output, found = choose_output(graph, reference, given.output, len(given.labels), notes)
-    activation = settled_activation(given.activation, found)
+    activation, task = (
+        settled_activation(given.activation, found),
+        settled_task(given.activation, found, output.num_classes),
+    )
+    if task is None:
+        raise one_value()
     graph, batch = settle_batch(graph, output, reference)
     if batch is not None:
         notes.append(f"the batch size stays {batch}: no other runs, or gives the same logits")
     fields = set_input(graph.graph, entry, given.preprocessing, batch)
     set_output(graph.graph, output, batch)
+    if task == "binary":
+        add_zero_logit(graph.graph)
+        reference.give_zero_logit()
     graph.producer_name, graph.producer_version = PRODUCER, vit_edge.__version__
     manifest = Manifest(
         name=given.name or printable(Path(file).stem),
         architecture={"family": "onnx", "producer": original.producer_name},
         preprocessing=given.preprocessing,
-        labels=given.labels,
+        labels=binary_labels(given.labels) if task == "binary" else given.labels,
         precision="float32",
         input=fields,
-        activation=activation,
+        activation="softmax" if task == "binary" else activation,
+        task=task,
         assumed=given.assumed,
         provenance={**hashes, "form": "plain", "changes": list(notes), **_VERSIONS},
     )

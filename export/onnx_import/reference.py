@@ -32,6 +32,7 @@ class ThirdPartyReference:
         self.entry = entry
         self._original, self._preprocessing = original, preprocessing
         self._logits = ""
+        self._columns = np.ones(1, np.float32)
         self._session: Any = None
 
     def feed(self, images_NHWC: Pixels) -> dict[str, Array]:
@@ -61,6 +62,10 @@ class ThirdPartyReference:
         if before_activation:
             drop_activation(self._original.graph, name, rank=rank)
 
+    def give_zero_logit(self) -> None:
+        """Return two logits from now on, zero and the one of the file."""
+        self._columns = np.array([0, 1], np.float32)
+
     def __call__(self, images_NHWC: Pixels) -> Logits:
         """Return the logits, float32 [batch, classes]."""
         if self._session is None:  # it ran in the sandbox before: no crash, no hang
@@ -74,4 +79,4 @@ class ThirdPartyReference:
         for image_HWC in images_NHWC:
             feed = self.feed(np.repeat(image_HWC[None], copies, axis=0))
             rows.append(np.asarray(self._session.run([self._logits], feed)[0], np.float32).reshape(copies, -1)[0])
-        return np.stack(rows)
+        return np.stack(rows) * self._columns

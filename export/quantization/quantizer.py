@@ -306,7 +306,7 @@ def _judged_by(job: _Job) -> str:
     run, budget = job.request.reference_run, job.options.budget
     parts = {
         "reference": job.source.sha256,
-        "images": sorted(zip(run.hashes, run.images.labels, strict=True)),
+        "images": sorted(zip(run.hashes, run.images.labels, run.images.truths or run.images.labels, strict=True)),
         "budget": asdict(budget) if budget else None,
         "engines": [(name, metadata.version(name)) for name in installed_engines()],
         "cpu": instruction_set(),

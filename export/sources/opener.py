@@ -19,7 +19,7 @@ from vit_edge.export.sources.program import is_program, open_program
 from vit_edge.export.sources.timm_network import open_timm_folder, open_timm_name
 from vit_edge.export.sources.torch_network import Given, TorchNetwork
 from vit_edge.export.sources.transformers_network import open_transformers_folder
-from vit_edge.model_file.artifact import Activation
+from vit_edge.model_file.tasks import Activation
 from vit_edge.progress import Progress, silent
 
 __all__ = ["open_network"]

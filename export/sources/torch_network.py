@@ -14,7 +14,7 @@ from vit_edge.conversion.preprocessing.knowledge import IMAGENET, Facts, Geometr
 from vit_edge.conversion.preprocessing.settings import preprocessing_facts, read_settings
 from vit_edge.errors import UsageError, printable
 from vit_edge.image import Preprocessing
-from vit_edge.model_file.artifact import Activation
+from vit_edge.model_file.tasks import Activation, Task
 
 __all__ = ["Given", "TorchNetwork", "in_rgb", "settled_preprocessing", "unit_length"]
 
@@ -39,7 +39,8 @@ class Given:
 class TorchNetwork:
     """A classifier that is no ViT of ours: the module maps normalised float32 NCHW images to logits.
 
-    `labels` None stands for the numbers of the classes; `source` is kept in the model file.
+    `labels` None stands for the numbers of the classes, `task` None for what the activation and the number of values
+    say; `source` is kept in the model file.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class TorchNetwork:
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None = None
     activation: Activation | None = None
+    task: Task | None = None
     assumed: tuple[str, ...] = ()
     license: str | None = None
     base_model: str | None = None

@@ -17,7 +17,7 @@ from vit_edge.conversion.weights_file import find_weights
 from vit_edge.errors import UsageError, VitEdgeError, printable, require
 from vit_edge.export.sources.torch_network import Given, TorchNetwork, in_rgb, settled_preprocessing
 from vit_edge.export.sources.weights import load_weights
-from vit_edge.model_file.artifact import Activation
+from vit_edge.model_file.tasks import Activation
 
 __all__ = ["open_transformers_folder"]
 
@@ -26,6 +26,7 @@ _ACTIVATIONS: dict[Any, Activation | None] = {
     None: None,
     "single_label_classification": None,
     "multi_label_classification": "sigmoid",
+    "regression": "none",
 }
 
 
@@ -56,8 +57,10 @@ def open_transformers_folder(folder: Path, given: Given) -> TorchNetwork:
 def _activation(values: Mapping[str, Any], origin: str) -> Activation | None:
     problem = values.get("problem_type")
     if problem not in _ACTIVATIONS:
-        reason = f"problem_type is {problem!r}: the network does not classify"
-        raise unusable(origin, reason, "export a classifier")
+        known = ", ".join(str(name) for name in _ACTIVATIONS if name)
+        raise unusable(origin, f"problem_type is {problem!r}; those known are {known}", "correct the config")
+    if problem is None and len(values.get("id2label") or ()) == 1:
+        return "none"  # the library's own rule for one value: it trains a regression
     return _ACTIVATIONS[problem]
 
 

@@ -19,7 +19,7 @@ from vit_edge.conversion.preprocessing.settings import read_settings
 from vit_edge.errors import CheckpointRejected, UsageError, printable, require
 from vit_edge.export.sources.torch_network import TorchNetwork, settled_preprocessing, unit_length
 from vit_edge.image import Preprocessing
-from vit_edge.model_file.artifact import Activation
+from vit_edge.model_file.tasks import Activation
 
 __all__ = ["DEFAULT_TEMPLATE", "zero_shot_classifier"]
 
@@ -50,6 +50,7 @@ def zero_shot_classifier(
         preprocessing=preprocessing,
         labels=tuple(labels),
         activation=_ACTIVATIONS[kind],
+        task="classification",  # also of SigLIP: the likeliest of these labels is asked for
         assumed=assumed,
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from torch import nn
@@ -48,7 +50,8 @@ from vit_edge.export.tracing.tracer import trace
 from vit_edge.files import is_file, sha256_hex, write_folder
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.machine.releases import highest_versions
-from vit_edge.model_file.artifact import PIXELS_INPUT, Activation, Manifest, ModelFile, open_model, pack
+from vit_edge.model_file.artifact import PIXELS_INPUT, Manifest, ModelFile, open_model, pack
+from vit_edge.model_file.tasks import Activation
 from vit_edge.model_file.weights import weights_entry
 from vit_edge.model_file.writing import write_ir, write_model
 from vit_edge.progress import Progress, silent
@@ -56,7 +59,7 @@ from vit_edge.runtime.checks.golden import Tolerance, expectation, golden_images
 from vit_edge.runtime.checks.operators import check_graph
 from vit_edge.runtime.engines.protocol import Logits, installed_engines
 from vit_edge.runtime.notebook import html_table
-from vit_edge.runtime.onnx_import.head import drop_activation
+from vit_edge.runtime.onnx_import.head import add_zero_logit, drop_activation
 from vit_edge.vit import VisionTransformer
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -132,7 +135,7 @@ def _export(
     if options.format == "huggingface":
         require_expressible(network.architecture, network.preprocessing)
     if options.is_encoder and network.ends_in_activation:
-        reason = f"the network ends in {network.activation}: its output is no embedding"
+        reason = f"the network ends in {network.final_activation}: its output is no embedding"
         raise UsageError("cannot export", file=network.name, reason=reason, remedy="return the features from forward()")
     progress("tracing", 0, len(_STAGES))
     traced = _traced(network, options, target)
@@ -185,12 +188,12 @@ class _Golden:
 
 def _golden(network: Network, options: ExportOptions, macs: int | None) -> _Golden:
     height, width = network.preprocessing.crop
-    model = reference_model(network, options)
-    reference = reference_logits(model, network.preprocessing, ends_in_activation=network.ends_in_activation)
+    reference = _reference_output(network, options)
     seeds = choose_seeds(reference, height=height, width=width, macs_per_image=macs)
     images_NHWC = golden_images(seeds, height=height, width=width)
     expected_BK = reference(images_NHWC)
-    exact_BK = exact_logits(model, network.preprocessing, images_NHWC)
+    exact_BK = exact_logits(reference_model(network, options), network.preprocessing, images_NHWC)
+    exact_BK = None if exact_BK is None else exact_BK * _columns(network, options)
     tolerance = float32_tolerance(expected_BK, exact_BK)
     expected = expectation(expected_BK, engines=_ENGINES, tolerance=tolerance, output=options.outputs[0])
     fields = {**golden_header(seeds, network.preprocessing), "expected": [expected]}
@@ -234,9 +237,11 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
         outputs=[options.outputs[0], *(name for name in EXTRAS if name in options.outputs)],
         highest_opset=highest_versions(options.min_onnxruntime)[0],
     )
-    if network.ends_in_activation and drop_activation(model.graph, "logits") != network.activation:
-        reason = f"the {network.activation} that ends the network is not the last operator of its graph"
+    if network.ends_in_activation and drop_activation(model.graph, "logits") != network.final_activation:
+        reason = f"the {network.final_activation} that ends the network is not the last operator of its graph"
         raise UsageError("cannot export", file=network.name, reason=reason, remedy="return the logits from forward()")
+    if network.task == "binary" and not options.is_encoder:
+        add_zero_logit(model.graph)
     gc.collect()  # the exporter leaves cycles that hold the weights once more
     model = finish(model, options, activation=network.activation)
     file = f"{target.name}.data" if options.format == "onnx" else "model.onnx.data"
@@ -251,12 +256,24 @@ def _traced(network: Network, options: ExportOptions, target: Path) -> _Traced:
 
 
 def _reference(network: Network, options: ExportOptions) -> Reference:
-    model, name = reference_model(network, options), options.outputs[0]
-    first = reference_logits(model, network.preprocessing, ends_in_activation=network.ends_in_activation)
+    first, name = _reference_output(network, options), options.outputs[0]
     if not isinstance(network.model, VisionTransformer) or not set(EXTRAS) & set(options.outputs):
         return lambda images_NHWC: {name: first(images_NHWC)}
     extras = reference_extras(network.model, network.preprocessing)
     return lambda images_NHWC: {name: first(images_NHWC), **extras(images_NHWC)}
+
+
+def _reference_output(network: Network, options: ExportOptions) -> Callable[[Pixels], Logits]:
+    """Return the first output of the file in PyTorch, as a function of uint8 images."""
+    model, columns = reference_model(network, options), _columns(network, options)
+    run = reference_logits(model, network.preprocessing, ends_in_activation=network.ends_in_activation)
+    return lambda images_NHWC: run(images_NHWC) * columns
+
+
+def _columns(network: Network, options: ExportOptions) -> npt.NDArray[np.float32]:
+    """Return what the values of the model are multiplied by: of one logit it makes two, zero and that one."""
+    is_doubled = network.task == "binary" and not options.is_encoder
+    return np.array([0, 1] if is_doubled else [1], np.float32)
 
 
 def _explain(network: Network, options: ExportOptions, model: ModelFile, engine: str, image_NHWC: Pixels) -> str:
@@ -282,6 +299,7 @@ def _manifest(network: Network, options: ExportOptions, width: int) -> Manifest:
         input={**PIXELS_INPUT, **name, **layout, **batch},
         outputs=options.output_names,
         activation="none" if options.is_encoder else network.activation,
+        task="classification" if options.is_encoder else network.task,
         license=network.license,
         base_model=network.base_model,
         evaluation=None if options.is_encoder else network.evaluation,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vit_edge.model_file.artifact import Activation
+from vit_edge.model_file.tasks import Activation
 
 __all__ = ["logits_of"]
 

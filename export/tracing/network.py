@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from vit_edge.checkpoint import Checkpoint
-from vit_edge.errors import CheckpointRejected, ModelRejected, UsageError
+from vit_edge.errors import CheckpointRejected, UsageError
 from vit_edge.export.sources.torch_network import TorchNetwork, unit_length
 from vit_edge.export.tracing.fused_vit import DeployedViT, Embedding
 from vit_edge.export.tracing.head import logits_of
 from vit_edge.export.tracing.options import ExportOptions
 from vit_edge.image import Pixels, Preprocessing
-from vit_edge.model_file.artifact import Activation, warn_of_assumed
+from vit_edge.model_file.artifact import warn_of_assumed
+from vit_edge.model_file.tasks import Activation, Task, binary_labels, settled_task
 from vit_edge.runtime.engines.protocol import Array, Logits
-from vit_edge.runtime.onnx_import.head import are_probabilities, check_classes, settled_activation
+from vit_edge.runtime.onnx_import.head import are_probabilities, one_value, settled_activation
 from vit_edge.tensor_file import tensor_digest
 from vit_edge.vit import VisionTransformer
 
@@ -48,7 +49,8 @@ _NUM_NAMED = 5
 class Network:
     """A classifier to export and its metadata; `model` maps normalised float32 NCHW images to logits.
 
-    With `ends_in_activation` the model applies `activation` itself; the exported graph and the reference leave it out.
+    With `ends_in_activation` the model applies `final_activation` itself; the exported graph and the reference leave it
+    out. A "binary" model gives one logit, and has two labels.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Network:
     labels: tuple[str, ...]
     architecture: Mapping[str, Any]
     activation: Activation = "softmax"
+    task: Task = "classification"
     ends_in_activation: bool = False
     license: str | None = None
     base_model: str | None = None
@@ -64,10 +67,16 @@ class Network:
     assumed: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def final_activation(self) -> Activation:
+        """Return the activation of the model itself: a file of two logits has the softmax of them."""
+        return "sigmoid" if self.task == "binary" else self.activation
+
     def with_labels(self, labels: Sequence[str] | None) -> Network:
         """Return the network with other labels; raises UsageError if their number is not that of the classes."""
         if labels is None:
             return self
+        labels = binary_labels(labels) if self.task == "binary" else labels
         if len(labels) != len(self.labels):
             reason = f"{len(labels)} labels for {len(self.labels)} classes"
             raise UsageError("cannot export", reason=reason, remedy="give one label for each class, in their order")
@@ -97,14 +106,17 @@ def from_module(
     preprocessing: Preprocessing | None,
     labels: Sequence[str] | None,
     activation: Activation | None = None,
+    task: Task | None = None,
     name: str | None = None,
     assumed: Sequence[str] = (),
 ) -> Network:
     """Return the network of any torch classifier, put into evaluation mode; its forward is run once.
 
-    Without preprocessing, 224 pixels and ImageNet's mean and standard deviation are assumed, without labels the numbers
-    of the classes; the file marks both as assumed. A softmax or sigmoid that ends the module is found and left out.
-    Raises UsageError if `module` gives no logits, CheckpointRejected if a weight is not float32 or not finite.
+    `task` None is what the activation and the number of values say: the sigmoid of several is multi-label, that of one
+    is binary, and "none" is regression. Without preprocessing, 224 pixels and ImageNet's mean and standard deviation
+    are assumed, without labels the numbers of the classes; the file marks both as assumed. A softmax or sigmoid that
+    ends the module is found and left out. Raises UsageError if `module` gives no logits, CheckpointRejected if a weight
+    is not float32 or not finite.
     """
     module.eval()
     name = name or type(module).__name__
@@ -118,22 +130,23 @@ def from_module(
         reason = f"not every weight is finite: {', '.join(broken[:_NUM_NAMED])}"
         raise CheckpointRejected("cannot export", file=name, reason=reason, remedy="train it again")
     original = module
-    module, num_classes, found = _classes(original, preprocessing, name)
-    try:
-        check_classes(num_classes, None)
-    except ModelRejected as error:
-        error.what, error.file = "cannot export", name
-        raise
+    module, num_values, found = _classes(original, preprocessing, name)
+    settled = _settled(activation, found, name)
+    task = task or settled_task(activation, found, num_values)
+    if task is None:
+        raise one_value(name, what="cannot export")
+    num_labels = 2 if task == "binary" else num_values
     if labels is None:
-        labels, assumed = [str(number) for number in range(num_classes)], [*assumed, "labels"]
+        labels, assumed = [str(number) for number in range(num_labels)], [*assumed, "labels"]
     warn_of_assumed(assumed, name)
     network = Network(
         name=name,
         model=module,
         preprocessing=preprocessing,
-        labels=tuple(str(number) for number in range(num_classes)),
+        labels=tuple(str(number) for number in range(num_labels)),
         architecture=_architecture(original),
-        activation=_settled(activation, found, name),
+        activation="softmax" if task == "binary" else settled,
+        task=task,
         ends_in_activation=found in ("softmax", "sigmoid"),
         assumed=tuple(assumed),
         provenance={"weights_sha256": tensor_digest({}, original.state_dict())},
@@ -148,6 +161,7 @@ def from_torch_network(opened: TorchNetwork) -> Network:
         preprocessing=opened.preprocessing,
         labels=opened.labels,
         activation=opened.activation,
+        task=opened.task,
         name=opened.name,
         assumed=opened.assumed,
     )

@@ -9,7 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 import vit_edge
 from vit_edge.errors import UsageError
 from vit_edge.export.tracing.options import ExportOptions
-from vit_edge.model_file.artifact import PRODUCER, Activation
+from vit_edge.model_file.artifact import PRODUCER
+from vit_edge.model_file.tasks import Activation
 
 __all__ = ["finish", "fix_batch"]
 

@@ -145,13 +145,13 @@ def nearest(vectors_BD: Vectors, most: int) -> Indices:
     return found
 
 
-def mean_lower_bound(shares_B: Shares) -> float:
-    """Return the one-sided 95 % lower bound of the mean of values in [0, 1] that are in no order.
+def mean_lower_bound(shares_B: Shares, *, confidence: float = CONFIDENCE) -> float:
+    """Return the one-sided lower bound, at 95 % confidence, of the mean of values in [0, 1] that are in no order.
 
     A gambler bets on every image that its share is above a mean m; where m is the mean or more, the capital grows
     20-fold with a probability of at most 5 %. The bound is the largest m that such a capital rules out.
     """
-    count, win = len(shares_B), np.log(1 / (1 - CONFIDENCE))
+    count, win = len(shares_B), np.log(1 / (1 - confidence))
     number_B = np.arange(1, count + 1)
     mean_B = (0.5 + np.cumsum(shares_B)) / (number_B + 1)
     variance_B = (0.25 + np.cumsum((shares_B - mean_B) ** 2)) / (number_B + 1)

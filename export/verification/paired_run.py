@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from vit_edge.data import EVALUATION_SPLITS, lies_loose, read_labelled, read_unlabelled, stream_pixels
 from vit_edge.data.near_duplicates import fingerprint
+from vit_edge.data.truths import read_label_sets, read_values
 from vit_edge.errors import DataRejected
 from vit_edge.image import Pixels, Preprocessing, pixel_hash
-from vit_edge.metrics import UNKNOWN, Logits, PairedAnswers, join_answers, pair_answers
+from vit_edge.metrics import NO_CLASS, UNKNOWN, Logits, PairedAnswers, join_answers, pair_answers
 from vit_edge.model_file.artifact import ModelFile
+from vit_edge.model_file.tasks import Task
 from vit_edge.progress import Progress
 from vit_edge.runtime.engines.protocol import EngineOptions, installed_engines, refuse_null
 from vit_edge.runtime.loading import load_model
@@ -53,10 +55,15 @@ OpenCandidate: TypeAlias = Callable[[str], AbstractContextManager[Predictor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationImages:
-    """The evaluation images, sorted, and the class of each; UNKNOWN if they are used without labels."""
+    """The evaluation images, sorted, and the class of each; UNKNOWN if they are used without labels.
+
+    A network that does not choose one class has `truths`: of each image a number for each label or value. The class is
+    NO_CLASS then.
+    """
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
+    truths: tuple[tuple[float, ...], ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -73,6 +80,7 @@ class EvaluationImages:
         return EvaluationImages(
             paths=tuple(self.paths[position] for position in positions),
             labels=tuple(self.labels[position] for position in positions),
+            truths=tuple(self.truths[position] for position in positions) if self.truths else (),
         )
 
 
@@ -84,6 +92,7 @@ class EvaluatedImages:
     hashes: tuple[str, ...]
     fingerprints: tuple[str, ...]
     labels_B: npt.NDArray[np.int64]
+    truth_BK: npt.NDArray[np.float64] | None = None
 
     @property
     def path_of(self) -> dict[str, Path]:
@@ -100,13 +109,18 @@ class PairedRun(EvaluatedImages):
 
 
 def find_evaluation_images(
-    data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool
+    data: str | os.PathLike[str], class_names: Sequence[str], *, unlabelled: bool, task: Task = "classification"
 ) -> EvaluationImages:
     """Return the images in `data`, with labels unless `unlabelled` or not in class folders; raises DataRejected.
 
-    Without `class_names`, those of an encoder, any classes will do.
+    Without `class_names`, those of an encoder, any classes will do. `task` is that of the network.
     """
     try:
+        if not unlabelled and task in ("multi-label", "regression") and not lies_loose(data, splits=EVALUATION_SPLITS):
+            read = read_label_sets if task == "multi-label" else read_values
+            truths = read(data, names=class_names, splits=EVALUATION_SPLITS)
+            labels = (NO_CLASS,) * len(truths)
+            return EvaluationImages(paths=tuple(truths), labels=labels, truths=tuple(truths.values()))
         if not unlabelled and not lies_loose(data, splits=EVALUATION_SPLITS):
             found = read_labelled(data, splits=EVALUATION_SPLITS, class_names=class_names or None)
             return EvaluationImages(paths=found.paths, labels=found.labels)
@@ -209,6 +223,7 @@ class ReferenceRun:
             hashes=self._hashes,
             fingerprints=self._fingerprints,
             labels_B=np.array(self.images.labels, dtype=np.int64),
+            truth_BK=np.array(self.images.truths, dtype=np.float64) if self.images.truths else None,
         )
 
 

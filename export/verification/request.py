@@ -15,12 +15,21 @@ from vit_edge.export.verification.paired_run import (
     ReferenceRun,
     find_evaluation_images,
 )
-from vit_edge.export.verification.verdict import Budget, Certifiable, certifiable
+from vit_edge.export.verification.verdict import Budget, Certifiable, certifiable, certifiable_scores
 from vit_edge.files import sha256_hex
-from vit_edge.model_file.artifact import ModelFile, open_model
+from vit_edge.model_file.artifact import Manifest, ModelFile, open_model
 from vit_edge.runtime.engines.protocol import chosen_engines
 
-__all__ = ["Labels", "Model", "VerificationRequest", "check_comparable", "check_kind", "open_request", "opened"]
+__all__ = [
+    "Labels",
+    "Model",
+    "VerificationRequest",
+    "check_comparable",
+    "check_kind",
+    "open_request",
+    "opened",
+    "what_certifies",
+]
 
 Labels = Literal["all", "flips", "none"]
 Path: TypeAlias = str | os.PathLike[str]
@@ -59,7 +68,18 @@ class VerificationRequest:
     @property
     def certifiable(self) -> Certifiable:
         """Return what these images can certify if no prediction changes, before any of them is run."""
-        return certifiable(self.images.num_images, self.budget)
+        return self.certifiable_on(self.images.num_images)
+
+    def certifiable_on(self, images: int) -> Certifiable:
+        """Return what this many images can certify."""
+        return what_certifies(self.model.manifest, images, self.budget, is_labelled=self.labels == "all")
+
+
+def what_certifies(manifest: Manifest, images: int, budget: Budget, *, is_labelled: bool) -> Certifiable:
+    """Return what this many images can certify of such a model if nothing changes."""
+    if manifest.chooses_class or manifest.is_encoder:
+        return certifiable(images, budget)
+    return certifiable_scores(images, budget, is_labelled=is_labelled)
 
 
 def open_request(
@@ -80,7 +100,15 @@ def open_request(
     candidate, source = opened(model), opened(reference)
     check_comparable(candidate, source)
     _check_limits(candidate, min_agreement, min_neighbours)
-    images = find_evaluation_images(data, source.manifest.labels, unlabelled=unlabelled or flips is not None)
+    if flips is not None and source.manifest.task in ("multi-label", "regression"):
+        reason, remedy = (
+            f"flips files are for one class of several; the file is {source.manifest.task}",
+            "leave them out",
+        )
+        raise UsageError("cannot verify", file=candidate.source, reason=reason, remedy=remedy)
+    images = find_evaluation_images(
+        data, source.manifest.labels, unlabelled=unlabelled or flips is not None, task=source.manifest.task
+    )
     labels: Labels = "flips" if flips is not None else "all" if images.labelled else "none"
     budget = _budget(candidate, labels, max_drop_points, min_agreement, min_neighbours)
     both = None if carry_labels else models_sha256(candidate, source)
@@ -161,7 +189,7 @@ def check_comparable(model: ModelFile, reference: ModelFile) -> None:
         reason = f"the file is {reference.manifest.precision}; a reference is float32"
         remedy = "give the file that `vit-edge export` wrote"
         raise UsageError("cannot use the reference", file=reference.source, reason=reason, remedy=remedy)
-    for name in ("labels", "preprocessing", "embedding"):
+    for name in ("labels", "preprocessing", "embedding", "task"):
         if getattr(model.manifest, name) != getattr(reference.manifest, name):
             reason = f"the {name} differ from those of {reference.source}"
             remedy = "give the float32 file that this one was made from"

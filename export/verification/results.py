@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vit_edge.export.verification.flips import Change
 from vit_edge.export.verification.request import Labels
+from vit_edge.export.verification.scores import Scores
 from vit_edge.export.verification.verdict import SEVERITY, Certifiable, Verdict
 from vit_edge.metrics import Comparison
 from vit_edge.runtime.notebook import html_table
@@ -26,13 +27,19 @@ class ClassLoss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineResult(Comparison):
-    """Candidate against reference in one engine; shares are in percent, drops in percentage points."""
+    """Candidate against reference in one engine; shares are in percent, drops in percentage points.
+
+    A network that does not choose one class has `scores`. Its agreement is the share of labels that stay the same, or
+    100 less the mean difference of the values in percent of their range; its drop is that of right labels, or the rise
+    of the error; `worse` and `better` count images.
+    """
 
     engine: str
     verdict: Verdict
     images_needed: int | None
     worst_classes: tuple[ClassLoss, ...]
     changed: tuple[Change, ...]
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)

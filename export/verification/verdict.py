@@ -20,6 +20,13 @@ from vit_edge.export.verification.neighbours import (
     best_certifiable_neighbours,
     fewest_images_for_neighbours,
     images_needed_for_neighbours,
+    mean_lower_bound,
+)
+from vit_edge.export.verification.scores import (
+    PairedScores,
+    best_certifiable_drop,
+    fewest_images_for_drop,
+    fewest_images_for_same,
 )
 from vit_edge.metrics import (
     CONFIDENCE,
@@ -42,9 +49,11 @@ __all__ = [
     "Certifiable",
     "Verdict",
     "certifiable",
+    "certifiable_scores",
     "decide",
     "decide_encoder",
     "decide_from_logits",
+    "decide_scores",
 ]
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -110,6 +119,25 @@ def certifiable(images: int, budget: Budget) -> Certifiable:
     )
 
 
+def certifiable_scores(images: int, budget: Budget, *, is_labelled: bool) -> Certifiable:
+    """Return what a verification of a network that does not choose one class can certify on this many images."""
+    drop, agreement = budget.max_drop_points, budget.min_agreement
+    best_points = best_certifiable_drop(images, is_labelled=is_labelled)
+    best_agreement = best_certifiable_neighbours(images)
+    fewest = [] if drop is None else [fewest_images_for_drop(drop, is_labelled=is_labelled)]
+    fewest += [] if agreement is None else [fewest_images_for_same(agreement)]
+    known = [number for number in fewest if number is not None]
+    too_few = (drop is not None and best_points > drop) or (agreement is not None and best_agreement < agreement)
+    return Certifiable(
+        images=images,
+        best_points=best_points,
+        best_agreement=best_agreement,
+        best_neighbours=best_agreement,
+        too_few=too_few,
+        images_needed=max(known) if len(known) == len(fewest) else None,
+    )
+
+
 def decide(found: Comparison, budget: Budget) -> tuple[Verdict, int | None]:
     """Return the verdict, and how many images would pass at the measured rates (None: unknown, or no number would).
 
@@ -124,9 +152,23 @@ def decide_encoder(found: EncoderComparison, kept_B: Shares, budget: Budget) -> 
 
     `kept_B` is the share of its neighbours that each image keeps.
     """
-    decided = [_decide_neighbours(found, kept_B, budget)]
+    decided = [_decide_neighbours(kept_B, budget)]
     if found.knn is not None:
         decided.append(_decide_drop(found.knn, budget))
+    return _together(decided)
+
+
+def decide_scores(paired: PairedScores, budget: Budget) -> tuple[Verdict, int | None]:
+    """Return the verdict on networks that do not choose one class, and how many images would pass, by the same rules.
+
+    Without labels a change may be a gain as well: the drop cannot fail then.
+    """
+    decided: list[tuple[Verdict, int | None]] = []
+    if budget.max_drop_points is not None:
+        least, best = paired.least_kept(budget.max_drop_points), 0.5 if paired.is_labelled else 1.0
+        decided.append(_decide_mean(paired.kept, least, best=best, may_fail=paired.is_labelled))
+    if budget.min_agreement is not None:
+        decided.append(_decide_mean(paired.same_B, budget.min_agreement))
     return _together(decided)
 
 
@@ -184,15 +226,24 @@ def _decide_agreement(found: Comparison, budget: Budget) -> tuple[Verdict, int |
     return "inconclusive", at_rate if enough or at_rate is not None else fewest_images_for_agreement(limit)
 
 
-def _decide_neighbours(found: EncoderComparison, kept_B: Shares, budget: Budget) -> tuple[Verdict, int | None]:
-    limit, kept = budget.min_neighbours, found.kept
-    if limit is None or kept.lower_bound >= limit:
+def _decide_neighbours(kept_B: Shares, budget: Budget) -> tuple[Verdict, int | None]:
+    limit = budget.min_neighbours
+    return ("pass", None) if limit is None else _decide_mean(kept_B, limit)
+
+
+def _decide_mean(
+    shares_B: Shares, limit: float, *, best: float = 1.0, may_fail: bool = True
+) -> tuple[Verdict, int | None]:
+    """Decide whether the mean of shares is at least `limit` percent; `best` is the share of an unchanged image."""
+    if mean_lower_bound(shares_B) * 100 >= limit:
         return "pass", None
-    enough = _enough_for_neighbours(found.images, budget)
-    if kept.percent < limit and (enough or kept.upper_bound < limit):
+    enough = mean_lower_bound(np.full(len(shares_B), best)) * 100 >= limit
+    surely = 100 - mean_lower_bound(1 - shares_B) * 100 < limit
+    if may_fail and shares_B.mean() * 100 < limit and (enough or surely):
         return "fail", None
-    at_rate = images_needed_for_neighbours(kept_B, min_neighbours=limit)
-    return "inconclusive", at_rate if enough or at_rate is not None else fewest_images_for_neighbours(limit)
+    at_rate = images_needed_for_neighbours(shares_B, min_neighbours=limit)
+    fewest = images_needed_for_neighbours(np.full(1, best), min_neighbours=limit)
+    return "inconclusive", at_rate if enough or at_rate is not None else fewest
 
 
 def _enough_for_drop(images: int, budget: Budget) -> bool:

@@ -17,7 +17,8 @@ from vit_edge.export.verification.flips import changes, class_titles, flips_csv,
 from vit_edge.export.verification.paired_run import EvaluatedImages, PairedRun, run_both
 from vit_edge.export.verification.request import Model, VerificationRequest, check_kind, open_request, opened
 from vit_edge.export.verification.results import ClassLoss, EngineResult, Verification
-from vit_edge.export.verification.verdict import SEVERITY, certifiable, decide
+from vit_edge.export.verification.scored_run import ScoredRun, run_scored, scored_result
+from vit_edge.export.verification.verdict import SEVERITY, decide
 from vit_edge.files import write_atomic
 from vit_edge.metrics import compare_answers
 from vit_edge.model_file.artifact import ModelFile
@@ -79,15 +80,15 @@ def verify(
 
 def run_verification(request: VerificationRequest, *, progress: Progress = silent) -> Verification:
     """Return what `verify` returns, for a request that was opened before."""
-    runs, results = list[PairedRun](), list[EngineResult]()
+    runs, results = list[PairedRun | ScoredRun](), list[EngineResult]()
     for run in _each_engine(request, progress):
         runs.append(run)
-        results.append(_result(run, request))
+        results.append(_result(run, request) if isinstance(run, PairedRun) else scored_result(run, request))
     return Verification(
         verdict=max((r.verdict for r in results), key=SEVERITY.__getitem__),
         max_drop_points=request.budget.max_drop_points,
         min_agreement=request.budget.min_agreement,
-        certifiable=certifiable(results[0].images, request.budget),
+        certifiable=request.certifiable_on(results[0].images),
         labels=request.labels,
         data=request.data,
         data_sha256=set_hash(runs[0].hashes),
@@ -126,17 +127,23 @@ def near_copies(model: ModelFile, run: EvaluatedImages) -> tuple[str, ...]:
     return paths
 
 
-def _each_engine(request: VerificationRequest, progress: Progress) -> Iterator[PairedRun]:
+def _each_engine(request: VerificationRequest, progress: Progress) -> Iterator[PairedRun | ScoredRun]:
     """Yield the predictions in one engine after another, on the very same images; the first run checks these."""
     for number, engine in enumerate(request.engines):
-        run = run_both(
-            request.reference_run, request.model, engine=engine, progress=progress, candidate=request.open_candidate
-        )
+        run = _run(request, engine, progress)
         if number == 0:
             refuse_overlap((request.model.manifest.quantization or {}).get("images", ()), run.path_of)
-            if request.images.labelled:
+            if request.images.labelled and isinstance(run, PairedRun):
                 _check_reference(run, request.reference)
         yield run
+
+
+def _run(request: VerificationRequest, engine: str, progress: Progress) -> PairedRun | ScoredRun:
+    if not request.model.manifest.chooses_class:
+        return run_scored(request, engine, progress)
+    return run_both(
+        request.reference_run, request.model, engine=engine, progress=progress, candidate=request.open_candidate
+    )
 
 
 def _result(run: PairedRun, request: VerificationRequest) -> EngineResult:

@@ -129,7 +129,7 @@ def _classify(
         return
     images.append({"file": printable(image), **prediction.to_dict()})
     if not options.json:
-        answers = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
+        answers = prediction.text
         _print(escaped(f"{printable(image)}: {answers}"))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
 import os
 import weakref
 from collections import Counter
@@ -11,14 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from vit_edge.errors import Closed, EngineUnavailable, ModelRejected
+from vit_edge.files import temporary_folder
 from vit_edge.image import Pixels
 from vit_edge.machine.int8_engines import why_float32
 from vit_edge.machine.targets import target_name
-from vit_edge.model_file.artifact import ModelFile
+from vit_edge.model_file.artifact import Manifest, ModelFile
 from vit_edge.runtime.engines.devices import DEVICES, known_as, unavailable
+from vit_edge.runtime.engines.placement import read_placement
 from vit_edge.runtime.engines.protocol import Array, EngineOptions, Logits, answer, batch_of, log_fallback, private_copy
 
 __all__ = ["ENGINE", "OnnxRuntimeEngine", "devices_here", "make_session"]
@@ -29,6 +34,8 @@ _FATAL = 4
 # This fusion turns a product of two-dimensional input, such as the head, into Gemm before integers are recognised: its
 # weights are then converted back to float at every run. (With a fixed batch it hits every product: 2.61 ms, not 0.37.)
 _DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
+# Providers in packages of their own.
+_PLUGINS = {"QNNExecutionProvider": "onnxruntime_qnn"}
 # What the float parts can be computed in, by provider; the first is what runs where nothing is asked for. CUDA's own
 # choice is TF32, 10 bits of mantissa; others than these compute as they do, and say nothing of it.
 _PRECISIONS: dict[str, dict[str, dict[str, str]]] = {
@@ -61,7 +68,12 @@ class OnnxRuntimeEngine:
         self._manifest = model.manifest
         self.version: str = onnxruntime.__version__
         self.batch_size = batch_of(model.manifest, options)
-        self._session, self.fallback = _open_session(model, options)
+        with temporary_folder() as folder:
+            self._open(model, options, Path(folder) / "profile")
+
+    def _open(self, model: ModelFile, options: EngineOptions, profile: Path) -> None:
+        """Open the session, read back what it is, and check where it runs."""
+        self._session, self.fallback = _open_session(model, options, profile)
         _sessions.add(self._session)
         self.threads = int(self._session.get_session_options().intra_op_num_threads)
         provider = self._session.get_providers()[0]
@@ -69,10 +81,22 @@ class OnnxRuntimeEngine:
         self.float_precision = _read_precision(self._session)
         self.int8_fallback = why_float32(self.name, target_name(model.manifest.quantization))
         self.placement: Mapping[str, int] | None = _placement(self._session)
-        on_cpu = (self.placement or {}).get(_CPU, 0)
-        if provider != _CPU and on_cpu:
-            nodes = sum((self.placement or {}).values())
-            self.fallback = log_fallback(f"{on_cpu} of {nodes} nodes run on the CPU, not on {self.device!r}")
+        if provider != _CPU:
+            self._check_placement(model.manifest, options)
+
+    def _check_placement(self, manifest: Manifest, options: EngineOptions) -> None:
+        """Read from the profile of one run where the nodes ran; raise EngineUnavailable if products ran on the CPU."""
+        batch = self.batch_size or manifest.batch or 1
+        self.run(np.zeros((batch, *manifest.preprocessing.crop, 3), np.uint8))
+        macs = sum((manifest.macs or {}).values()) * batch
+        found = read_placement(Path(self._session.end_profiling()), macs=macs or None)
+        self.placement = found.nodes
+        if found.share == 1:
+            return
+        why = f"{100 * (1 - found.share):.1f} % of the multiply-accumulates run on the CPU, not on {self.device!r}"
+        if not options.allow_fallback:
+            raise _not_there(options.device, why)
+        self.fallback = log_fallback(why)
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return logits float32 [batch, classes]."""
@@ -107,6 +131,7 @@ def make_session(
 
     Its optimised graph is written to `optimised`; how long each node takes to a file whose name begins as `profile`.
     """
+    _register_plugins()
     known = known_as(options.device, "onnxruntime")
     if known is None or known[0] not in onnxruntime.get_available_providers():
         raise unavailable(options.device, f"{', '.join(devices_here())} in ONNX Runtime {onnxruntime.__version__}")
@@ -118,8 +143,6 @@ def make_session(
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Releases that do not know this entry take no notice of it.
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if known[0] != _CPU and not options.allow_fallback:
-        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if options.batch_size is not None and model.manifest.batch is None:
         settings.add_free_dimension_override_by_name(_name_of_batch(model), options.batch_size)
     if optimised is not None:
@@ -129,18 +152,22 @@ def make_session(
         settings.profile_file_prefix = str(profile)
     provider = (known[0], _precision(known[0], options)[1])
     try:
-        return _load(model, settings, [provider, *([_CPU] if options.allow_fallback and known[0] != _CPU else [])])
+        # The CPU takes what a provider has no kernel for, such as casts of pixels; `placement` is read from a profile.
+        return _load(model, settings, [provider, *([_CPU] if known[0] != _CPU else [])])
     except Exception as error:  # its exceptions share no base but this
         if known[0] != _CPU:
             raise _not_there(options.device, str(error)) from error
         raise _failed("load", error) from error
 
 
-def _open_session(model: ModelFile, options: EngineOptions) -> tuple[Any, str | None]:
-    """Return a session on the device that was asked for, or on the CPU with the reason where that is allowed."""
+def _open_session(model: ModelFile, options: EngineOptions, profile: Path) -> tuple[Any, str | None]:
+    """Return a session on the device that was asked for, or on the CPU with the reason where that is allowed.
+
+    On any other device than the CPU its profile is to be ended after the first run.
+    """
+    expected = known_as(options.device, "onnxruntime")
     try:
-        session = make_session(model, options)
-        expected = known_as(options.device, "onnxruntime")
+        session = make_session(model, options, profile=profile if options.device != "cpu" else None)
         running = session.get_providers()
         if expected and running[0] != expected[0]:
             raise _not_there(options.device, f"it runs on {', '.join(running)}")
@@ -186,8 +213,17 @@ def _placement(session: Any) -> dict[str, int] | None:
 
 def devices_here() -> list[str]:
     """Return the devices that this build of ONNX Runtime was made for; a load shows whether their drivers are here."""
+    _register_plugins()
     present = set(onnxruntime.get_available_providers())
     return [name for name, device in DEVICES.items() if device.onnxruntime in present]
+
+
+def _register_plugins() -> None:
+    """Make providers known that come in a package of their own and are installed."""
+    for provider, package in _PLUGINS.items():
+        if provider not in onnxruntime.get_available_providers() and importlib.util.find_spec(package) is not None:
+            library = importlib.import_module(package).get_library_path()
+            onnxruntime.register_execution_provider_library(provider, library)
 
 
 def _not_there(device: str, why: str) -> EngineUnavailable:

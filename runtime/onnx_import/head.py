@@ -9,11 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from vit_edge.errors import ModelRejected, UsageError
-from vit_edge.model_file.artifact import Activation
 from vit_edge.model_file.onnx_schema import FLOAT, INT
+from vit_edge.model_file.tasks import Activation
 from vit_edge.runtime.onnx_import.editing import merge_tensors, prune, rename_tensor, set_shape
 
-__all__ = ["Output", "are_probabilities", "check_classes", "drop_activation", "set_output", "settled_activation"]
+__all__ = [
+    "Output",
+    "add_zero_logit",
+    "are_probabilities",
+    "check_labels",
+    "drop_activation",
+    "one_value",
+    "set_output",
+    "settled_activation",
+]
 
 # Operators between the activation and the output that change neither values nor their order.
 _SAME_VALUES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze")
@@ -63,17 +72,31 @@ def settled_activation(declared: Activation | None, found: Activation | None) ->
     return declared or found or "softmax"
 
 
-def check_classes(num_classes: int, num_labels: int | None) -> None:
-    """Raise unless a model has several classes and one label for each."""
-    if num_classes == 1:
-        reason = "the model gives one value for each image; vit-edge needs one logit for each of two or more classes"
-        remedy = (
-            "give a binary model two logits, for example torch.cat([torch.zeros_like(z), z], dim=1), and two labels"
-        )
-        raise ModelRejected("cannot load", reason=reason, remedy=remedy)
-    if num_labels is not None and num_classes != num_labels:
-        reason = f"{num_labels} labels for {num_classes} classes"
+def check_labels(num_values: int, num_labels: int) -> None:
+    """Raise UsageError unless there is one label for each value; a network of one logit may have one or two."""
+    if num_values != num_labels and (num_values, num_labels) != (1, 2):
+        kind = "classes" if num_values > 1 else "value"
+        reason = f"{num_labels} labels for {num_values} {kind}"
         raise UsageError("cannot load", reason=reason, remedy="give one label for each class, in order")
+
+
+def one_value(file: str | None = None, *, what: str = "cannot load") -> ModelRejected:
+    """Return the error for a network of one value for each image that does not say what the value is."""
+    reason = "the model gives one value for each image, which may be the logit of a class or a quantity"
+    remedy = "give the activation: sigmoid (`--activation sigmoid`) for the logit of a class, none for a quantity"
+    return ModelRejected(what, file=file, reason=reason, remedy=remedy)
+
+
+def add_zero_logit(graph: Any) -> None:
+    """Turn the one logit z of a graph into the logits 0 and z of two classes: their softmax is the sigmoid of z."""
+    rename_tensor(graph, "logits", "logits.one")
+    graph.initializer.add(
+        name="logits.zero_and_one", data_type=FLOAT, dims=[2], raw_data=np.array([0, 1], "<f4").tobytes()
+    )
+    inputs = ["logits.one", "logits.zero_and_one"]
+    graph.node.add(input=inputs, output=["logits"], name="logits", op_type="Mul")
+    graph.output[0].name = "logits"
+    graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
 
 
 def are_probabilities(values_BK: npt.NDArray[Any]) -> bool:

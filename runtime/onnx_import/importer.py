@@ -18,8 +18,17 @@ from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Preprocessing
 from vit_edge.model_file.artifact import MODEL_BYTES, Manifest, ModelFile, seal_state
 from vit_edge.model_file.onnx_schema import FLOAT, FLOAT16, parse
+from vit_edge.model_file.tasks import binary_labels, settled_task
 from vit_edge.runtime.onnx_import.external_weights import take_in_weights
-from vit_edge.runtime.onnx_import.head import Output, check_classes, drop_activation, set_output, settled_activation
+from vit_edge.runtime.onnx_import.head import (
+    Output,
+    add_zero_logit,
+    check_labels,
+    drop_activation,
+    one_value,
+    set_output,
+    settled_activation,
+)
 from vit_edge.runtime.onnx_import.interface import IMPORT, read_input, rejected, set_input
 
 __all__ = ["is_third_party", "parsed", "read_third_party"]
@@ -67,9 +76,14 @@ def _read(
     producer, precision = proto.producer_name, _precision(graph)
     entry = read_input(graph, preprocessing)
     output = _output(graph, len(labels))
-    activation = settled_activation(None, drop_activation(graph, output.name, rank=output.rank))
+    found = drop_activation(graph, output.name, rank=output.rank)
+    activation, task = settled_activation(None, found), settled_task(None, found, output.num_classes)
+    if task is None:
+        raise one_value()
     fields = set_input(graph, entry, preprocessing, entry.batch_size)
     set_output(graph, output, entry.batch_size)
+    if task == "binary":
+        add_zero_logit(graph)
     proto.producer_name, proto.producer_version = "vit-edge", vit_edge.__version__
     del graph.value_info[:]  # shapes of the tensors between; engines find them again
     more = {"source_weights_sha256": weights} if weights else {}
@@ -77,10 +91,11 @@ def _read(
         name=printable(Path(name).stem),
         architecture={"family": "onnx", "producer": producer},
         preprocessing=preprocessing,
-        labels=labels,
+        labels=binary_labels(labels) if task == "binary" else labels,
         precision=precision,
         input=fields,
-        activation=activation,
+        activation="softmax" if task == "binary" else activation,
+        task=task,
         provenance={
             "form": "third-party",
             "source_sha256": sha256_hex(data),
@@ -120,11 +135,12 @@ def _output(graph: Any, num_labels: int) -> Output:
     if not fitting:
         raise rejected(f"no output of {', '.join(shapes)} is float32 or float16 [batch, classes]", IMPORT)
     dtype, sizes = shapes[fitting[0]]
-    check_classes((sizes[1] if sizes else 0) or num_labels, num_labels)
+    num_values = (sizes[1] if sizes else 0) or num_labels
+    check_labels(num_values, num_labels)
     return Output(
         name=fitting[0],
         rank=len(sizes) or 2,
-        num_classes=num_labels,
+        num_classes=num_values,
         dtype="float16" if dtype == FLOAT16 else "float32",
     )
 

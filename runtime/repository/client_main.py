@@ -11,6 +11,7 @@ sends the golden inputs and compares the logits with those of the model file: ex
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
@@ -21,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from vit_edge.errors import EngineUnavailable, InputError, VitEdgeError
+from vit_edge.errors import EngineUnavailable, InputError, VitEdgeError, escaped, printable
 from vit_edge.image import Pixels
 from vit_edge.metrics import activated
 from vit_edge.model_file.artifact import Manifest
 from vit_edge.runtime.checks.golden import check_golden, check_images
 from vit_edge.runtime.engines.protocol import Engine, Logits
-from vit_edge.runtime.serving.open_inference import HEADER_LENGTH, encode_request, read_logits
+from vit_edge.runtime.serving.open_inference import HEADER_LENGTH, UNREADABLE, encode_request, read_logits
 
 __all__ = ["Server", "main"]
 
 _HERE = Path(__file__).resolve().parent
-_TIMEOUT_S = 60
+_TIMEOUT_S, _MOST_BYTES = 60, 200_000_000
 
 
 class Server:
@@ -47,7 +48,11 @@ class Server:
     def __init__(self, url: str, *, model: str, engine: str, manifest: Manifest) -> None:
         self.name, self._manifest = engine, manifest
         self._url = f"{url.rstrip('/')}/v2/models/{model}"
-        (self._input,) = json.loads(self._ask("")[0])["inputs"]
+        try:
+            (entry,) = json.loads(self._ask("")[0])["inputs"]
+            self._input = {"name": str(entry["name"]), "datatype": str(entry["datatype"])}
+        except UNREADABLE as error:
+            raise self._unavailable(f"the response does not describe the model ({error})") from error
 
     def run(self, images_NHWC: Pixels) -> Logits:
         """Return float32 logits [batch, classes] of images after preprocessing; raises EngineUnavailable."""
@@ -57,7 +62,7 @@ class Server:
         content, length = self._ask("/infer", body, headers)
         try:
             return read_logits(content, length)
-        except (KeyError, StopIteration, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise self._unavailable(f"the response has no logits ({error})") from error
 
     def tensors(self, images: Any, names: Sequence[str]) -> list[Any]:
@@ -72,14 +77,14 @@ class Server:
         """Do nothing: no connection stays open."""
 
     def _ask(self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[bytes, Any]:
-        request = urllib.request.Request(f"{self._url}{path}", data=body, headers=headers or {})
         try:
+            request = urllib.request.Request(f"{self._url}{path}", data=body, headers=headers or {})
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-                return response.read(), response.headers.get(HEADER_LENGTH)
+                return response.read(_MOST_BYTES), response.headers.get(HEADER_LENGTH)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._unavailable(f"status {error.code}: {error.read(300).decode(errors='replace')}") from error
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._unavailable(str(error)) from error
 
     def _unavailable(self, reason: str) -> EngineUnavailable:
@@ -118,8 +123,12 @@ def _check(server: Server, manifest: Manifest) -> None:
 def _classify(server: Server, manifest: Manifest, path: Path) -> None:
     logits_BK = server.run(manifest.preprocessing.pixels(path)[np.newaxis])
     probabilities_K = activated(logits_BK, manifest.activation)[0]
+    if manifest.task == "regression":
+        values = (f"{label} {value:.6g}" for label, value in zip(manifest.labels, probabilities_K, strict=True))
+        print(f"{path}: {'  '.join(values)}")
+        return
     best = int(probabilities_K.argmax())
-    print(f"{path}: {manifest.labels[best]} {probabilities_K[best]:.1%}")
+    print(f"{printable(path)}: {escaped(manifest.labels[best])} {probabilities_K[best]:.1%}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from vit_edge.model_file.artifact import Manifest
 
 __all__ = [
     "HEADER_LENGTH",
+    "UNREADABLE",
     "InferRequest",
     "encode_request",
     "model_metadata",
@@ -37,6 +38,8 @@ __all__ = [
 HEADER_LENGTH = "Inference-Header-Content-Length"
 INPUT, OUTPUT = "images", "logits"
 _VERSION = "1"
+# What JSON of another shape, or numbers out of range, raise while they are read.
+UNREADABLE = (AttributeError, LookupError, OverflowError, RecursionError, StopIteration, TypeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +83,7 @@ def read_request(body: bytes, header_length: str | None, manifest: Manifest) -> 
         outputs = header.get("outputs") or [{"name": OUTPUT, **_defaults(header)}]
         names, identity = [output["name"] for output in outputs], header.get("id")
         is_binary = bool(outputs[0].get("parameters", {}).get("binary_data", False))
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise _refused(f"the body cannot be read ({type(error).__name__}: {str(error)[:100]})") from error
     if tensor.get("name") != INPUT or names != [OUTPUT]:
         raise _refused(f"the model has the input {INPUT!r} and the output {OUTPUT!r}, no others")
@@ -108,7 +111,7 @@ def encode_request(tensor: npt.NDArray[Any], *, name: str, datatype: str) -> tup
 
 
 def read_logits(body: bytes, header_length: str | None) -> Logits:
-    """Return the logits in the body of a response; raises ValueError or KeyError if there are none."""
+    """Return the logits in the body of a response; raises one of UNREADABLE if there are none."""
     header, raw = _split(body, header_length)
     entry = next(output for output in header["outputs"] if output["name"] == OUTPUT)
     return _tensor(entry, raw, "FP32", np.dtype("<f4")).astype(np.float32)

@@ -191,6 +191,34 @@ def test_a_member_that_claims_more_than_the_archive_holds_is_refused(tmp_path: P
         find_images(tmp_path / "s.tar")
 
 
+def extended(records: bytes, *, times: int = 1) -> bytes:
+    """Return extended headers with these records, for the member that follows."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    return (header.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)) * times
+
+
+@pytest.mark.parametrize(
+    ("name", "headers", "reason"),
+    [
+        ("._a", extended(b"14 size=-1536\n"), "has -1,536 bytes"),  # the next header would be this one again
+        (
+            "a.png",
+            extended(b"7 a=bb\n", times=3_000),
+            "damaged",
+        ),  # tarfile reads a header of a header in a call of its own
+        ("a.png", extended(b"22 GNU.sparse.map=1,x\n"), "damaged"),
+        ("a.png", extended(b"99999999999999999999 a=b\n"), "damaged"),
+    ],
+)
+def test_headers_that_would_loop_recurse_or_overflow_are_refused(
+    tmp_path: Path, name: str, headers: bytes, reason: str
+) -> None:
+    (tmp_path / "s.tar").write_bytes(headers + tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    with pytest.raises(DataRejected, match=reason):
+        find_images(tmp_path / "s.tar")
+
+
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", samples(0, 2), mode="w:gz")
     with pytest.raises(DataRejected, match="not an uncompressed tar"):
@@ -273,6 +301,29 @@ def test_a_parquet_file_without_images_or_damaged_is_refused(parquet: Callable[.
     file = parquet("a.parquet")
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(DataRejected, match="not Parquet, or it is damaged"):
+        find_images(file)
+
+
+def test_damage_in_the_pages_of_a_parquet_file_is_one_image_or_one_error(parquet: Callable[..., Path]) -> None:
+    file = parquet("a.parquet")
+    data = file.read_bytes()
+    file.write_bytes(data[:4] + b"\xff" * 40 + data[44:])
+    first, *_, last = find_images(file)
+    with pytest.raises(ImageRejected, match="the row cannot be read"):
+        read_file(first, what="image", max_bytes=10**6, error=ImageRejected)
+    assert read_file(last, what="image", max_bytes=10**6, error=ImageRejected) == png(5)
+
+
+def test_a_parquet_file_of_more_than_a_data_set_of_images_is_refused(
+    parquet: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = parquet("a.parquet")
+    with monkeypatch.context() as limit:
+        limit.setattr("vit_edge.data.parquet_shards.MOST_IMAGES", 5)
+        with pytest.raises(DataRejected, match="6 rows; at most 5"):
+            find_images(file)
+    monkeypatch.setattr("vit_edge.data.parquet_shards._MOST_ROW_GROUP_BYTES", 1_000)
+    with pytest.raises(DataRejected, match="at most 1,000 are read at once"):
         find_images(file)
 
 

@@ -61,6 +61,21 @@ def named(tensor: str, inputs: list[str], kind: str) -> Change:
     return lambda model: model.graph.node.append(helper.make_node(kind, inputs, [tensor], name=tensor))
 
 
+def with_a_graph_inside(model: onnx.ModelProto) -> None:
+    inner = helper.make_graph([], "inner", [], [])
+    model.graph.node.append(helper.make_node("Identity", ["logits"], ["x"], name="n", body=inner))
+
+
+def with_a_constant_outside(model: onnx.ModelProto) -> None:
+    tensor = numpy_helper.from_array(np.zeros(1, np.float32))
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    model.graph.node.append(helper.make_node("Constant", [], ["x"], name="n", value=tensor))
+
+
+def with_batch(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+
+
 GRAPHS: dict[str, tuple[Change, str]] = {
     "24 doubling Concats": (doubled(25), "Concat.* values for one image"),
     "Pad of 2^14": (appended("Pad", "logits", pads=np.array([0, 0, 2**14, 2**14])), "Pad.*values for one"),
@@ -80,6 +95,12 @@ GRAPHS: dict[str, tuple[Change, str]] = {
     "empty bias": (named("n", ["logits", "logits", ""], "LayerNormalization"), "no input 2, which is required"),
     "empty weight": (named("n", ["logits", ""], "MatMul"), "no input 1, which is required"),
     "two inputs": (named("n", ["logits", "logits"], "LayerNormalization"), "2 inputs; at least 3 are needed"),
+    "an input from nowhere": (named("n", ["nowhere"], "Relu"), "reads what no node before it makes"),
+    "a graph inside a node": (with_a_graph_inside, "node 'n' holds a graph of its own"),
+    "a constant in another file": (with_a_constant_outside, "a constant of node 'n' lies in another file"),
+    "another output": (lambda m: setattr(m.graph.output[0], "name", "x"), "the manifest says otherwise"),
+    "an output without a shape": (lambda m: m.graph.output[0].type.tensor_type.ClearField("shape"), "has no shape"),
+    "a fixed batch": (with_batch, "the batch is fixed at 4"),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from vit_edge.data.folders import rejected
 from vit_edge.errors import DataRejected, printable
 from vit_edge.files import read_file
 
-__all__ = ["DELIMITERS", "find_label_file", "read_label_file"]
+__all__ = ["DELIMITERS", "column_name", "find_label_file", "read_label_file", "read_rows"]
 
 _NAMES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv", "metadata.jsonl")
 # The first of these columns that is there counts; headers are compared in lower case, spaces as underscores.
@@ -58,6 +58,26 @@ def read_label_file(file: Path, *, labelled: bool = True) -> list[tuple[Path, st
     return list(pairs.values())
 
 
+def read_rows(file: Path) -> list[tuple[Path, dict[str, str]]]:
+    """Return the images that a label file names, and each row by its columns; raises DataRejected.
+
+    Columns are named as `column_name` does. Cells beyond the header belong to the last column, separated by `|`.
+    """
+    columns, rows = _table(file)
+    file_column = _column(file, columns, _FILE_COLUMNS, "the image")
+    last = len(columns) - 1
+    whole = [[*row[:last], "|".join(filter(None, row[last:]))] for row in rows]
+    found = [(_existing(file.parent, row[file_column]), dict(zip(columns, row, strict=True))) for row in whole]
+    missing = [row[file_column] for row, (path, _) in zip(rows, found, strict=True) if path is None]
+    _refuse(file, missing, {}, num_rows=len(rows))
+    return [(path, row) for path, row in found if path is not None]
+
+
+def column_name(text: str) -> str:
+    """Return the name of a column as the columns of label files are compared."""
+    return unicodedata.normalize("NFC", text.strip()).lower().replace(" ", "_")
+
+
 def _refuse(file: Path, missing: Sequence[str], several: Mapping[Path, tuple[str, str]], *, num_rows: int) -> None:
     if missing:
         named = ", ".join(printable(name) for name in missing[:_NUM_NAMED])
@@ -80,7 +100,7 @@ def _table(file: Path) -> tuple[list[str], list[list[str]]]:
         raise rejected(file, f"the file is not {kind} in UTF-8 ({error})", f"save it as {kind} in UTF-8") from error
     if len(lines) < 2:
         raise rejected(file, f"the file has {len(lines)} rows", "write a header and one row for each image")
-    columns = [field.lower().replace(" ", "_") for field in lines[0]]
+    columns = [column_name(field) for field in lines[0]]
     return columns, [row + [""] * (len(columns) - len(row)) for row in lines[1:]]
 
 
@@ -94,7 +114,7 @@ def _rows(text: str) -> Iterator[list[str]]:
 
 
 def _json_rows(text: str) -> Iterator[list[str]]:
-    """Yield the names of all fields, then their values in each line; a field that is no text or number is empty."""
+    """Yield the names of all fields, then their values in each line; lists are joined, other fields are empty."""
     objects = [json.loads(line) for line in text.splitlines() if line.strip()]
     if not all(isinstance(fields, dict) for fields in objects):
         raise ValueError("a line is no object")
@@ -102,8 +122,14 @@ def _json_rows(text: str) -> Iterator[list[str]]:
     yield names
     for fields in objects:
         values = [fields.get(name, "") for name in names]
-        known = [str(value) if isinstance(value, str | int | float) else "" for value in values]
+        known = [_text_of(value) for value in values]
         yield [unicodedata.normalize("NFC", value.strip()) for value in known]
+
+
+def _text_of(value: object) -> str:
+    if isinstance(value, list):
+        return "|".join(map(_text_of, value))
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def _column(file: Path, columns: Sequence[str], known: Sequence[str], what: str) -> int:

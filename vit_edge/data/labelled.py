@@ -22,6 +22,8 @@ __all__ = [
     "LabelledImages",
     "Splits",
     "hold_out",
+    "is_below",
+    "label_file_of",
     "lies_loose",
     "read_class_names",
     "read_labelled",
@@ -268,15 +270,32 @@ def _split_folder(root: Path, splits: Sequence[str], *, labelled: bool = True) -
     raise rejected(root, f"the folder is divided into {found}", f"give the path of {wanted}")
 
 
+def label_file_of(folder: str | os.PathLike[str], *, splits: Sequence[str] = ()) -> tuple[Path, Path | None]:
+    """Return the folder of the images, that of the first of `splits` if there are any, and its label file or None.
+
+    The label file may be one for all splits. Raises DataRejected.
+    """
+    root = _split_folder(existing_folder(folder), splits, labelled=False)
+    return root, _label_file(root, Path(folder))
+
+
+def _label_file(root: Path, folder: Path) -> Path | None:
+    file = find_label_file(root)
+    return find_label_file(root.parent) if file is None and root != folder else file  # one file for all splits
+
+
 def _listed(root: Path, folder: Path, *, labelled: bool = True) -> list[tuple[Path, str]] | None:
     """Return what a label file says of the images below `root`, which is `folder` or a split of it; None without."""
-    file = find_label_file(root)
-    if file is not None:
-        return read_label_file(file, labelled=labelled)
-    file = find_label_file(root.parent) if root != folder else None  # one file for all splits
+    file = _label_file(root, folder)
     if file is None:
         return None
-    return [pair for pair in read_label_file(file, labelled=labelled) if _below(pair[0], root) != pair[0]]
+    pairs = read_label_file(file, labelled=labelled)
+    return pairs if file.parent == root else [pair for pair in pairs if is_below(pair[0], root)]
+
+
+def is_below(path: Path, folder: Path) -> bool:
+    """Return whether the path is in the folder or further below, however the two are spelled."""
+    return _below(path, folder) != path
 
 
 def _below(path: Path, folder: Path) -> Path:

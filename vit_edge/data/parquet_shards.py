@@ -17,11 +17,16 @@ from vit_edge.data.tar_shards import LabelledPath
 from vit_edge.errors import MissingExtra
 from vit_edge.files import PackedFile
 
-__all__ = ["read_parquet"]
+__all__ = ["MOST_IMAGES", "read_parquet"]
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
 _ROW_GROUPS_KEPT = 4
+# A row group is read whole: that of a usual data set has a hundred to a thousand images.
+_MOST_ROW_GROUP_BYTES = 2**31
+MOST_IMAGES = 10_000_000
+# What pyarrow raises on damaged files: its own errors are subclasses of these.
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +39,10 @@ class _ParquetPart:
     size_bytes: int = 0
 
     def read(self, archive: Path) -> bytes:
-        value = _row_group(archive, self.column, self.row_group)[self.row].as_py()
+        try:
+            value = _row_group(archive, self.column, self.row_group)[self.row].as_py()
+        except _DAMAGED as error:
+            raise ValueError(f"the row cannot be read ({_said(error)})") from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ValueError("the row holds no bytes of an image")
@@ -43,11 +51,21 @@ class _ParquetPart:
 
 def read_parquet(archive: Path) -> list[LabelledPath]:
     """Return the images of a Parquet file, and the label of each or None; raises DataRejected, MissingExtra."""
-    file, names = _opened(archive)
+    parquet = _pyarrow_parquet()
+    try:
+        return _rows(parquet.ParquetFile(archive), archive)
+    except _DAMAGED as error:
+        reason = f"the file is not Parquet, or it is damaged ({_said(error)})"
+        raise rejected(archive, reason, "copy or write it again") from error
+
+
+def _rows(file: Any, archive: Path) -> list[LabelledPath]:
+    names = list(file.schema_arrow.names)
     image, label = _column(names, _IMAGE_COLUMNS), _column(names, _LABEL_COLUMNS)
     if image is None:
         reason = f"the file has no column {' or '.join(_IMAGE_COLUMNS)}; its columns are {', '.join(names)}"
         raise rejected(archive, reason, "name the column of the images so")
+    _check_sizes(file.metadata, archive)
     titles = _class_names(file, label)
     found: list[LabelledPath] = []
     for group in range(file.metadata.num_row_groups):
@@ -59,14 +77,21 @@ def read_parquet(archive: Path) -> list[LabelledPath]:
     return found
 
 
-def _opened(archive: Path) -> tuple[Any, list[str]]:
-    parquet = _pyarrow_parquet()
-    try:
-        file = parquet.ParquetFile(archive)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        reason = f"the file is not Parquet, or it is damaged ({str(error)[:200]})"
-        raise rejected(archive, reason, "copy or write it again") from error
-    return file, list(file.schema_arrow.names)
+def _check_sizes(metadata: Any, archive: Path) -> None:
+    """Raise DataRejected before more is read than a data set of images has."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    counts = [group.num_rows for group in groups]
+    if min(counts, default=0) < 0 or sum(counts) > MOST_IMAGES:
+        reason = f"the file says that it has {sum(counts):,} rows; at most {MOST_IMAGES:,} are read"
+        raise rejected(archive, reason, "divide it into several files")
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > _MOST_ROW_GROUP_BYTES:
+        reason = f"a row group has {largest:,} bytes; at most {_MOST_ROW_GROUP_BYTES:,} are read at once"
+        raise rejected(archive, reason, "write it with smaller row groups, such as 100 images")
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 @functools.lru_cache(maxsize=_ROW_GROUPS_KEPT)

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from vit_edge.data.folders import images_below, is_passed_over, rejected, walk
-from vit_edge.data.parquet_shards import read_parquet
+from vit_edge.data.parquet_shards import MOST_IMAGES, read_parquet
 from vit_edge.data.tar_shards import LabelledPath, read_tar
 from vit_edge.errors import printable
 
 __all__ = ["draw_images", "find_images", "find_shards", "images_named", "is_shard", "read_shards", "shards_by_split"]
 
 _READERS = {".tar": read_tar, ".parquet": read_parquet}
-_MOST_IMAGES = 10_000_000
 
 
 def find_images(source: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -88,8 +87,8 @@ def read_shards(shards: Sequence[Path]) -> list[LabelledPath]:
     found: list[LabelledPath] = []
     for shard in shards:
         found += _READERS[shard.suffix.lower()](shard)
-        if len(found) > _MOST_IMAGES:
-            raise rejected(shard, f"the shards hold more than {_MOST_IMAGES:,} images", "give fewer shards")
+        if len(found) > MOST_IMAGES:
+            raise rejected(shard, f"the shards hold more than {MOST_IMAGES:,} images", "give fewer shards")
     if not found:
         raise rejected(shards[0], "the shards hold no image that can be read", "name the images as in key.jpg")
     return found

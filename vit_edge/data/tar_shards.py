@@ -80,7 +80,7 @@ def _members(archive: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile
                 stem, _, ending = base.partition(".")
                 if not is_passed_over(base) and stem:
                     yield f"{folder}/{stem}" if folder else stem, ending.lower(), member, tar
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # headers may hold any number
         reason = f"the file is not an uncompressed tar archive, or it is damaged ({error})"
         raise _refused(archive, reason, "write it again without compression") from error
     except OSError as error:
@@ -93,6 +93,8 @@ def _check_member(archive: Path, member: tarfile.TarInfo, size_bytes: int) -> No
         raise _refused(archive, f"{member.name!r} is {kind}", "write plain files only")
     if member.name.startswith(("/", "\\")) or ".." in member.name.split("/") or "\0" in member.name:
         raise _refused(archive, f"the name {member.name!r} leads out of the archive", "write relative names")
+    if member.size < 0:  # the next header would be read from before this one, for ever
+        raise _refused(archive, f"{member.name!r} has {member.size:,} bytes", "copy or write it again")
     if member.offset_data + member.size > size_bytes:
         reason = f"the archive ends before {member.name!r} does, which has {member.size:,} bytes"
         raise _refused(archive, reason, "copy or write it again")

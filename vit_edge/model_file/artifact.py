@@ -25,6 +25,7 @@ from vit_edge.files import kind_of, read_file, sha256_hex
 from vit_edge.image import Pixels, Preprocessing
 from vit_edge.model_file.golden_fields import check_golden_fields
 from vit_edge.model_file.onnx_schema import parse, property_bytes
+from vit_edge.model_file.tasks import ACTIVATION_OF, Activation, Task
 from vit_edge.model_file.weights import checked_weights, is_plain_name
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ __all__ = [
     "PRODUCER",
     "SCHEMA",
     "SEAL_KEY",
-    "Activation",
     "FilePrecision",
     "Manifest",
     "ModelFile",
@@ -68,8 +68,6 @@ _OUTPUTS_OF = {
 MOST_OUTPUTS = max(map(len, _OUTPUTS_OF.values()))
 _LARGEST_WIDTH = 65_536
 MOST_BATCH = 1024
-# What turns logits into probabilities: one class of several, several classes at once, or nothing (regression).
-Activation: TypeAlias = Literal["softmax", "sigmoid", "none"]
 # "int8" has constant ranges; "int8-dynamic" computes the ranges of activations at run time.
 FilePrecision: TypeAlias = Literal["float32", "float16", "int8", "int8-dynamic"]
 
@@ -119,6 +117,7 @@ class Manifest:
     input: Mapping[str, Any] = field(default_factory=lambda: dict(PIXELS_INPUT))
     outputs: tuple[str, ...] = ("logits",)
     activation: Activation = "softmax"
+    task: Task = "classification"
     license: str | None = None
     base_model: str | None = None
     quantization: Mapping[str, Any] | None = None
@@ -136,8 +135,10 @@ class Manifest:
                 raise ValueError(f"the manifest's {name} is {type(getattr(self, name)).__name__}")
         if self.precision not in get_args(FilePrecision):
             raise ValueError(f"the manifest's precision is {self.precision!r}")
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"the manifest's activation is {self.activation!r}")
+        if self.task not in get_args(Task):
+            raise ValueError(f"the manifest's task is {self.task!r}")
+        if self.activation not in ACTIVATION_OF[self.task]:
+            raise ValueError(f"the manifest's activation is {self.activation!r}, its task {self.task!r}")
         layout = {key: self.input.get(key) for key in ("dtype", "layout")}
         if layout not in ({"dtype": "uint8", "layout": "NHWC"}, {"dtype": "float32", "layout": "NCHW"}):
             raise ValueError(f"the manifest's input is {dict(self.input)}; neither uint8 NHWC nor float32 NCHW")
@@ -162,6 +163,8 @@ class Manifest:
         if self.is_encoder == bool(self.labels) or not all(isinstance(label, str) for label in self.labels):
             needed = "a classifier has a list of texts, an encoder none"
             raise ValueError(f"the manifest's labels do not fit its outputs: {needed}")
+        if self.task != "classification" and (self.is_encoder or (self.task == "binary" and len(self.labels) != 2)):
+            raise ValueError(f"the manifest's labels do not fit its task, {self.task!r}")
         if not 1 <= self.num_values <= _LARGEST_WIDTH:
             raise ValueError(f"the width of the manifest's embedding is {self.num_values}")
 
@@ -169,6 +172,11 @@ class Manifest:
     def is_encoder(self) -> bool:
         """Return whether the model gives a vector for each image, not classes."""
         return self.embedding is not None
+
+    @property
+    def chooses_class(self) -> bool:
+        """Return whether the largest logit of an image is its prediction."""
+        return not self.is_encoder and self.task in ("classification", "binary")
 
     @property
     def output(self) -> str:
@@ -201,6 +209,7 @@ class Manifest:
             "macs": None,
             "weights": None,
             "activation": "softmax",
+            "task": "classification",
             "embedding": None,
         }
         known = {name: value for name, value in known.items() if name not in defaults or value != defaults[name]}

@@ -112,13 +112,30 @@ _ModelProto = _build()
 
 
 def parse(data: bytes) -> Any:
-    """Return the ModelProto in `data`; raises ValueError where it is none."""
+    """Return the ModelProto in `data`; raises ValueError if the bytes are no such message, or its text is not UTF-8."""
     model = _ModelProto()
     try:
         model.ParseFromString(data)
     except (message.DecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
+    _check_text(model)
     return model
+
+
+def _check_text(model: Any) -> None:
+    """Raise ValueError if a name is not UTF-8: protobuf accepts it and gives bytes, which every later step reads."""
+    graph = model.graph
+    values, entries = [*graph.input, *graph.output], [*model.metadata_props]
+    for tensor in graph.initializer:
+        entries += tensor.external_data
+    nodes = [text for n in graph.node for text in (*n.input, *n.output, n.name, n.op_type, n.domain)]
+    others = [entry.name for entry in (graph, *graph.initializer, *values)]
+    properties = [text for entry in entries for text in (entry.key, entry.value)]
+    domains = [model.producer_name, model.producer_version, *(entry.domain for entry in model.opset_import)]
+    try:
+        "".join((*nodes, *others, *properties, *domains))
+    except TypeError as error:
+        raise ValueError("the file holds text that is not UTF-8") from error
 
 
 def one_node() -> bytes:

@@ -17,7 +17,7 @@ __all__ = ["read_partner", "remove_set_aside", "write_together"]
 _SET_ASIDE = ".vit-edge.previous."
 
 
-def write_together(files: Mapping[Path, bytes]) -> None:
+def write_together(files: Mapping[Path, bytes | Iterable[bytes]]) -> None:
     """Write files that belong together as `write_atomic` does; the last one commits all of them.
 
     None is replaced before all are on the disk. Older versions of the files before the last are set aside until the

@@ -119,6 +119,8 @@ class Agent:
             except subprocess.TimeoutExpired:
                 if time.monotonic() > end:
                     os.killpg(self._child.pid, signal.SIGKILL)
+                    with self._child:  # ends it, and closes its pipes
+                        pass
                     self.say(error=f"it was not done in {seconds:g} seconds")
                     return
                 self.say(alive=True)

@@ -26,28 +26,36 @@ __all__ = ["Mixing", "count_attentions", "equalize", "find_mixings"]
 
 Array = npt.NDArray[Any]
 
-_MOVES = ("Reshape", "Transpose", "Split", "Identity", "Squeeze", "Unsqueeze")
+_MOVES = ("Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 _EXPONENT = 0.5
 _SMALLEST_RATIO = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """The constants of a MatMul or Gemm, each used once; the weight is [in, out], or `transposed`."""
+
+    weight: str
+    bias: str | None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Mixing:
-    """One attention: what its projection reads, the constants before and after, and whose output each channel is."""
+    """One attention: what its projection reads, the products before and after, and whose output each channel is."""
 
     input: str
-    projection_weight: str
-    projection_bias: str
-    value_weight: str
-    value_bias: str
+    projection: Product
+    value: Product
     columns_D: npt.NDArray[np.int64]
 
 
 def find_mixings(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> list[Mixing]:
     """Return every attention whose values come from a constant product and go to one.
 
-    `shapes` are those of the tensors for one image. Left alone are those whose constants are shared, whose weights do
-    not come from a softmax over the last axis, or whose channels are not each one column of the value product.
+    `shapes` are those of the tensors for one image. One product may give queries and keys as well, in columns of their
+    own. Left alone are those whose constants are shared, whose weights do not come from a softmax over the last axis,
+    or whose channels are not each one column of the value product.
     """
     graph = _Graph(model)
     found = []
@@ -80,13 +88,21 @@ def equalize(model: onnx.ModelProto, mixings: Sequence[Mixing], ranges: Mapping[
     }
     for mixing in mixings:
         whole_D, middle_D = alignment(ranges[mixing.input], smallest_ratio=_SMALLEST_RATIO)
-        ratio_D, columns_D = whole_D**_EXPONENT, mixing.columns_D
-        values[mixing.value_weight][:, columns_D] /= ratio_D
-        values[mixing.value_bias][columns_D] = (values[mixing.value_bias][columns_D] - middle_D) / ratio_D
-        values[mixing.projection_bias] += middle_D @ values[mixing.projection_weight]
-        values[mixing.projection_weight] *= ratio_D[:, None]
-        for name in (mixing.value_weight, mixing.value_bias, mixing.projection_weight, mixing.projection_bias):
-            tensors[name].CopyFrom(numpy_helper.from_array(values[name].astype(np.float32), name))
+        ratio_D, columns_D, value, projection = whole_D**_EXPONENT, mixing.columns_D, mixing.value, mixing.projection
+        value_IO, projection_IO = (
+            values[product.weight].T if product.transposed else values[product.weight]
+            for product in (value, projection)
+        )
+        value_IO[:, columns_D] /= ratio_D
+        if value.bias is not None and projection.bias is not None:
+            values[value.bias][columns_D] -= middle_D
+            values[projection.bias] += middle_D @ projection_IO
+        if value.bias is not None:
+            values[value.bias][columns_D] /= ratio_D
+        projection_IO *= ratio_D[:, None]
+        for name in (value.weight, value.bias, projection.weight, projection.bias):
+            if name is not None:
+                tensors[name].CopyFrom(numpy_helper.from_array(values[name].astype(np.float32), name))
     return changed
 
 
@@ -102,36 +118,55 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in model.graph.output}
+        self.position = {name: place for place, node in enumerate(model.graph.node) for name in node.output}
 
     def once(self, name: str) -> bool:
         return len(self.readers.get(name, ())) == 1 and name not in self.outputs
 
-    def op(self, node: onnx.NodeProto | None) -> tuple[str, str] | None:
-        """Return weight and bias of a product whose Add `node` is, each used once, or None."""
-        if node is None or node.op_type != "Add":
+    def is_move(self, node: onnx.NodeProto) -> bool:
+        """Return whether a node only moves what its first input holds, in a way that is known."""
+        return node.op_type in _MOVES and {*node.input[1:]} <= self.constants.keys() | {""}
+
+    def product(self, node: onnx.NodeProto | None) -> Product | None:
+        """Return the product whose result, bias included, `node` gives; None if its constants are shared."""
+        if node is None:
             return None
-        bias = next(
-            (name for name in node.input if name in self.constants and len(self.constants[name].dims) == 1), None
-        )
+        if node.op_type == "Gemm":
+            attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+            is_plain = all(attributes.get(name, 1) == 1 for name in ("alpha", "beta")) and not attributes.get("transA")
+            bias = node.input[2] if len(node.input) > 2 else None
+            return self._own(node.input[1], bias, transposed=bool(attributes.get("transB"))) if is_plain else None
+        if node.op_type == "MatMul":
+            return self._own(node.input[1], None)
+        bias = next((name for name in node.input if self._rank(name) == 1), None)
         maker = next((self.makers[name] for name in node.input if name in self.makers), None)
-        if bias is None or maker is None or maker.op_type != "MatMul" or not self.once(maker.output[0]):
+        if node.op_type != "Add" or bias is None or maker is None or maker.op_type != "MatMul":
             return None
-        weight = maker.input[1]
-        plain = (
-            weight in self.constants and len(self.constants[weight].dims) == 2 and self.once(weight) and self.once(bias)
-        )
-        return (weight, bias) if plain else None
+        return self._own(maker.input[1], bias) if self.once(maker.output[0]) else None
+
+    def product_after(self, node: onnx.NodeProto) -> Product | None:
+        """Return the product that begins with `node`."""
+        readers = self.readers.get(node.output[0], [])
+        if node.op_type == "MatMul" and self.once(node.output[0]) and readers[0].op_type == "Add":
+            return self.product(readers[0]) or self.product(node)
+        return self.product(node) if node.op_type in ("Gemm", "MatMul") else None
+
+    def _own(self, weight: str, bias: str | None, *, transposed: bool = False) -> Product | None:
+        is_own = self._rank(weight) == 2 and self.once(weight)
+        is_own &= bias is None or (self._rank(bias) == 1 and self.once(bias))
+        return Product(weight=weight, bias=bias, transposed=transposed) if is_own else None
+
+    def _rank(self, name: str) -> int | None:
+        return len(self.constants[name].dims) if name in self.constants else None
 
 
 def _mixing(projection: onnx.NodeProto, graph: _Graph, shapes: Mapping[str, Sequence[int]]) -> Mixing | None:
     """Return the attention that ends in the product `projection`, or None where there is none to scale."""
-    if projection.op_type != "MatMul" or not graph.once(projection.output[0]):
-        return None
-    after = graph.op(graph.readers[projection.output[0]][0])
-    if after is None or after[0] != projection.input[1]:
+    after = graph.product_after(projection)
+    if after is None or not graph.once(projection.input[0]):
         return None
     attention, moved_after = _back(projection.input[0], graph)
-    if attention is None or attention.op_type != "MatMul" or not graph.once(projection.input[0]):
+    if attention is None or attention.op_type != "MatMul" or not _moved_once(attention, moved_after, graph):
         return None
     softmax = graph.makers.get(attention.input[0])
     if (
@@ -140,35 +175,29 @@ def _mixing(projection: onnx.NodeProto, graph: _Graph, shapes: Mapping[str, Sequ
         or not _over_last_axis(softmax, len(shapes.get(attention.output[0], ())))
     ):
         return None
-    source, moved_before = _back(attention.input[1], graph)
-    before = graph.op(source)
-    if source is None or before is None:
+    source, _ = _back(attention.input[1], graph)
+    value = graph.product(source)
+    if source is None or value is None:
         return None
-    columns_TD = _columns(graph, source.output[0], [*moved_before], attention, moved_after, projection.input[0], shapes)
+    columns_TD = _columns(graph, source.output[0], attention, moved_after, projection.input[0], shapes)
     if columns_TD is None or (columns_TD != columns_TD[0]).any() or len(set(columns_TD[0])) != len(columns_TD[0]):
         return None
-    return Mixing(
-        input=projection.input[0],
-        projection_weight=after[0],
-        projection_bias=after[1],
-        value_weight=before[0],
-        value_bias=before[1],
-        columns_D=columns_TD[0],
-    )
+    return Mixing(input=projection.input[0], projection=after, value=value, columns_D=columns_TD[0])
 
 
 def _back(name: str, graph: _Graph) -> tuple[onnx.NodeProto | None, list[onnx.NodeProto]]:
     """Return the node that computes what `name` holds, and the nodes that only moved it since, in order."""
     moves: list[onnx.NodeProto] = []
     node = graph.makers.get(name)
-    while node is not None and node.op_type in _MOVES:
-        # One reader each, or a part of the columns would be scaled for somebody else too.
-        if not graph.once(name):
-            return None, []
+    while node is not None and graph.is_move(node):
         moves.insert(0, node)
-        name = node.input[0]
-        node = graph.makers.get(name)
-    return (node if graph.once(name) or not moves else None), moves
+        node = graph.makers.get(node.input[0])
+    return node, moves
+
+
+def _moved_once(attention: onnx.NodeProto, moves: Sequence[onnx.NodeProto], graph: _Graph) -> bool:
+    """Return whether nothing but the moves reads what the attention gives."""
+    return all(len(node.output) == 1 and graph.once(node.output[0]) for node in (attention, *moves))
 
 
 def _over_last_axis(softmax: onnx.NodeProto, rank: int) -> bool:
@@ -179,7 +208,6 @@ def _over_last_axis(softmax: onnx.NodeProto, rank: int) -> bool:
 def _columns(
     graph: _Graph,
     source: str,
-    before: Sequence[onnx.NodeProto],
     attention: onnx.NodeProto,
     after: Sequence[onnx.NodeProto],
     end: str,
@@ -187,26 +215,55 @@ def _columns(
 ) -> npt.NDArray[np.int64] | None:
     """Return [tokens, channels]: which column of the value product each channel of the projection's input is.
 
-    The moves themselves tell: they are run on the columns' numbers. Mixing replaces tokens and keeps the rest.
+    The moves themselves tell: they are run on the columns' numbers. Mixing replaces tokens and keeps the rest. None if
+    a column of the values is read by anything but the attention.
     """
-    shape = shapes[source]
-    numbers = np.broadcast_to(np.arange(shape[-1], dtype=np.float32), shape)
-    values = _moved(graph, before, source, attention.input[1], numbers)
-    asked = shapes[attention.output[0]][-2]
-    if values.ndim < 3 or values.shape[-2] < asked:
+    if source not in shapes or attention.output[0] not in shapes:
         return None
-    mixed = _moved(graph, after, attention.output[0], end, np.ascontiguousarray(values[..., :asked, :]))
+    numbers = np.broadcast_to(np.arange(shapes[source][-1], dtype=np.float32), shapes[source])
+    moves, ends = _spread(graph, source)
+    found = _moved(graph, moves, source, ends, numbers)
+    values = found.pop(attention.input[1])
+    others = {number for each in found.values() for number in np.unique(each)}
+    readers = [node for node in graph.readers[attention.input[1]] if node.op_type != "Shape"]
+    asked = shapes[attention.output[0]][-2]
+    if values.ndim < 3 or values.shape[-2] < asked or others & {*np.unique(values)} or len(readers) != 1:
+        return None
+    start = np.ascontiguousarray(values[..., :asked, :])
+    mixed = _moved(graph, after, attention.output[0], [end], start)[end]
     return mixed.reshape(-1, mixed.shape[-1]).astype(np.int64)
 
 
-def _moved(graph: _Graph, nodes: Sequence[onnx.NodeProto], start: str, end: str, values: Array) -> Array:
-    if not nodes:
-        return values
+def _spread(graph: _Graph, source: str) -> tuple[list[onnx.NodeProto], list[str]]:
+    """Return all nodes that only move what `source` holds, in order, and the tensors that anything else reads."""
+    moves: list[onnx.NodeProto] = []
+    ends, waiting = list[str](), [source]
+    while waiting:
+        name = waiting.pop()
+        for node in graph.readers.get(name, ()):
+            if graph.is_move(node) and node.input[0] == name:
+                moves.append(node)
+                waiting += node.output
+            elif node.op_type != "Shape" and name not in ends:
+                ends.append(name)
+        if name in graph.outputs and name not in ends:
+            ends.append(name)
+    return sorted(moves, key=lambda node: graph.position[node.output[0]]), ends
+
+
+def _moved(
+    graph: _Graph, nodes: Sequence[onnx.NodeProto], start: str, ends: Sequence[str], values: Array
+) -> dict[str, Array]:
+    """Return the tensors `ends` if `start` holds these values; no node computes with them."""
+    found = {start: values} if start in ends else {}
+    wanted = [name for name in ends if name != start]
+    if not wanted:
+        return found
     read = {name for node in nodes for name in node.input}
     constants = [tensor for name, tensor in graph.constants.items() if name in read]
     source = helper.make_tensor_value_info(start, TensorProto.FLOAT, None)
-    part = helper.make_graph(list(nodes), "moves", [source], [onnx.ValueInfoProto(name=end)], constants)
+    outputs = [onnx.ValueInfoProto(name=name) for name in wanted]
+    part = helper.make_graph(list(nodes), "moves", [source], outputs, constants)
     model = helper.make_model(part, opset_imports=graph.opset_imports, ir_version=graph.ir_version)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    found: Array = session.run([end], {start: values})[0]
-    return found
+    return {**found, **dict(zip(wanted, session.run(wanted, {start: values}), strict=True))}

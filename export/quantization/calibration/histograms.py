@@ -129,7 +129,7 @@ def mse_range(histogram: Histogram, levels: int) -> tuple[float, float]:
         return histogram.low, histogram.high
     values, counts = (histogram.edges[:-1] + histogram.width / 2)[filled], histogram.counts[filled]
     low, high = histogram.low, histogram.high
-    fractions = np.linspace(1, 0, _NUM_CANDIDATES, endpoint=False)
+    fractions = np.linspace(1, 0, _NUM_CANDIDATES, endpoint=False, dtype=np.float64)
     for draw in (_both, _low, _high):
         candidates = list(draw(low, high, fractions))
         errors = [_squared_error(values, counts, *candidate, levels) for candidate in candidates]

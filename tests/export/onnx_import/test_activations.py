@@ -12,7 +12,7 @@ import pytest
 from tests.export.onnx_import.test_importer import CONV, HEAD, LABELS, PREPROCESSING, WEIGHTS, network, node, save
 from vit_edge.errors import ModelRejected, UsageError
 from vit_edge.export import import_onnx
-from vit_edge.model_file.artifact import Activation
+from vit_edge.model_file.tasks import Activation
 from vit_edge.runtime import Classifier, load
 from vit_edge.runtime.checks.golden import golden_images
 
@@ -97,11 +97,25 @@ def test_a_declared_activation_is_kept_and_may_not_contradict_the_graph(tmp_path
 
 
 @pytest.mark.parametrize("last", ["Identity", "Sigmoid", "Softmax"])
-def test_a_model_with_one_value_for_an_image_is_refused(last: str, tmp_path: Path) -> None:
+def test_a_model_with_one_value_for_an_image_is_binary_or_says_what_the_value_is(last: str, tmp_path: Path) -> None:
     weights = {"filters": WEIGHTS["filters"], "w": WEIGHTS["w"][:1], "b": WEIGHTS["b"][:1]}
     model = network(*CONV, HEAD[0], node("Gemm", ["f", "w", "b"], ["z"], transB=1), node(last, ["z"], ["y"]), **weights)
     path = save(tmp_path / "m.onnx", model)
-    with pytest.raises(ModelRejected, match=r"(?s)one value for each image.*two logits"):
+    if last == "Sigmoid":
+        imported = import_onnx(path, preprocessing=PREPROCESSING, labels=["cat"]).model
+        with (
+            load(imported.data, engine="onnxruntime") as ours,
+            load(path, preprocessing=PREPROCESSING, labels=["dog", "cat"], engine="onnxruntime") as theirs,
+        ):
+            assert (ours.labels, theirs.labels) == (("not cat", "cat"), ("dog", "cat"))
+            assert ours.manifest.task == theirs.manifest.task == "binary"
+            np.testing.assert_allclose(ours.logits(IMAGES), theirs.logits(IMAGES), atol=1e-6)
+            assert not ours.logits(IMAGES)[:, 0].any()
+        return
+    with pytest.raises(ModelRejected, match=r"(?s)one value for each image.*activation: sigmoid"):
         import_onnx(path, preprocessing=PREPROCESSING, labels=["cat"])
-    with pytest.raises(ModelRejected, match=r"(?s)one value for each image.*two logits"):
+    with pytest.raises(ModelRejected, match=r"(?s)one value for each image.*activation: sigmoid"):
         load(path, preprocessing=PREPROCESSING, labels=["cat"])
+    if last == "Identity":
+        plain = import_onnx(path, preprocessing=PREPROCESSING, labels=["age"], activation="none").model
+        assert (plain.manifest.task, plain.manifest.num_values) == ("regression", 1)

@@ -12,14 +12,18 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
 from tests.support.networks import FAMILIES, SIZE, write_checkpoint
 from vit_edge.errors import UsageError
 from vit_edge.export import export_onnx
+from vit_edge.export.graph.intermediate_tensors import logits_of
 from vit_edge.export.graph.macs import macs_by_node, shapes_for_one_image
 from vit_edge.export.graph.matmuls import find_quantizable_ops
-from vit_edge.export.quantization.algorithms.cross_layer_equalization import equalize, find_mixings
+from vit_edge.export.graph.preparation import prepare
+from vit_edge.export.quantization.algorithms.cross_layer_equalization import count_attentions, equalize, find_mixings
 from vit_edge.export.quantization.algorithms.gptq_rounding import output_error, round_weights
 from vit_edge.export.quantization.algorithms.mixed_precision import choose_float
 from vit_edge.export.quantization.algorithms.range_search import search_range
@@ -29,6 +33,7 @@ from vit_edge.export.quantization.algorithms.segments import SegmentRunner, divi
 from vit_edge.export.quantization.calibration.observers import ChannelRange, Range, observe_channels, observe_min_max
 from vit_edge.export.quantization.qdq.integers import quantize_weight
 from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq, tensors_to_observe
+from vit_edge.export.tracing.tracer import trace
 from vit_edge.metrics import sqnr_db
 from vit_edge.runtime.checks.golden import golden_images
 
@@ -136,6 +141,56 @@ def test_values_that_someone_else_reads_are_left_alone(graph: onnx.ModelProto) -
     watched.graph.node.append(helper.make_node("Relu", [first.input], ["unused"], name="reader"))
     assert first not in find_mixings(watched, known_shapes(graph))
     assert len(find_mixings(watched, known_shapes(graph))) == 2
+
+
+class _Attention(nn.Module):
+    """Attention as timm, torchvision and others write it: one projection, taken apart in several ways."""
+
+    def __init__(self, form: str, *, bias: bool = True) -> None:
+        super().__init__()
+        self.form, self.qkv, self.proj = form, nn.Linear(24, 72, bias=bias), nn.Linear(24, 24)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        parts = self.qkv(x_BTD)
+        shape = (*x_BTD.shape[:2], 2, 12)
+        if self.form == "chunks":
+            q, k, v = (part.reshape(shape).transpose(1, 2) for part in parts.chunk(3, dim=-1))
+        else:
+            turned = parts.reshape(*x_BTD.shape[:2], 3, 2, 12).permute(2, 0, 3, 1, 4)
+            q, k, v = turned.unbind(0) if self.form == "unbind" else (turned[0], turned[1], turned[2])
+        q = q + 0.1 * v if self.form == "values in queries" else q
+        mixed_BNTD = (q @ k.transpose(-2, -1) * 12**-0.5).softmax(-1) @ v
+        found: Tensor = x_BTD + self.proj(mixed_BNTD.transpose(1, 2).reshape(x_BTD.shape))
+        return found
+
+
+def test_cross_layer_equalization_finds_the_values_of_one_projection_in_traced_networks() -> None:
+    torch.manual_seed(0)
+    forms = ("unbind", "index", "chunks", "values in queries")
+    attentions = [_Attention(form) for form in forms] + [_Attention("unbind", bias=False)]
+    head = nn.Sequential(nn.Flatten(), nn.Linear(24 * 16, 5))
+    for parameter in nn.ModuleList(attentions).parameters():
+        nn.init.normal_(parameter, std=0.3)
+    nn.init.zeros_(attentions[1].proj.bias)  # exporters keep equal biases once
+    nn.init.zeros_(attentions[2].proj.bias)
+    network = nn.Sequential(nn.Conv2d(3, 24, 4, 4), nn.Flatten(2), _Turned(), *attentions, head).eval()
+    graph = prepare(trace(network, height=16, width=16, pixels=False))
+    mixings = find_mixings(graph, known_shapes(graph))
+    assert (len(mixings), count_attentions(graph)) == (4, 5)
+    assert [mixing.value.bias is None for mixing in mixings] == [False, False, False, True]
+    assert all({*mixing.columns_D} == {*range(48, 72)} for mixing in mixings)
+    random = np.random.default_rng(0)
+    low_D = random.normal(size=24)
+    ranges = {mixing.input: ChannelRange(low_D=low_D, high_D=low_D + random.uniform(0.1, 5, 24)) for mixing in mixings}
+    images = [random.normal(size=(1, 3, 16, 16)).astype(np.float32) for _ in range(4)]
+    found = [logits_of(model, images) for model in (graph, equalize(graph, mixings, ranges))]
+    assert sqnr_db(*found) > 100
+    assert not np.array_equal(*found)
+
+
+class _Turned(nn.Module):
+    def forward(self, x_BDT: Tensor) -> Tensor:
+        return x_BDT.transpose(1, 2)
 
 
 def test_optimised_rounding_errs_less_than_the_nearest_and_sweeps_only_help() -> None:

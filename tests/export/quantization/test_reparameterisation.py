@@ -6,14 +6,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import numpy_helper
+from torch import Tensor, nn
 
 from tests.conftest import ROOT, Workspace
 from vit_edge.data import find_images
+from vit_edge.export.graph.intermediate_tensors import logits_of
 from vit_edge.export.graph.matmuls import find_quantizable_ops
-from vit_edge.export.quantization.algorithms.reparameterisation import find_norms, reparameterise
+from vit_edge.export.graph.preparation import prepare
+from vit_edge.export.quantization.algorithms.reparameterisation import find_norms, norms_left_alone, reparameterise
 from vit_edge.export.quantization.calibration.observers import ChannelRange, observe_channels, observe_ranges
 from vit_edge.export.quantization.qdq.placement import Scheme, insert_qdq
+from vit_edge.export.tracing.tracer import trace
 from vit_edge.metrics import sqnr_db
 from vit_edge.model_file.artifact import open_model
 
@@ -88,3 +93,40 @@ def test_a_norm_that_something_else_reads_is_left_alone(workspace: Workspace, re
     else:
         model.graph.node.append(onnx.helper.make_node("MatMul", [first, first], ["unused"], name="reader"))
     assert first not in find_norms(model)
+
+
+class _Windows(nn.Module):
+    """A shifted window as Swin has it, a product without a bias, one on one token, and channels that change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(3))
+        self.inner, self.shuffled, self.head = nn.Linear(12, 12, bias=False), nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x_BHWC = images.reshape(-1, 3, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 4, 12)
+        rolled = torch.roll(self.norms[0](x_BHWC), (-1, -1), (1, 2))
+        windows = rolled.reshape(-1, 2, 2, 2, 2, 12).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 12)
+        x_BTC = x_BHWC.reshape(-1, 16, 12) + self.inner(windows).reshape(-1, 16, 12)
+        shuffled = self.norms[1](x_BTC).reshape(-1, 16, 3, 4).transpose(2, 3).reshape(-1, 16, 12)
+        logits: Tensor = self.head(self.norms[2](x_BTC + self.shuffled(shuffled))[:, 0])
+        return logits
+
+
+def test_norms_are_followed_through_windows_and_get_biases_where_there_are_none() -> None:
+    torch.manual_seed(0)
+    network = _Windows().eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, mean=0.5, std=0.3)
+    graph = prepare(trace(network, height=8, width=8, pixels=False))
+    names = [node.output[0] for node in graph.graph.node if node.op_type == "LayerNormalization"]
+    assert find_norms(graph) == [names[0], names[2]]
+    assert norms_left_alone(graph) == {names[1]: "feed a Reshape"}
+    random = np.random.default_rng(0)
+    low_D = random.normal(size=12)
+    ranges = {name: ChannelRange(low_D=low_D, high_D=low_D + random.uniform(0.1, 5, 12)) for name in find_norms(graph)}
+    aligned = reparameterise(graph, ranges)
+    onnx.checker.check_model(aligned, full_check=True)
+    images = [random.normal(size=(1, 3, 8, 8)).astype(np.float32) for _ in range(4)]
+    assert sqnr_db(logits_of(graph, images), logits_of(aligned, images)) > 100
+    assert len(aligned.graph.node) == len(graph.graph.node) + 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.support.third_party_weights import bare, save_timm, state_of, timm_model
@@ -22,6 +23,7 @@ from vit_edge.export import export_onnx
 from vit_edge.export.sources.opener import open_network
 from vit_edge.export.sources.torch_network import TorchNetwork
 from vit_edge.export.sources.weights import load_weights
+from vit_edge.model_file.tasks import settled_task
 from vit_edge.runtime import load
 
 CLASSES = ("cat", "dog", "owl")
@@ -221,3 +223,29 @@ def test_arguments_of_a_config_that_reach_files_are_not_passed_on(convnext: Any,
     values["model_args"] = {"checkpoint_path": str(tmp_path / "no-such-file.pth"), "num_classes": 3}
     (folder / "config.json").write_text(json.dumps(values))
     assert isinstance(open_network(folder), TorchNetwork)
+
+
+@pytest.mark.parametrize(
+    ("changes", "activation", "task"),
+    [
+        ({"problem_type": "multi_label_classification"}, "sigmoid", "multi-label"),
+        ({"problem_type": "regression"}, "none", "regression"),
+        ({"problem_type": "multi_label_classification", "id2label": {"0": "owl"}}, "sigmoid", "binary"),
+        ({"id2label": {"0": "age"}}, "none", "regression"),
+        ({"problem_type": "single_label_classification"}, None, "classification"),
+    ],
+)
+def test_the_problem_type_of_a_folder_is_what_its_network_is_for(
+    msn_folder: Path, tmp_path: Path, changes: dict[str, Any], activation: str | None, task: str
+) -> None:
+    shutil.copytree(msn_folder, tmp_path / "a")
+    values = json.loads((tmp_path / "a" / "config.json").read_text()) | changes
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    if len(values["id2label"]) == 1:
+        tensors = load_file(tmp_path / "a" / "model.safetensors")
+        heads = {name: tensor[:1].clone() for name, tensor in tensors.items() if name.startswith("classifier.")}
+        save_file({**tensors, **heads}, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    opened = open_network(tmp_path / "a")
+    assert isinstance(opened, TorchNetwork)
+    assert opened.activation == activation
+    assert settled_task(opened.activation, None, len(values["id2label"])) == task

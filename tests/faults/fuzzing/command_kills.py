@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of a whole `vit-edge train` or `vit-edge deploy`: each output stays the old or the new one."""
+"""SIGKILL at any moment of a whole command that writes: each of its outputs stays the old or the new one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import random
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,13 +20,15 @@ from tests.conftest import ROOT
 from tests.support.networks import PREPROCESSING, SIZE, random_network, small_config
 from vit_edge.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vit_edge.errors import VitEdgeError
+from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.export.deployment.record import read_record
 from vit_edge.export.tracing.network import reference_logits
 from vit_edge.image import Pixels
 from vit_edge.model_file.artifact import open_model
+from vit_edge.model_file.openvino_ir import open_ir
 from vit_edge.tensor_file import read_tensors
 
-__all__ = ["Command", "kill_commands", "make_commands", "read_outputs"]
+__all__ = ["Command", "kill_commands", "make_commands", "read_outputs", "read_vectors"]
 
 # Half of the kills come when so many temporary files were seen, the others at any moment.
 _MOST_FILES_SEEN = 4
@@ -60,7 +63,37 @@ def make_commands(folder: Path) -> dict[str, Command]:
     return {
         "train": Command(out=run, arguments=train, right=(0,)),
         "deploy": Command(out=out, arguments=deploy, right=(0, 6)),
+        **_of_model_files(folder, sources),
     }
+
+
+def _of_model_files(folder: Path, sources: list[Path]) -> dict[str, Command]:
+    """Return the commands that write one kind of output each; every other run has another input."""
+    models, encoder = [path.with_suffix(".onnx") for path in sources], folder / "encoder.onnx"
+    for source, model in zip(sources, models, strict=True):
+        export_onnx(source, out=model)
+    export_onnx(sources[0], out=encoder, options=ExportOptions(outputs=("embedding",)))
+    images = [folder / "calibration", folder / "data"]
+
+    def command(name: str, file: str, words: Callable[[int], Sequence[object]]) -> Command:
+        out = folder / name
+        out.mkdir()
+
+        def arguments(number: int) -> list[str]:
+            return [name, *map(str, words(number % 2)), f"--out={out / file}", "--force"]
+
+        return Command(out=out, arguments=arguments, right=(0,))
+
+    quick = ("--effort=fast", "--no-cache", "--no-speed", f"--calibration={images[0]}")
+    found = (
+        command("export", "a.xml", lambda n: (sources[n], "--format=openvino")),
+        command("quantize", "a.onnx", lambda n: (models[n], *quick)),
+        command("bundle", "a.pyz", lambda n: (models[n],)),
+        command("embed", "a.npy", lambda n: (images[n], f"--model={encoder}")),
+        command("repository", "", lambda n: (models[n], "--for=triton")),
+        command("report", "a.html", lambda n: (models[n],)),
+    )
+    return {one.out.name: one for one in found}
 
 
 def _can_resume(run: Path) -> bool:
@@ -83,11 +116,13 @@ def _make_inputs(folder: Path) -> list[Path]:
     return [folder / f"{name}.safetensors" for name in "ab"]
 
 
-def kill_commands(folder: Path, *, kills: int, seed: int) -> tuple[Counter[str], list[str]]:
+def kill_commands(folder: Path, *, kills: int, seed: int, only: Collection[str] = ()) -> tuple[Counter[str], list[str]]:
     """Return how many kills each command got, and what was lost, unreadable or left behind."""
     commands, rng = make_commands(folder), random.Random(seed)
     ran, wrong = Counter[str](), list[str]()
     for name, command in commands.items():
+        if only and name not in only:
+            continue
         seconds, runs = _whole_run(command, 0), 0
         while ran[name] < kills:
             runs += 1
@@ -108,7 +143,8 @@ def kill_commands(folder: Path, *, kills: int, seed: int) -> tuple[Counter[str],
 
 def read_outputs(out: Path) -> set[str]:
     """Return the names of the outputs of a command, each of which was read; raises what reading them raises."""
-    places = [path for path in out.glob("*") if not path.name.startswith(".")]
+    found = [path for path in out.rglob("*") if path.is_file()]
+    places = [path for path in found if not any(part.startswith(".") for part in path.relative_to(out).parts)]
     for path in places:
         if path.name in ("best.safetensors", "last.safetensors"):
             load_checkpoint(path)
@@ -118,10 +154,31 @@ def read_outputs(out: Path) -> set[str]:
             open_model(path, warn=False)
         elif path.name == "record.json":
             read_record(path)
-        elif path.name == "report.html" and not path.read_text().rstrip().endswith("</html>"):
-            raise ValueError("report.html is cut short")
+        elif path.suffix == ".html" and not path.read_text().rstrip().endswith("</html>"):
+            raise ValueError(f"{path.name} is cut short")
+        elif path.suffix == ".xml":
+            open_ir(path)
+        elif path.suffix == ".pyz":
+            _check_archive(path)
+        elif path.suffix == ".npy":
+            read_vectors(path)
     # Two states are there but for the moment in which the older one is replaced.
     return {path.name for path in places} - {"state.previous.safetensors"}
+
+
+def read_vectors(path: Path) -> None:
+    """Read vectors and the names of their images, which a killed write may have set aside."""
+    count = len(np.load(path))
+    names = [path.with_suffix(".txt"), *path.parent.glob(".vit-edge.previous.*")]
+    if not any(name.exists() and len(name.read_text().splitlines()) == count for name in names):
+        raise ValueError("the vectors are not those of the names")
+
+
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"{broken} in {path.name} is broken")
 
 
 def _start(command: Command, number: int) -> subprocess.Popen[bytes]:

@@ -21,7 +21,7 @@ import onnx
 import torch
 from PIL import Image
 
-from tests.faults.fuzzing import mutants
+from tests.faults.fuzzing import fuzz_targets_of_data, mutants
 from tests.faults.hostile_models import resealed
 from tests.support.networks import SIZE, write_checkpoint
 from vit_edge import cache
@@ -33,7 +33,7 @@ from vit_edge.errors import VitEdgeError
 from vit_edge.export import ExportOptions, export_onnx
 from vit_edge.files import sha256_hex
 from vit_edge.image import Preprocessing, decode
-from vit_edge.model_file.artifact import MANIFEST_KEY, seal
+from vit_edge.model_file.artifact import MANIFEST_KEY, seal, unsealed
 from vit_edge.model_file.openvino_ir import NO_SEAL, seal_ir
 from vit_edge.remote import agent
 from vit_edge.remote.device import Device, Session, Setup
@@ -69,8 +69,10 @@ def make_seeds(folder: Path, deployment: Path) -> None:
     (folder / "record.json").write_bytes((deployment / "out" / "record.json").read_bytes())
     settings = {"labels": list(checkpoint.labels), "preprocessing": checkpoint.preprocessing.to_dict()}
     (folder / "settings.json").write_text(json.dumps(settings))
+    export_onnx(folder / "c.safetensors", out=folder / "e.onnx", options=ExportOptions(outputs=("embedding",)))
     image = Image.fromarray(IMAGES[0])
     image.save(folder / "image.png")
+    fuzz_targets_of_data.make_shards(folder)
     for kind in ("png", "jpg", "webp", "bmp", "tif"):
         image.resize((40, 30)).convert("RGB").save(folder / f"seed.{kind}")
     image.resize((40, 30)).convert("RGBA").save(folder / "alpha.png")
@@ -127,15 +129,37 @@ def graph(seeds: Path, work: Path, rng: random.Random) -> str | None:
         return None if error.exit_code in (3, 4, 5, 6) else f"exit code {error.exit_code}: {error}"
 
 
+def sealed_again(seeds: Path, work: Path, rng: random.Random) -> str | None:
+    """Any bytes under a seal that holds, as anybody can make it."""
+    mutant = seal(mutants.raw(unsealed((seeds / "m.onnx").read_bytes()), rng))
+    (work / "m.onnx").write_bytes(mutant)
+    try:
+        return _command("inspect", work / "m.onnx") or _same_logits(seeds, mutant, "onnxruntime")
+    except VitEdgeError as error:
+        return None if error.exit_code in (3, 4, 5, 6) else f"exit code {error.exit_code}: {error}"
+
+
+def encoder(seeds: Path, work: Path, rng: random.Random) -> str | None:
+    _write_with_changed_manifest(seeds / "e.onnx", work / "e.onnx", rng)
+    out = work / rng.choice(("vectors.npy", "vectors.parquet"))
+    engine = rng.choice(("onnxruntime", "openvino"))
+    wrong = _command("embed", seeds / "image.png", "--model", work / "e.onnx", "-o", out, "--force", "--engine", engine)
+    return wrong or _command("inspect", work / "e.onnx")
+
+
 def manifest(seeds: Path, work: Path, rng: random.Random) -> str | None:
-    model = onnx.load(seeds / "m.onnx")
+    _write_with_changed_manifest(seeds / "m.onnx", work / "m.onnx", rng)
+    wrong = _command("inspect", work / "m.onnx")
+    return wrong or _classified(seeds, work / "m.onnx", rng)
+
+
+def _write_with_changed_manifest(source: Path, target: Path, rng: random.Random) -> None:
+    model = onnx.load(source)
     entry = next(entry for entry in model.metadata_props if entry.key == MANIFEST_KEY)
     text = mutants.change_text(entry.value.encode(), rng).decode("utf-8", errors="replace")
     del model.metadata_props[:]
     model.metadata_props.add(key=MANIFEST_KEY, value=text)
-    (work / "m.onnx").write_bytes(seal(model.SerializeToString()))
-    wrong = _command("inspect", work / "m.onnx")
-    return wrong or _classified(seeds, work / "m.onnx", rng)
+    target.write_bytes(seal(model.SerializeToString()))
 
 
 def third_party(seeds: Path, work: Path, rng: random.Random) -> str | None:
@@ -274,7 +298,9 @@ def _talking(session: Any, process: Any) -> Any:
 TARGETS: dict[str, tuple[Target, int]] = {
     "sealed file, bytes": (sealed_bytes, 15),
     "sealed file, graph": (graph, 8),
-    "manifest": (manifest, 8),
+    "sealed file, bytes, sealed again": (sealed_again, 5),
+    "manifest": (manifest, 6),
+    "encoder": (encoder, 4),
     "third-party ONNX": (third_party, 12),
     "OpenVINO IR": (ir, 8),
     "checkpoint": (checkpoint, 12),
@@ -284,6 +310,10 @@ TARGETS: dict[str, tuple[Target, int]] = {
     "cache entry": (cache_entry, 4),
     "labels, preprocessing, devices": (settings, 4),
     "answers of a device": (answers, 4),
+    "tar shard": (fuzz_targets_of_data.tar_shard, 4),
+    "Parquet shard": (fuzz_targets_of_data.parquet_shard, 4),
+    "requests of the Open Inference Protocol": (fuzz_targets_of_data.requests, 4),
+    "responses of the Open Inference Protocol": (fuzz_targets_of_data.responses, 2),
 }
 
 

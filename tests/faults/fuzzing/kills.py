@@ -1,9 +1,9 @@
 """`python -m tests.faults.fuzzing.kills --kills N --seed S`: SIGKILL at random moments over all writers.
 
 Most kills hit a process that replaces a file, pair or folder again and again, by the function that the commands use:
-half of them before a system call, which does not depend on how busy the machine is, and half at any moment.
-One in 50 each hits a whole `vit-edge train` and `vit-edge deploy`. Then each output must be the old or the new one,
-whole, and the next write must remove what the killed one left.
+half of them before a system call, which does not depend on how busy the machine is, and half at any moment. One in 100
+each hits a whole command: train, deploy, export, quantize, bundle, embed, repository and report. Then each output must
+be the old or the new one, whole, and the next write must remove what the killed one left.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from tests.faults.fuzzing.command_kills import kill_commands
+from tests.faults.fuzzing.command_kills import kill_commands, read_vectors
 from tests.faults.hostile_models import resealed_ir
 from tests.support.networks import write_checkpoint
 from vit_edge import cache
@@ -44,6 +45,7 @@ from vit_edge.model_file.openvino_ir import open_ir
 from vit_edge.model_file.weights import weights_entry
 from vit_edge.model_file.writing import write_ir, write_model
 from vit_edge.runtime.tuned_configuration import TunedConfiguration, save_configuration, tuned_configuration
+from vit_edge.runtime.vectors_file import open_vectors
 from vit_edge.tensor_file import read_tensors, write_tensors
 
 __all__ = ["Writer", "kill_writers", "main", "make_writers"]
@@ -100,6 +102,10 @@ def make_writers(source: Path) -> dict[str, Writer]:
             write=lambda folder, n: _seal(folder / "a.onnx", model.data),
             read=lambda folder: open_model(folder / "a.onnx", warn=False),
         ),
+        "vectors of an encoder": Writer(
+            write=lambda folder, n: _write_vectors(folder / "v.npy", 300 + n % 2),
+            read=lambda folder: read_vectors(folder / "v.npy"),
+        ),
         "record of a deployment": Writer(
             write=lambda folder, n: write_record(folder, {"schema": 1, "n": [n] * 2000}),
             read=lambda folder: (folder / "record.json").read_text().endswith("}\n") or _broken(),
@@ -140,6 +146,12 @@ def _seal(path: Path, data: bytes) -> None:
     if not path.exists():
         write_atomic(path, data)
     write_atomic(path, reseal(path).data)
+
+
+def _write_vectors(path: Path, count: int) -> None:
+    with open_vectors(path, width=8, force=True) as vectors:
+        vectors.add([f"{count}/{n}.png" for n in range(count)], np.full((count, 8), count, np.float32))
+        vectors.finish()
 
 
 def _broken() -> Any:
@@ -216,6 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", type=Path, help="folder with c.safetensors, m.onnx and m.xml; made if not given")
+    parser.add_argument("--only", action="append", default=[], help="kill this command alone; repeatable")
     given = parser.parse_args(arguments)
     logging.getLogger("vit_edge").addHandler(logging.NullHandler())
     with tempfile.TemporaryDirectory(prefix="vit-edge-kills-") as folder:
@@ -224,10 +237,11 @@ def main(arguments: Sequence[str]) -> int:
             write_checkpoint(source / "c.safetensors")
             export_onnx(source / "c.safetensors", out=source / "m.onnx")
             export_onnx(source / "c.safetensors", out=source / "m.xml", options=ExportOptions(format="openvino"))
-        work, of_commands = Path(folder) / "work", given.kills // 50
+        work, of_each = Path(folder) / "work", given.kills // 100
         work.mkdir()
-        ran, wrong = kill_writers(source, kills=given.kills - 2 * of_commands, seed=given.seed, work=work)
-        more, wrong_too = kill_commands(work / "commands", kills=of_commands, seed=given.seed)
+        more, wrong_too = kill_commands(work / "commands", kills=of_each, seed=given.seed, only=given.only)
+        of_writers = 0 if given.only else given.kills - sum(more.values())
+        ran, wrong = kill_writers(source, kills=of_writers, seed=given.seed, work=work)
         ran, wrong = ran + more, [*wrong, *wrong_too]
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(make_table("", ("writer", "kills"), [(name, str(count)) for name, count in ran.items()]))

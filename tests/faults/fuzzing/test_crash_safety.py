@@ -21,7 +21,7 @@ from vit_edge.files import temporary_folder, write_atomic
 
 WRITERS = (
     "checkpoint", "state of a training", "model file (export, quantize)", "IR pair", "network over 2 GiB",
-    "folder of a hub", "seal",
+    "folder of a hub", "seal", "vectors of an encoder",
     "record of a deployment", "cache", "tuned configuration",
 )  # fmt: skip
 # A full disk is no reason to fail for what is only remembered: the writer says that nothing was kept.

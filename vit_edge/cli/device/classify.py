@@ -90,8 +90,7 @@ def classify(
                 rejected.append(error)
                 continue
             classified_images.append({"file": printable(path), **prediction.to_dict()})
-            named = "  ".join(f"{answer.label} {answer.probability:.1%}" for answer in prediction.answers)
-            rows.append((printable(path), named, f"{prediction.timings.total_ms:.1f}"))
+            rows.append((printable(path), prediction.text, f"{prediction.timings.total_ms:.1f}"))
     failed = [{"file": error.file, "reason": error.reason} for error in rejected]
     data = {"model": described, "images": classified_images, "rejected": failed}
     shown = [_headline(described, len(rows)), make_table("", ("image", "labels", "ms"), rows)] if rows else []

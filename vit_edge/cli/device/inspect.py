@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from vit_edge.model_file.openvino_ir import IrModel
 
 _HASH = re.compile("[0-9a-f]{64}")
+_WHAT = {
+    "classification": "{} classes",
+    "binary": "{} classes of one logit",
+    "multi-label": "{} labels at once",
+    "regression": "regression, outputs: {}",
+}
 
 
 @command("inspect")
@@ -59,7 +65,7 @@ def inspect(file: Path) -> Result:
 
 def _headline(manifest: Manifest, data: dict[str, Any]) -> str:
     height, width = manifest.preprocessing.crop
-    size, gives = megabytes(data["size_bytes"]), f"{len(manifest.labels)} classes"
+    size, gives = megabytes(data["size_bytes"]), _WHAT[manifest.task].format(len(manifest.labels))
     if manifest.is_encoder:
         gives = f"encoder, vectors of {manifest.num_values} values"
     what = f"{manifest.name}, {manifest.precision}, {size}, {height}x{width} pixels, {gives}"
@@ -150,7 +156,10 @@ def _gives(manifest: Manifest) -> dict[str, str]:
     if manifest.embedding is not None:
         length = "length 1" if manifest.embedding.get("normalized") else "not normalized"
         return {"embedding": f"{manifest.num_values} values, {length}"}
-    return {"labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}"}
+    return {
+        "task": manifest.task,
+        "labels": f"{len(labels)}: {', '.join(labels[:10])}{' ...' if len(labels) > 10 else ''}",
+    }
 
 
 def _graph_summary(data: dict[str, Any]) -> dict[str, str]:
@@ -212,6 +221,10 @@ def _same(result: Any) -> str:
 
 def _top1(result: Any) -> str:
     """Return the accuracy of both files, or nothing if the images had no labels."""
+    if (scores := result.get("scores")) is not None:
+        name, unit = ("error", "") if scores["task"] == "regression" else ("right labels", " %")
+        known = scores["reference"] is not None
+        return f"{name} {scores['candidate']:.5g}{unit} (float32 {scores['reference']:.5g}{unit}), " if known else ""
     if result["candidate_top1"] is None:
         return ""
     return f"top-1 {result['candidate_top1']:.2f} % (float32 {result['reference_top1']:.2f} %), "

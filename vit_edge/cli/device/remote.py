@@ -246,12 +246,17 @@ def classified(outcomes: Sequence[Outcome]) -> list[Any]:
     for outcome in outcomes:
         model = outcome.value.get("model") or {}
         for image in outcome.value.get("images", []):
-            labels = "  ".join(f"{answer['label']} {answer['probability']:.1%}" for answer in image["answers"])
+            labels = "  ".join(map(_answer, image["answers"]))
             rows.append((ran_on(outcome), image["file"], printable(labels), f"{image['timings']['total_ms']:.1f}"))
         if model:
             where = f"{model['device']}, {model['threads']} threads"
             ran.append(f"{ran_on(outcome)}: {model['engine']} {model['engine_version']} on {where}")
     return [*ran, make_table("", ("device", "image", "labels", "ms"), rows)] if rows else []
+
+
+def _answer(answer: Mapping[str, Any]) -> str:
+    value = answer.get("value")  # of a regression
+    return f"{answer['label']} {answer['probability']:.1%}" if value is None else f"{answer['label']} {value:.6g}"
 
 
 def measured(outcomes: Sequence[Outcome]) -> list[Any]:

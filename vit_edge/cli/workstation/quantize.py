@@ -256,12 +256,13 @@ def _open(model: Path, values: dict[str, Any], progress: Any) -> ModelFile:
 def _say_certifiable(data: Path | None, source: ModelFile, options: QuantizationOptions) -> None:
     """Print what the evaluation images can certify at best, before any work is done."""
     from vit_edge.export.verification.paired_run import find_evaluation_images
-    from vit_edge.export.verification.verdict import certifiable
+    from vit_edge.export.verification.request import what_certifies
 
     if options.budget is None or data is None or click.get_current_context().meta["quiet"]:
         return
-    images = find_evaluation_images(data, source.manifest.labels, unlabelled=options.without_labels)
-    found = certifiable(images.num_images, options.budget)
+    manifest = source.manifest
+    images = find_evaluation_images(data, manifest.labels, unlabelled=options.without_labels, task=manifest.task)
+    found = what_certifies(manifest, images.num_images, options.budget, is_labelled=images.labelled)
     if source.manifest.is_encoder:
         print_message(encoder_certifiable_text(found, options.budget))
         return

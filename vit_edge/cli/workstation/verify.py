@@ -16,7 +16,7 @@ from vit_edge.cli.output import Result, command, file_argument, make_table, prog
 from vit_edge.cli.ray_options import ray_job, ray_options
 from vit_edge.cli.workstation.encoder_figures import encoder_certifiable_text, encoder_result
 from vit_edge.cli.workstation.engine_figures import deciding_engine, engines_table
-from vit_edge.cli.workstation.verify_on_ray import verify_on_ray
+from vit_edge.cli.workstation.score_figures import score_figures, terms_of
 from vit_edge.errors import UsageError, VerificationFailed, printable, require
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def verify(
     labels and run the command again with --flips.
 
     The files of encoders are compared by the nearest neighbours that each image keeps; labels are not needed.
+    Several labels at once count each on its own, and values by their error.
 
     With --on, MODEL runs on a device; the reference and the statistics run here. `vit-edge explain` shows where the
     error comes from.
@@ -146,6 +147,8 @@ def verify(
     if remote is not None:
         return _on_devices(remote, model, request, engines, output)
     if job is not None:
+        from vit_edge.cli.workstation.verify_there import verify_on_ray
+
         return verify_on_ray(job, request, threads=threads, result_of=lambda found: _result(found, model, output))
     with progress_bar() as progress:
         result = run_any_verification(request, progress=progress)
@@ -209,6 +212,7 @@ def _result(result: AnyVerification, model: Path, output: _FlipsFiles) -> Result
 
 def verification_data(result: Verification) -> dict[str, Any]:
     """Return the verification as JSON-ready values: the deciding engine's figures on top, all engines below."""
+    from vit_edge.export.verification.scores import SCORE_METHOD
     from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
 
     return {
@@ -221,8 +225,8 @@ def verification_data(result: Verification) -> dict[str, Any]:
         "best_certifiable_agreement": result.certifiable.best_agreement,
         "too_few_images": result.certifiable.too_few,
         "images_needed_at_best": result.certifiable.images_needed,
-        "bound_method": BOUND_METHOD,
-        "agreement_method": AGREEMENT_METHOD,
+        "bound_method": SCORE_METHOD if result.decisive.scores else BOUND_METHOD,
+        "agreement_method": SCORE_METHOD if result.decisive.scores else AGREEMENT_METHOD,
         "data": printable(result.data),
         "data_sha256": result.data_sha256,
         "models_sha256": result.models_sha256,
@@ -243,6 +247,8 @@ def figures_table(result: Verification, *, with_verdict: bool = True) -> Table:
 
 
 def _figures(entry: EngineResult) -> dict[str, str]:
+    if entry.scores is not None:
+        return score_figures(entry)
     low, high = entry.agreement_interval
     ranks = {1: (entry.reference_top1, entry.candidate_top1), 5: (entry.reference_top5, entry.candidate_top5)}
     known = {k: both for k, both in ranks.items() if None not in both}
@@ -261,13 +267,14 @@ def _figures(entry: EngineResult) -> dict[str, str]:
 def _sentence(result: Verification) -> str:
     """Return the verdict with the figures that decided it, in one sentence."""
     worst, said = result.decisive, list[str]()
+    terms = terms_of(worst)
     if result.max_drop_points is not None:
-        drop = f"{'at most ' if worst.unlabelled else ''}{worst.drop_points:.2f} points"
+        drop = f"{'at most ' if worst.unlabelled else ''}{worst.drop_points:.2f} {terms.unit}"
         bound = f"no more than {worst.drop_upper_bound_points:.2f} with 95 % confidence"
-        said.append(f"the accuracy drop is {drop}, {bound} (limit {result.max_drop_points:g})")
+        said.append(f"{terms.drop} {drop}, {bound} (limit {result.max_drop_points:g})")
     if result.min_agreement is not None:
         bound = f"at least {worst.agreement_lower_bound:.2f} % with 95 % confidence"
-        said.append(f"{worst.agreement:.2f} % of the predictions agree, {bound} (limit {result.min_agreement:g} %)")
+        said.append(f"{worst.agreement:.2f} % {terms.same}, {bound} (limit {result.min_agreement:g} %)")
     return f"{result.verdict}: on {worst.images} images {' and '.join(said)}, in {deciding_engine(result)}"
 
 
@@ -292,7 +299,7 @@ def _tables(result: Verification) -> Iterator[Table]:
         ]
         more = f", {len(first)} of {len(worst.changed)}; all with --json" if len(first) < len(worst.changed) else ""
         columns = ("reference", "candidate", "label", "effect", "image")
-        yield make_table(f"Predictions that changed in {worst.engine}{more}", columns, rows)
+        yield make_table(f"{terms_of(worst).changes} in {worst.engine}{more}", columns, rows)
 
 
 def _or_dash(value: object) -> str:
@@ -301,11 +308,17 @@ def _or_dash(value: object) -> str:
 
 def _remarks(result: Verification, written: Path | None) -> Iterator[str]:
     """Yield what the figures do not say."""
+    from vit_edge.export.verification.scores import SCORE_METHOD
     from vit_edge.metrics import AGREEMENT_METHOD, BOUND_METHOD
 
     if written is not None:
         todo = f"{result.num_unlabelled} of them need a label"
         yield f"flips: wrote the {result.num_changed} images whose prediction changed to {written}; {todo}"
+    if result.decisive.scores is not None:
+        yield f"bounds: {SCORE_METHOD}" + (
+            "" if result.labels == "all" else "; without labels each change counts as lost"
+        )
+        return
     if result.labels == "none" and not result.num_changed:
         yield "no prediction changed: no label is needed"
     elif result.num_unlabelled and result.verdict == "pass" and result.max_drop_points is not None:
@@ -329,9 +342,9 @@ def _flips_target(flips_out: Path | None, request: VerificationRequest, *, force
     if request.labels == "all" and flips_out is not None:
         remedy = "leave out --flips-out, or add --unlabelled"
         raise UsageError("cannot write flips", reason="every image has a label already", remedy=remedy)
-    if request.model.manifest.is_encoder:
+    if not request.model.manifest.chooses_class:
         if flips_out is not None:
-            reason = "the file is an encoder and makes no predictions"
+            reason = "the file does not choose one class of several"
             raise UsageError("cannot write flips", reason=reason, remedy="leave --flips-out out")
         return None
     if flips_out is None and request.labels == "none" and request.budget.max_drop_points is not None:
@@ -389,7 +402,7 @@ def _inconclusive(result: Verification, worst: EngineResult, flips: Path | None)
     if result.certifiable.too_few:
         reason += "; even an unchanged model cannot pass with so few"
         return reason, f"use {_at_least(result.certifiable)} images, or a larger budget"
-    if drop is not None and worst.unlabelled and worst.drop_upper_bound_points > drop:
+    if drop is not None and worst.unlabelled and worst.scores is None and worst.drop_upper_bound_points > drop:
         file = flips or _FLIPS
         reason += f"; the {worst.unlabelled} changed predictions without a label count as lost"
         return reason, f"fill in the {result.num_unlabelled} labels in {file} and run again with --flips {file}"

@@ -1,14 +1,16 @@
-"""`vit-edge verify --on`: the candidate runs on devices; its reference and the statistics run here."""
+"""`vit-edge verify` with models that run elsewhere: the candidate on devices, or both on a cluster of Ray."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_edge.cli.device.remote import Remote, parts
-from vit_edge.cli.output import progress_bar
+from vit_edge.cli.output import Result, progress_bar
+from vit_edge.cli.ray_options import RayJob, job_result, trust
 from vit_edge.errors import UsageError
 from vit_edge.files import temporary_folder
 from vit_edge.remote.answers import RemoteModel
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
     from vit_edge.export.verification.encoder_results import AnyVerification
     from vit_edge.export.verification.request import VerificationRequest
 
-__all__ = ["verify_there"]
+__all__ = ["verify_on_ray", "verify_there"]
 
 
 def verify_there(
     remote: Remote, model: Path, request: VerificationRequest, *, engines: tuple[str, ...]
 ) -> list[tuple[Outcome, AnyVerification | None]]:
-    """Return the verification of each device, or None if its outcome is an error."""
+    """Return the verification of each device, or None if its outcome is an error; the reference runs here."""
     from vit_edge.export.verification.encoder_verifier import run_any_verification
 
     with temporary_folder() as folder:
@@ -45,6 +47,34 @@ def verify_there(
         with progress_bar() as progress:
             outcomes = run_on(remote.devices, work, remote.setup, progress=progress)
     return [(outcome, outcome.value) for outcome in outcomes]
+
+
+def verify_on_ray(
+    job: RayJob,
+    request: VerificationRequest,
+    *,
+    threads: int | None,
+    result_of: Callable[[AnyVerification], Result],
+) -> Result:
+    """Run both models of the request on the cluster, decide here, and add the summary of the job to the result."""
+    from vit_edge.export.verification.encoder_verifier import run_any_verification
+    from vit_edge.export.verification.gathered_run import GatheredRun, job_inputs
+    from vit_edge.runtime.batch.shard_files import shard_path
+    from vit_edge.runtime.batch.shard_work import CompareTask
+
+    task = CompareTask(
+        model=request.model.data,
+        reference=request.reference.data,
+        engines=request.engines,
+        options={"threads": threads, **trust()},
+    )
+    done = job.run(task, job_inputs(request.images))
+    shards = [shard_path(done.out, shard) for shard in range(done.shards)]
+    run = GatheredRun(request.reference, request.images, shards)
+    with progress_bar() as progress:
+        found = result_of(run_any_verification(replace(request, reference_run=run), progress=progress))
+    summary = job_result(done, verbed="Ran both models on")
+    return replace(found, data=found.data | {"job": summary.data}, shown=[*found.shown, *summary.shown])
 
 
 def _engines(session: Session, asked: tuple[str, ...]) -> tuple[str, ...]:
