@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from vit_edge.errors import UsageError, require
-from vit_edge.files import may_write, temporary_folder, write_atomic
+from vit_edge.files import may_write, room_for, temporary_folder, write_atomic
 from vit_edge.model_file.paired_files import write_together
 from vit_edge.runtime.engines.protocol import Array
 
@@ -57,7 +57,7 @@ def open_vectors(
         raise UsageError("cannot write the vectors", file=out, reason=reason, remedy="name it .npy or .parquet")
     if kind is _Npy:
         may_write(target.with_suffix(".txt"), force=force, made_from=made_from)
-    with temporary_folder(next_to=target) as folder:
+    with room_for(target), temporary_folder(next_to=target) as folder:
         vectors = kind(target, Path(folder), width)
         try:
             yield vectors

@@ -29,6 +29,7 @@ __all__ = [
     "may_write_folder",
     "prepared",
     "read_file",
+    "room_for",
     "sha256_hex",
     "sync_folder",
     "temporary_folder",
@@ -258,6 +259,26 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
 
 
 @contextlib.contextmanager
+def room_for(target: Path) -> Iterator[None]:
+    """Raise ResourceExhausted if the disk of the target gets full in the block, or a limit of it is reached."""
+    try:
+        yield
+    except OSError as problem:
+        if full := _exhausted(problem, target, 0):
+            raise full from problem
+        raise
+
+
+def _exhausted(problem: OSError, target: Path, size_bytes: int) -> ResourceExhausted | None:
+    if problem.errno == errno.ENOSPC:
+        return _disk_full(target, size_bytes)
+    if problem.errno not in _LIMITS:
+        return None
+    reason, remedy = _LIMITS[problem.errno]
+    return ResourceExhausted("cannot write", file=target, reason=reason, remedy=remedy)
+
+
+@contextlib.contextmanager
 def prepared(target: Path, data: bytes | Iterable[bytes]) -> Iterator[tuple[Path, Path]]:
     """Yield a temporary file that holds `data`, to be moved to the target, which is yielded too."""
     if target.is_symlink():  # the link stays, what it points to is replaced
@@ -276,11 +297,8 @@ def prepared(target: Path, data: bytes | Iterable[bytes]) -> Iterator[tuple[Path
             os.fsync(file.fileno())
         yield temporary, target
     except OSError as problem:
-        if problem.errno in _LIMITS:
-            reason, remedy = _LIMITS[problem.errno]
-            raise ResourceExhausted("cannot write", file=target, reason=reason, remedy=remedy) from problem
-        if problem.errno == errno.ENOSPC:
-            raise _disk_full(target, size_bytes) from problem
+        if full := _exhausted(problem, target, size_bytes):
+            raise full from problem
         raise UsageError("cannot write", file=target, reason=_why(problem), remedy="choose another folder") from problem
     finally:
         with contextlib.suppress(OSError):
