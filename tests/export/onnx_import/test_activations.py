@@ -105,9 +105,9 @@ def test_a_model_with_one_value_for_an_image_is_binary_or_says_what_the_value_is
         imported = import_onnx(path, preprocessing=PREPROCESSING, labels=["cat"]).model
         with (
             load(imported.data, engine="onnxruntime") as ours,
-            load(path, preprocessing=PREPROCESSING, labels=["dog", "cat"], engine="onnxruntime") as theirs,
+            load(path, preprocessing=PREPROCESSING, labels=["cat"], engine="onnxruntime") as theirs,
         ):
-            assert (ours.labels, theirs.labels) == (("not cat", "cat"), ("dog", "cat"))
+            assert ours.labels == theirs.labels == ("not cat", "cat")
             assert ours.manifest.task == theirs.manifest.task == "binary"
             np.testing.assert_allclose(ours.logits(IMAGES), theirs.logits(IMAGES), atol=1e-6)
             assert not ours.logits(IMAGES)[:, 0].any()
