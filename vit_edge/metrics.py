@@ -312,7 +312,7 @@ def _p_value(images: int, worse: int, better: int, *, drop: float) -> float:
     largest = 0.0
     for _ in range(2):
         tails_R = _tails(images, seen, drop, rates_R)
-        best = int(tails_R.argmax())
+        best = int(np.argmax(tails_R))
         largest = max(largest, float(tails_R[best]))
         ends = rates_R[max(best - 1, 0)], rates_R[min(best + 1, len(rates_R) - 1)]
         rates_R = np.linspace(*ends, 32, dtype=np.float64)

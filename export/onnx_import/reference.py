@@ -32,7 +32,7 @@ class ThirdPartyReference:
         self.entry = entry
         self._original, self._preprocessing = original, preprocessing
         self._logits = ""
-        self._columns = np.ones(1, np.float32)
+        self._columns: Array = np.ones(1, np.float32)
         self._session: Any = None
 
     def feed(self, images_NHWC: Pixels) -> dict[str, Array]:

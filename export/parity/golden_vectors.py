@@ -56,7 +56,7 @@ def choose_seeds(
     distance = np.linalg.norm(logits - logits.mean(axis=0), axis=1)
     for _ in range(NUM_INPUTS):
         fit[chosen] = False
-        chosen.append(int(np.where(fit, distance, -1.0).argmax()))
+        chosen.append(int(np.argmax(np.where(fit, distance, -1.0))))
         from_it = np.linalg.norm(logits - logits[chosen[-1]], axis=1)
         distance = from_it if len(chosen) == 1 else np.minimum(distance, from_it)
     return sorted(chosen)

@@ -190,7 +190,7 @@ def _problems(
 def _worst(expected_BK: Logits, found_BK: Logits) -> int:
     if expected_BK.shape != found_BK.shape:
         return 0
-    return int(np.nan_to_num(np.abs(expected_BK - found_BK), nan=np.inf).max(axis=1).argmax())
+    return int(np.argmax(np.nan_to_num(np.abs(expected_BK - found_BK), nan=np.inf).max(axis=1)))
 
 
 def _not_the_network(reason: str) -> VerificationFailed:

@@ -121,7 +121,7 @@ def compare_vectors(
         images=len(cosines_B),
         cosine_mean=float(cosines_B.mean()),
         cosine_q05=float(np.quantile(cosines_B, 0.05)),
-        cosine_worst=float(cosines_B.min()),
+        cosine_worst=float(np.min(cosines_B)),
         sqnr_db=sqnr_db(vectors.reference_BD, vectors.candidate_BD),
         neighbours=tuple(_kept(k, shares_B[np.asarray(order)]) for k, shares_B in shares.items()),
         knn=None if labels_B is None else _knn(both, labels_B, vectors),

@@ -92,7 +92,7 @@ def pair_scores(
     both = [np.asarray(side, np.float64) for side in (reference_BK, candidate_BK)]
     if task == "multi-label":
         both = [(side >= 0).astype(np.float64) for side in both]
-        range_K = np.ones(both[0].shape[1])
+        range_K: npt.NDArray[np.float64] = np.ones(both[0].shape[1])
     else:
         range_K = _range(both[0])
     changed_B = _off(both[0], both[1], range_K)

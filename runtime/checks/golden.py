@@ -162,8 +162,8 @@ def differences(expected_BK: Logits, found_BK: Logits, tolerance: Tolerance) -> 
     problems = []
     allowed = tolerance.allowed(expected_BK)
     excess = np.abs(found_BK - expected_BK) - allowed
-    if excess.max() > 0:
-        row, column = np.unravel_index(int(excess.argmax()), excess.shape)
+    if np.max(excess) > 0:
+        row, column = np.unravel_index(int(np.argmax(excess)), excess.shape)
         off, bound = abs(found_BK[row, column] - expected_BK[row, column]), allowed[row, column]
         problems.append(f"a value is off by {off:.3g}, more than {bound:.3g}")
     if tolerance.sqnr_db is not None and (level := sqnr_db(expected_BK, found_BK)) < tolerance.sqnr_db:
@@ -243,7 +243,8 @@ def _bytes(stream: int, count: int) -> Pixels:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(56)).astype(np.uint8)
+    top: Pixels = (z >> np.uint64(56)).astype(np.uint8)
+    return top
 
 
 def _decode_logits(text: str, rows: int) -> Logits:

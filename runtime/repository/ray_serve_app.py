@@ -13,6 +13,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vit_edge import __version__
 from vit_edge.errors import Closed, DeadlineExceeded, InputError, Overloaded, VitEdgeError
 from vit_edge.runtime.checks.golden import golden_images
@@ -41,7 +43,7 @@ class Service:
             found = await asyncio.wrap_future(self._pool.submit_logits(self._golden, timeout_s=_DEADLINE_S))
         except (DeadlineExceeded, Overloaded):  # busy with images of clients
             return
-        if found.argmax() != self._expected.argmax():
+        if np.argmax(found) != np.argmax(self._expected):
             raise RuntimeError("the model gives other logits than when it was loaded")
 
     async def __call__(self, request: Any) -> Any:

@@ -74,7 +74,7 @@ class Histogram:
         counts = np.array(state["counts"], np.int64)
         made = Histogram(exponent=exponent, first=first, low=low, high=high, counts=counts)
         span = (math.floor(math.ldexp(low, -exponent)), math.floor(math.ldexp(high, -exponent)))
-        if counts.shape != (span[1] - span[0] + 1,) or first != span[0] or len(counts) > BINS or counts.min() < 0:
+        if counts.shape != (span[1] - span[0] + 1,) or first != span[0] or len(counts) > BINS or np.min(counts) < 0:
             raise ValueError("the counts do not fit their range")
         return made
 

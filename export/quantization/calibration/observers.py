@@ -75,7 +75,7 @@ class ChannelRange:
     def varies(self) -> bool:
         """Return whether any channel varies within an image: in a tensor of one token none does."""
         size = float(np.maximum(np.abs(self.low_D), np.abs(self.high_D)).max())
-        return float((self.high_D - self.low_D).max()) > 1e-6 * size
+        return float(np.max(self.high_D - self.low_D)) > 1e-6 * size
 
 
 def observe_ranges(
