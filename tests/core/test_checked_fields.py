@@ -34,6 +34,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "assumed": ({"assumed": [5]}, "is not a list of texts"),
     "list": ({"labels": "cat"}, "the manifest's labels are not a list"),
     "weights": ({"weights": {"file": "../a"}}, "not in a file of the same folder"),
+    "form": ({"provenance": {"form": []}}, "the manifest's form is list"),
     "macs": ({"macs": {"int8": -1}}, "multiply-accumulates are"),
     "images": ({"quantization": {"images": [5]}}, "not a list of hashes"),
     "half a character": ({"name": "\ud800"}, "surrogates not allowed"),
@@ -52,6 +53,11 @@ def test_a_field_of_the_manifest_is_named(field: str) -> None:
 def test_a_manifest_that_is_nested_without_end_is_refused() -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         Manifest.from_json("[" * 100_000)
+
+
+def test_a_manifest_that_is_too_large_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(ValueError, match="33,554,433 characters; at most 33,554,432 are read"):
+        Manifest.from_json("[" * (2**25 + 1))
 
 
 PREPROCESSINGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -29,6 +29,7 @@ from vit_edge.model_file.artifact import open_model
 from vit_edge.report import write_model_card, write_report
 from vit_edge.report.flipped import flips_of
 from vit_edge.report.sources import read_sources
+from vit_edge.report.tables import Table
 from vit_edge.runtime.checks.golden import golden_images
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -258,6 +259,21 @@ def test_what_cannot_be_reported_is_named_and_nothing_is_lost(text: str, said: s
     with pytest.raises(InputError, match=said):
         write_report([tmp_path / "x.json"], out=tmp_path / "report.html", force=True)
     assert (tmp_path / "report.html").read_text() == "before"
+
+
+def test_a_page_looks_at_each_cell_of_a_table_a_few_times_whatever_its_length(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    numeric = Table.numeric.fget
+    assert numeric is not None
+    monkeypatch.setattr(Table, "numeric", property(lambda table: asked.append(table) or numeric(table)))
+    data = json.loads((results / "speed.json").read_text())
+    data["results"] *= 50
+    (tmp_path / "speed.json").write_text(json.dumps(data))
+    write_report([tmp_path / "speed.json"], out=tmp_path / "page.html")
+    assert max(len(table.rows) for table in asked) >= 50
+    assert len(asked) == len({id(table) for table in asked})
 
 
 def test_files_that_were_changed_or_would_be_overwritten_are_refused(results: Path, tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ _OUTPUTS_OF = {
 }
 MOST_OUTPUTS = max(map(len, _OUTPUTS_OF.values()))
 _LARGEST_WIDTH = 65_536
+# 64 golden inputs of 21,841 classes for two engines, and eight images of 1 MB, are 26 million; parsed, each is bytes.
+_MOST_CHARACTERS = 2**25
 MOST_BATCH = 1024
 # "int8" has constant ranges; "int8-dynamic" computes the ranges of activations at run time.
 FilePrecision: TypeAlias = Literal["float32", "float16", "int8", "int8-dynamic"]
@@ -152,6 +154,8 @@ class Manifest:
             raise ValueError(f"the manifest's weights are in {file_name!r}, not in a file of the same folder")
         if not all(isinstance(number, int) and number >= 0 for number in (self.macs or {}).values()):
             raise ValueError(f"the manifest's multiply-accumulates are {dict(self.macs or {})!r}")
+        if not isinstance(self.provenance.get("form", ""), str):
+            raise ValueError(f"the manifest's form is {type(self.provenance['form']).__name__}")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
             raise ValueError("the manifest's calibration images are not a list of hashes")
@@ -218,6 +222,8 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Return the manifest in `text`; raises ValueError that says what is wrong with it."""
+        if len(text) > _MOST_CHARACTERS:
+            raise ValueError(f"the manifest has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are read")
         try:
             values = json.loads(text)
             json.dumps(values, ensure_ascii=False).encode("utf-8")  # no halves of characters: nothing could print them
@@ -255,8 +261,8 @@ def _in_current_terms(name: str, value: Any) -> Any:
         return value
     renamed = _RENAMED.get(name, {})
     current = {renamed.get(key, key): part for key, part in value.items()}
-    if name == "provenance" and current.get("form") in _RENAMED_FORMS:
-        current["form"] = _RENAMED_FORMS[current["form"]]
+    if name == "provenance" and isinstance(form := current.get("form"), str):
+        current["form"] = _RENAMED_FORMS.get(form, form)
     return current
 
 

@@ -34,6 +34,8 @@ _VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1e308, 2**80, 0.5, float("nan"), float("inf"), "", "x", [], {}, [[]], [None], {"a": 1},
     "\ud800", "x" * 5_000, [0] * 1_000,
 )  # fmt: skip
+# Characters: more than any reader takes.
+_MOST_COPIED = 40_000_000
 # Graphs that once ended, blocked or filled the process, as changes of an onnx.ModelProto.
 _CRASHERS = [change for change, _ in GRAPHS.values()] + [breaks_in_a_batch]
 
@@ -76,7 +78,8 @@ def change_json(value: Any, rng: random.Random) -> Any:
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, list):
-            holder[key:key] = [holder[key]] * rng.choice((1, 5, 5_000))
+            fitting = max(1, _MOST_COPIED // len(json.dumps(holder[key])))  # the mutator has no limit of its own
+            holder[key:key] = [holder[key]] * min(rng.choice((1, 5, 5_000)), fitting)
         elif kind == 2 and isinstance(holder, dict):
             holder[rng.choice(_TEXTS)] = holder[key]
         else:
