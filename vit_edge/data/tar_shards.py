@@ -70,6 +70,8 @@ def _members(archive: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile
     try:
         size_bytes = archive.stat().st_size
         with tarfile.open(archive, "r:") as tar:
+            if tar.firstmember is None:  # type: ignore[attr-defined] # Python 3.10 would look in front of the file
+                return
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined] # else they pile up
                 if member.isdir():

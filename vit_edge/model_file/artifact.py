@@ -154,7 +154,7 @@ class Manifest:
             raise ValueError(f"the manifest's weights are in {file_name!r}, not in a file of the same folder")
         if not all(isinstance(number, int) and number >= 0 for number in (self.macs or {}).values()):
             raise ValueError(f"the manifest's multiply-accumulates are {dict(self.macs or {})!r}")
-        if not isinstance(self.provenance.get("form", ""), str):
+        if not isinstance(self.provenance.get("form"), str | None):
             raise ValueError(f"the manifest's form is {type(self.provenance['form']).__name__}")
         images = (self.quantization or {}).get("images", [])
         if not isinstance(images, list) or not all(isinstance(digest, str) for digest in images):
