@@ -152,12 +152,6 @@ class _Job:
         return {name: getattr(self.options, name) for name in ("like", "preprocessing", "labels")}
 
     @property
-    def is_exported(self) -> bool:
-        """Return whether the source is a model file: there is nothing to export."""
-        is_onnx = is_file(self.source) and Path(self.source).suffix.lower() == ".onnx"
-        return is_onnx and not is_third_party_onnx(self.source)
-
-    @property
     def quantization(self) -> QuantizationOptions:
         return replace(self.options.quantization, measure_speed=False)  # speed is a step by itself
 
@@ -177,7 +171,7 @@ class _Job:
         options = self.options
         if is_third_party_onnx(self.source):
             return self._import()
-        if self.is_exported:
+        if is_file(self.source) and Path(self.source).suffix.lower() == ".onnx":
             return self._taken()
         network = open_network(
             self.source,
@@ -247,7 +241,7 @@ class _Job:
         commands = step_commands(
             self.source, images=folders, network=self.network, options=self.quantization, folder=self.folder
         )
-        if self.is_exported:
+        if not steps.entries["export"]["result"]["parity"]:  # a model file was taken as it is
             del commands["export"]
         return {
             "schema": SCHEMA,

@@ -192,10 +192,8 @@ def _imported(
     entry = read_input(graph.graph, given.preprocessing, layout=given.layout)
     reference = ThirdPartyReference(original, entry, given.preprocessing)
     output, found = choose_output(graph, reference, given.output, len(given.labels), notes)
-    activation, task = (
-        settled_activation(given.activation, found),
-        settled_task(given.activation, found, output.num_classes),
-    )
+    activation = settled_activation(given.activation, found)
+    task = settled_task(given.activation, found, output.num_classes)
     if task is None:
         raise one_value()
     graph, batch = settle_batch(graph, output, reference)

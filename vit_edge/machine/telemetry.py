@@ -27,7 +27,7 @@ def openvino_without_telemetry() -> Iterator[None]:
     """Import OpenVINO in here: by itself the import starts a process that reports to its makers, without asking.
 
     Where nothing answers, each process that imported it waits 3 s for that before it ends. OpenVINO does without the
-    package of its telemetry if it isn't there; afterwards it is there again for whoever wants it.
+    package of its telemetry if it isn't there; afterwards it is there again for other code.
     """
     modules = cast("dict[str, Any]", sys.modules)
     absent = _OPENVINO_TELEMETRY not in modules
